@@ -1,0 +1,110 @@
+"""The one place where errors become answers of the REST surface: RFC 9457 problem details.
+
+Body: ``{type, title, status, detail, code, retriable, definite, details, request_id}``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pydantic
+from aiohttp import web
+
+from ferryline.protocol.errors import FerrylineError, InternalError, InvalidArgument, MalformedRequest
+from ferryline_service.logs import get_logger
+from ferryline_service.metrics import ServiceMetrics
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+REQUEST_ID = web.RequestKey("ferryline_request_id", str)
+_REQUEST_ID_PATTERN = re.compile(r"\A[A-Za-z0-9._-]{1,64}\Z")
+_log = get_logger()
+
+
+def problem(error: FerrylineError, request_id: str, *, status: int | None = None) -> web.Response:
+    """The answer for an error. A retriable 429 or 503 carries Retry-After."""
+    number = error.http_status if status is None else status
+    body: dict[str, Any] = {
+        "type": f"urn:ferryline:error:{error.code}",
+        "title": type(error).__name__,
+        "status": number,
+        "detail": error.message,
+        "code": error.code,
+        "retriable": error.retriable,
+        "definite": error.definite,
+        "details": error.details,
+        "request_id": request_id,
+    }
+    if error.remedy:
+        body["remedy"] = error.remedy
+    response = web.Response(
+        status=number, body=json.dumps(body, default=str).encode(), content_type="application/problem+json"
+    )
+    if number in (429, 503):
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def from_validation(error: pydantic.ValidationError) -> InvalidArgument:
+    """Names the first wrong field and what is wrong with it; never echoes the whole input."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "body"
+    return InvalidArgument(f"{field}: {first['msg']}", field=field, errors=error.error_count())
+
+
+async def read_json(request: web.Request) -> Any:
+    """Body as JSON. Raises MalformedRequest for anything else, also NaN and absurd nesting."""
+    try:
+        return json.loads(await request.text(), parse_constant=_refuse_constant)
+    except (ValueError, UnicodeError, LookupError, RecursionError) as error:
+        raise MalformedRequest(f"body: not JSON: {str(error)[:200]}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def error_middleware(metrics: ServiceMetrics) -> Any:
+    """Maps every failure to a problem; an unexpected one is logged once, with its request id, and told as INTERNAL."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        request_id = given if _REQUEST_ID_PATTERN.match(given) else uuid.uuid4().hex
+        request[REQUEST_ID] = request_id
+        started = time.perf_counter()
+        response = await _answer(request, handler, request_id, metrics)
+        if not response.prepared:  # a session is over by now; its header went out long ago
+            response.headers["X-Request-Id"] = request_id
+            metrics.request_seconds.observe(time.perf_counter() - started)
+        return response
+
+    return middleware
+
+
+async def _answer(
+    request: web.Request, handler: Handler, request_id: str, metrics: ServiceMetrics
+) -> web.StreamResponse:
+    resource = request.match_info.route.resource
+    metrics.request(f"{request.method} {resource.canonical if resource else 'unmatched'}")
+    status = None
+    error: FerrylineError
+    try:
+        return await handler(request)
+    except FerrylineError as raised:
+        error = raised
+    except pydantic.ValidationError as invalid:
+        error = from_validation(invalid)
+    except web.HTTPException as http:
+        if http.status < 400:
+            raise
+        error, status = MalformedRequest(f"{request.method} {request.path[:200]}: {http.reason}"), http.status
+    except Exception as unexpected:
+        _log.exception("request failed", request_id=request_id, path=request.path)
+        error = InternalError(f"{type(unexpected).__name__}; see the log for request {request_id}")
+    metrics.error(error.code)
+    return problem(error, request_id, status=status)
