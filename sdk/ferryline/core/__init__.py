@@ -1,0 +1,1 @@
+"""Pure parts of the client: no I/O, no clock, no randomness. Drivers feed events and carry out effects."""

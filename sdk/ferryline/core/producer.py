@@ -1,0 +1,555 @@
+"""Decide what an idempotent producer sends, when, and what became of it. Pure: no I/O, no clock, no randomness.
+
+The core knows batches by a number; the driver keeps their bytes and futures. It gives every batch of a partition an
+identity ``(pid, pepoch, sequence)`` when the batch is first sent and keeps it for every retry, so that a broker can
+tell a repeat from a new batch.
+
+Rules (replication rules, section 10):
+
+* **Order.** Batches of a partition are sent in the order in which they were closed. No batch is sent while an earlier
+  one of its partition is neither settled nor on its way.
+* **Window.** ordinal < lowest unsettled ordinal + IN_FLIGHT_MAX, where ordinals count the batches of a pepoch.
+  Counting unsettled batches instead would let a batch whose earliest neighbour is unsettled fall out of the last five
+  that a broker remembers. On the wire a sequence counts records and wraps at 2^31, as in Kafka.
+* **Doubt.** An attempt is in doubt from the moment it is handed to the transport until a *definite* refusal of exactly
+  that attempt arrives. A batch without doubtful attempts was surely not applied (`clean`). A definite refusal ends a
+  batch only if it is clean; otherwise it is tried again with the same identity until its deadline and then fails with
+  OutcomeUnknown.
+* **Bump.** When a batch that had an identity leaves without an acknowledgement, its number is a gap that the broker
+  will not step over. Everything in doubt is settled first, then pepoch rises by one and what is left is numbered from
+  0. The identity of one batch is never given to another.
+* A session delivers a frame at most once and in order (TLS over TCP); two sessions may overtake each other.
+
+pepoch and sequence belong to one partition; brokers keep them per partition too.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from ferryline.core.retry import Backoff, Jitter
+from ferryline.protocol.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    FerrylineError,
+    NotPrimary,
+    OutcomeUnknown,
+    OutOfOrderSequence,
+    UnknownProducer,
+    UnknownTopic,
+)
+from ferryline.protocol.limits import IN_FLIGHT_MAX
+from ferryline.protocol.metadata import NO_BROKER
+
+PEPOCH_MAX = 2**15 - 1  # i16 in the batch header
+SEQUENCE_WRAP = 2**31  # i32 in the batch header
+PID_BITS = 63
+NEVER = 2**62
+
+PartitionKey = tuple[str, int]  # (topic_id, partition)
+
+
+# -- events -----------------------------------------------------------------------------------------
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Base of what may happen to a producer."""
+
+
+class BatchClosed(Event, frozen=True):
+    """The accumulator closed a batch. ``batch`` is a number that the driver never uses twice.
+
+    ``deadline_ms`` must not be before that of the batch closed before it in the same partition.
+    """
+
+    key: PartitionKey
+    batch: int
+    records: int
+    deadline_ms: int
+    partitions: int = 0  # count that its keys were hashed with; 0: its records have no keys
+
+
+class BatchAnswered(Event, frozen=True):
+    """The outcome of one attempt. With ``error`` None it is committed at ``base_offset``.
+
+    Also for an attempt that could not be handed to a session: error ConnectionFailed (definite: nothing was sent).
+    """
+
+    key: PartitionKey
+    batch: int
+    attempt: int
+    base_offset: int = -1
+    epoch: int = 0
+    error: FerrylineError | None = None
+
+
+class SessionLost(Event, frozen=True):
+    """The session to a broker ended: what was on its way there may or may not have been applied."""
+
+    broker: int
+
+
+class RouteChanged(Event, frozen=True):
+    """What the metadata says about a partition now. ``gone``: the topic does not exist any more.
+
+    Tell it for every partition of a topic whose partition count changed, too.
+    """
+
+    key: PartitionKey
+    broker: int
+    epoch: int
+    partitions: int = 0  # of the topic
+    gone: bool = False
+
+
+class TimePassed(Event, frozen=True):
+    """`next_deadline_ms` has come."""
+
+
+class Closed(Event, frozen=True):
+    """The application gives up what is unsettled. Nothing is sent after this."""
+
+
+# -- effects ----------------------------------------------------------------------------------------
+
+
+class Effect(msgspec.Struct, frozen=True):
+    """Base of what a driver is told to do."""
+
+
+class SendBatch(Effect, frozen=True):
+    """Seal the batch with this identity (`records.set_producer` if it carries another) and send it to ``broker``.
+
+    Exactly one BatchAnswered or SessionLost must follow for the attempt. Effects of one call are in sending order, and
+    a session must keep it. ``timeout_ms`` bounds the wait for the commit on the broker.
+    """
+
+    key: PartitionKey
+    batch: int
+    attempt: int
+    broker: int
+    pid: int
+    pepoch: int
+    sequence: int
+    timeout_ms: int
+
+
+class CompleteBatch(Effect, frozen=True):
+    """Acknowledged: its records stand at ``base_offset`` and above. Last word on this batch."""
+
+    key: PartitionKey
+    batch: int
+    base_offset: int
+
+
+class FailBatch(Effect, frozen=True):
+    """Last word on this batch. ``error.definite`` says whether it was surely not applied."""
+
+    key: PartitionKey
+    batch: int
+    error: FerrylineError
+
+
+class RepartitionBatch(Effect, frozen=True):
+    """Surely not applied, because the topic has another number of partitions now: route its records anew.
+
+    Last word on this batch. Given back in order, and only when no earlier batch of the partition is unsettled.
+    """
+
+    key: PartitionKey
+    batch: int
+
+
+class RefreshMetadata(Effect, frozen=True):
+    """The picture of the cluster is probably old; ask for a new one now."""
+
+
+# -- state ------------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """One closed batch until its last word.
+
+    Invariants: awaited != 0 implies awaited in doubtful; ordinal < 0 implies clean.
+    """
+
+    __slots__ = ("answer_by_ms", "awaited", "deadline_ms", "doubtful", "error", "headmost", "number", "ordinal",
+                 "partitions", "records", "sequence")  # fmt: skip
+
+    def __init__(self, number: int, records: int, deadline_ms: int, partitions: int) -> None:
+        self.number = number
+        self.records = records
+        self.deadline_ms = deadline_ms
+        self.partitions = partitions
+        self.ordinal = -1  # under the present pepoch, one per batch; -1: no identity yet
+        self.sequence = -1  # on the wire: of its first record
+        self.awaited = 0  # attempt whose answer we wait for; 0: none
+        self.answer_by_ms = 0
+        self.headmost = False  # the awaited attempt was sent as the lowest unsettled of its partition
+        self.doubtful: set[int] = set()  # attempts that may have been applied
+        self.error: FerrylineError | None = None  # the last one, told with the deadline
+
+    @property
+    def clean(self) -> bool:
+        return not self.doubtful
+
+
+class _Partition:
+    """Sending state of one partition. ``queue`` holds its unsettled batches in the order in which they were closed.
+
+    Invariants: batches with an ordinal come before those without; ordinals rise along the queue; all lie in
+    [lowest unsettled, lowest unsettled + IN_FLIGHT_MAX).
+    """
+
+    __slots__ = ("armed_ms", "blocked_until_ms", "broker", "bumping", "epoch", "failures", "gone", "key",
+                 "next_ordinal", "next_sequence", "partitions", "pepoch", "pid", "queue")  # fmt: skip
+
+    def __init__(self, key: PartitionKey, pid: int) -> None:
+        self.key = key
+        self.pid = pid
+        self.pepoch = 0
+        self.next_ordinal = 0
+        self.next_sequence = 0
+        self.partitions = 0  # of the topic, as far as known
+        self.broker = NO_BROKER
+        self.epoch = -1
+        self.gone = False
+        self.bumping = False  # settle what is in doubt, then raise pepoch
+        self.failures = 0  # rounds without success since the last acknowledgement
+        self.blocked_until_ms = 0  # 0: not held back
+        self.queue: deque[_Batch] = deque()
+        self.armed_ms = NEVER  # earliest wake-up that stands in the heap
+
+    def wake_ms(self) -> int:
+        """When time alone may change something here."""
+        if not self.queue:
+            return NEVER
+        wake = self.queue[0].deadline_ms
+        for batch in self.queue:
+            if batch.awaited and batch.answer_by_ms < wake:
+                wake = batch.answer_by_ms
+            if batch.ordinal < 0:
+                break
+        if self.blocked_until_ms:
+            wake = min(wake, self.blocked_until_ms)
+        return wake
+
+
+class ProducerCore:
+    """Sequencing, retries and settlement for one producer over all its partitions.
+
+    ``pid``: 63 random bits. ``request_timeout_ms`` bounds one attempt, the deadline of a batch bounds all of them.
+    Every batch that entered leaves by exactly one CompleteBatch, FailBatch or RepartitionBatch.
+    """
+
+    def __init__(
+        self, pid: int, *, request_timeout_ms: int = 30_000, backoff: Backoff | None = None, history: int = 64
+    ) -> None:
+        assert 0 <= pid < 2**PID_BITS, pid
+        self.pid = pid
+        self.request_timeout_ms = request_timeout_ms
+        self.backoff = backoff or Backoff()
+        self.history: deque[tuple[int, Event]] = deque(maxlen=history)  # shown with a failed assertion
+        self._jitter = Jitter(pid)
+        self._partitions: dict[PartitionKey, _Partition] = {}
+        self._timers: list[tuple[int, PartitionKey]] = []
+        self._attempts = 0
+        self._closed = False
+
+    # -- questions ---------------------------------------------------------------------------------
+
+    def room(self, key: PartitionKey) -> bool:
+        """Whether a batch closed now would be sent at once: otherwise letting it grow costs no time."""
+        partition = self._partitions.get(key)
+        return partition is None or (len(partition.queue) < IN_FLIGHT_MAX and not partition.bumping)
+
+    def unsettled(self) -> int:
+        return sum(len(partition.queue) for partition in self._partitions.values())
+
+    def next_deadline_ms(self) -> int | None:
+        """When to hand in TimePassed next; None: only other events can change anything."""
+        timers = self._timers
+        while timers:
+            wake_ms, key = timers[0]
+            if self._partitions[key].armed_ms == wake_ms:
+                return wake_ms
+            heapq.heappop(timers)  # another, earlier entry has taken its place
+        return None
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+        """The one way in: take an event, return what to do, in order."""
+        self.history.append((now_ms, event))
+        out: list[Effect] = []
+        try:
+            if isinstance(event, BatchAnswered):
+                self._answered(event, now_ms, out)
+            elif isinstance(event, BatchClosed):
+                self._batch_closed(event, now_ms, out)
+            elif isinstance(event, TimePassed):
+                self._time_passed(now_ms, out)
+            elif isinstance(event, RouteChanged):
+                self._route_changed(event, now_ms, out)
+            elif isinstance(event, SessionLost):
+                self._session_lost(event.broker, now_ms, out)
+            elif isinstance(event, Closed):
+                self._close(out)
+            else:
+                raise TypeError(f"unknown event {event!r}")
+        except AssertionError as failed:
+            story = "\n".join(f"{at} {past!r}" for at, past in self.history)
+            raise AssertionError(f"{failed}\nlast events:\n{story}") from failed
+        return out
+
+    def _batch_closed(self, event: BatchClosed, now_ms: int, out: list[Effect]) -> None:
+        if self._closed:
+            out.append(FailBatch(event.key, event.batch, ClientClosed("the producer is closed")))
+            return
+        partition = self._partition(event.key)
+        if partition.gone:
+            out.append(FailBatch(event.key, event.batch, _gone(event.key)))
+            return
+        deadline_ms = event.deadline_ms
+        if partition.queue:  # a deadline earlier than its predecessor's could not be seen from the head of the queue
+            deadline_ms = max(deadline_ms, partition.queue[-1].deadline_ms)
+        partition.queue.append(_Batch(event.batch, event.records, deadline_ms, event.partitions))
+        self._pump(partition, now_ms, out)
+
+    def _answered(self, event: BatchAnswered, now_ms: int, out: list[Effect]) -> None:
+        partition = self._partitions.get(event.key)
+        if partition is None:
+            return
+        batch = next((b for b in partition.queue if b.number == event.batch), None)
+        if batch is None or event.attempt not in batch.doubtful:
+            return  # settled meanwhile, or an answer that came twice
+        awaited = batch.awaited == event.attempt
+        if awaited:
+            batch.awaited = 0
+        if event.error is None:
+            partition.queue.remove(batch)
+            partition.failures = 0
+            partition.blocked_until_ms = 0
+            out.append(CompleteBatch(event.key, batch.number, event.base_offset))
+        else:
+            self._refused(partition, batch, event, awaited, now_ms, out)
+        self._pump(partition, now_ms, out)
+
+    def _refused(
+        self, partition: _Partition, batch: _Batch, event: BatchAnswered, awaited: bool, now_ms: int, out: list[Effect]
+    ) -> None:
+        error = event.error
+        assert error is not None
+        batch.error = error
+        if error.definite:
+            batch.doubtful.discard(event.attempt)
+        if isinstance(error, NotPrimary):
+            self._heed_hint(partition, error, now_ms)
+        if isinstance(error, OutOfOrderSequence) and not batch.headmost:
+            # An earlier batch of the same round was refused; this one only has to follow it once more.
+            self._hold_back(partition, error, now_ms, out)
+        elif batch.clean and isinstance(error, (OutOfOrderSequence, UnknownProducer)):
+            # The broker does not know what it had acknowledged before (unclean recovery, expiry): begin anew.
+            partition.bumping = True
+            self._hold_back(partition, error, now_ms, out)
+        elif batch.clean and not error.retriable and not error.refresh_metadata:
+            self._remove(partition, batch)
+            out.append(FailBatch(event.key, batch.number, error))
+        elif awaited:
+            self._hold_back(partition, error, now_ms, out)
+
+    def _session_lost(self, broker: int, now_ms: int, out: list[Effect]) -> None:
+        for partition in self._partitions.values():
+            if partition.broker == broker and any(batch.awaited for batch in partition.queue):
+                for batch in partition.queue:
+                    batch.awaited = 0
+                self._hold_back(partition, None, now_ms, out)
+                self._pump(partition, now_ms, out)
+
+    def _route_changed(self, event: RouteChanged, now_ms: int, out: list[Effect]) -> None:
+        partition = self._partition(event.key)
+        if event.gone:
+            partition.gone = True
+            for batch in [b for b in partition.queue if b.clean]:
+                self._remove(partition, batch)
+                out.append(FailBatch(event.key, batch.number, _gone(event.key)))
+            self._pump(partition, now_ms, out)
+            return
+        if event.partitions > partition.partitions:
+            partition.partitions = event.partitions
+            self._pump(partition, now_ms, out)
+        if event.epoch < partition.epoch or (event.broker, event.epoch) == (partition.broker, partition.epoch):
+            return
+        self._retarget(partition, event.broker, event.epoch)
+        self._pump(partition, now_ms, out)
+
+    def _retarget(self, partition: _Partition, broker: int, epoch: int) -> None:
+        """A new primaryship: do not wait for the old one, which may be paused for minutes. Its attempts stay doubtful,
+        and the same identity is sent to the new primary in order."""
+        partition.broker = broker
+        partition.epoch = epoch
+        partition.gone = False
+        partition.failures = 0
+        partition.blocked_until_ms = 0
+        for batch in partition.queue:
+            batch.awaited = 0
+
+    def _heed_hint(self, partition: _Partition, error: FerrylineError, now_ms: int) -> None:
+        """A refusal may name the primary of a later epoch: use it without waiting for metadata."""
+        broker, epoch = error.details.get("primary"), error.details.get("epoch")
+        if isinstance(broker, int) and isinstance(epoch, int) and broker != NO_BROKER and epoch > partition.epoch:
+            self._retarget(partition, broker, epoch)
+
+    def _time_passed(self, now_ms: int, out: list[Effect]) -> None:
+        timers = self._timers
+        while timers and timers[0][0] <= now_ms:
+            wake_ms, key = heapq.heappop(timers)
+            partition = self._partitions[key]
+            if partition.armed_ms != wake_ms:
+                continue
+            partition.armed_ms = NEVER
+            self._expire(partition, now_ms, out)
+            self._pump(partition, now_ms, out)
+
+    def _expire(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+        queue = partition.queue
+        while queue and queue[0].deadline_ms <= now_ms:
+            batch = queue[0]
+            self._remove(partition, batch)
+            out.append(FailBatch(partition.key, batch.number, _deadline_error(partition.key, batch)))
+        overdue = [batch for batch in queue if batch.awaited and batch.answer_by_ms <= now_ms]
+        for batch in overdue:
+            batch.awaited = 0  # still doubtful
+        if overdue:
+            self._hold_back(partition, None, now_ms, out)
+
+    def _close(self, out: list[Effect]) -> None:
+        self._closed = True
+        for partition in self._partitions.values():
+            while partition.queue:
+                batch = partition.queue.popleft()
+                error: FerrylineError = ClientClosed("the producer was closed before this record was sent")
+                if not batch.clean:
+                    error = OutcomeUnknown("the producer was closed before this record was acknowledged")
+                out.append(FailBatch(partition.key, batch.number, error))
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def _pump(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+        """Send what may be sent, in order, and arm the timer."""
+        self._give_back(partition, out)
+        if partition.bumping and all(batch.clean for batch in _numbered(partition)):
+            self._bump(partition)
+        if now_ms >= partition.blocked_until_ms:
+            partition.blocked_until_ms = 0
+            if partition.queue and partition.broker == NO_BROKER:
+                self._hold_back(partition, None, now_ms, out)
+            elif partition.queue:
+                self._send_due(partition, now_ms, out)
+        wake_ms = partition.wake_ms()
+        if wake_ms < partition.armed_ms:
+            partition.armed_ms = wake_ms
+            heapq.heappush(self._timers, (wake_ms, partition.key))
+
+    def _give_back(self, partition: _Partition, out: list[Effect]) -> None:
+        """Hand back what was hashed with another partition count, while nothing before it is in doubt."""
+        queue = partition.queue
+        while queue and queue[0].clean and 0 < queue[0].partitions < partition.partitions:
+            batch = queue[0]
+            self._remove(partition, batch)
+            out.append(RepartitionBatch(partition.key, batch.number))
+
+    def _send_due(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+        lowest = partition.queue[0].ordinal
+        for batch in partition.queue:
+            if batch.ordinal < 0:
+                if partition.bumping or (lowest >= 0 and partition.next_ordinal >= lowest + IN_FLIGHT_MAX):
+                    return
+                batch.ordinal = partition.next_ordinal
+                batch.sequence = partition.next_sequence
+                partition.next_ordinal += 1
+                partition.next_sequence = (partition.next_sequence + batch.records) % SEQUENCE_WRAP
+                if lowest < 0:
+                    lowest = batch.ordinal
+            assert batch.ordinal < lowest + IN_FLIGHT_MAX, (partition.key, batch.ordinal, lowest)
+            if not batch.awaited and not (partition.bumping and batch.clean):
+                self._send(partition, batch, now_ms, out, headmost=batch.ordinal == lowest)
+
+    def _send(self, partition: _Partition, batch: _Batch, now_ms: int, out: list[Effect], *, headmost: bool) -> None:
+        self._attempts += 1
+        batch.awaited = self._attempts
+        batch.doubtful.add(self._attempts)
+        batch.headmost = headmost
+        timeout_ms = max(1, min(self.request_timeout_ms, batch.deadline_ms - now_ms))
+        batch.answer_by_ms = now_ms + timeout_ms
+        out.append(
+            SendBatch(
+                partition.key,
+                batch.number,
+                self._attempts,
+                partition.broker,
+                partition.pid,
+                partition.pepoch,
+                batch.sequence,
+                timeout_ms,
+            )
+        )
+
+    def _hold_back(self, partition: _Partition, error: FerrylineError | None, now_ms: int, out: list[Effect]) -> None:
+        """Wait a little before the next round. Several refusals of one round count once."""
+        if now_ms < partition.blocked_until_ms:
+            return
+        partition.failures += 1
+        partition.blocked_until_ms = now_ms + self.backoff.delay_ms(partition.failures, self._jitter.next())
+        if error is None or error.refresh_metadata:
+            out.append(RefreshMetadata())
+
+    def _remove(self, partition: _Partition, batch: _Batch) -> None:
+        partition.queue.remove(batch)
+        if batch.ordinal >= 0:
+            partition.bumping = True  # its number is a gap now
+
+    def _bump(self, partition: _Partition) -> None:
+        """A new pepoch: what is left is numbered from 0. Nothing may be in doubt under the old one."""
+        assert all(batch.clean and not batch.awaited for batch in partition.queue), partition.key
+        partition.bumping = False
+        partition.pepoch += 1
+        if partition.pepoch > PEPOCH_MAX:  # an unknown pid at sequence 0 is always welcome
+            partition.pid = Jitter(partition.pid).next_bits() >> (64 - PID_BITS)
+            partition.pepoch = 0
+        partition.next_ordinal = 0
+        partition.next_sequence = 0
+        for batch in partition.queue:
+            batch.ordinal = batch.sequence = -1
+
+    def _partition(self, key: PartitionKey) -> _Partition:
+        partition = self._partitions.get(key)
+        if partition is None:
+            partition = self._partitions[key] = _Partition(key, self.pid)
+        return partition
+
+
+def _numbered(partition: _Partition) -> Iterator[_Batch]:
+    for batch in partition.queue:
+        if batch.ordinal < 0:
+            return
+        yield batch
+
+
+def _gone(key: PartitionKey) -> FerrylineError:
+    return UnknownTopic(f"topic {key[0]} was deleted", topic_id=key[0], partition=key[1])
+
+
+def _deadline_error(key: PartitionKey, batch: _Batch) -> FerrylineError:
+    cause = f"; last error: {batch.error}" if batch.error else ""
+    where = f"partition {key[1]} of topic {key[0]}"
+    if batch.clean:
+        error: FerrylineError = DeadlineExceeded(f"not delivered to {where} before the deadline{cause}")
+    else:
+        error = OutcomeUnknown(f"no acknowledgement from {where} before the deadline{cause}")
+    error.__cause__ = batch.error
+    return error
