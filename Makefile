@@ -1,0 +1,88 @@
+# Every command of the project. `make` alone lists them.
+
+PYTHON ?= python3.11
+SEEDS  ?= 200
+BROKERS ?= 3
+ARGS   ?=
+
+BIN := .venv/bin
+DISTRIBUTIONS := sdk services/common services/coordinator services/broker
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all check format tidy sim sim-mutants bench up down wheels images lock docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- environment ------------------------------------------------------------------------------------
+
+venv: .venv/.stamp ## the environment in .venv, with exactly the pinned versions
+
+.venv/.stamp: requirements/dev.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
+	@echo "venv: installing into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --require-hashes --requirement requirements/dev.txt
+	@$(PIP) install --no-deps --no-build-isolation $(DISTRIBUTIONS:%=--editable %)
+	@touch $@
+
+lock: venv ## rewrite requirements/*.txt from requirements/*.in
+	@scripts/lock $(ARGS)
+
+docs: venv ## rewrite the pages that are made from code
+	@$(BIN)/python scripts/error_table.py
+
+# -- see it run -------------------------------------------------------------------------------------
+
+demo: venv ## three brokers over TLS, 200,000 records, a kill -9 in the middle, and the count at the end
+	@$(BIN)/ferryline demo $(ARGS)
+
+bench: venv ## throughput and latency beside librdkafka, on this machine
+	@$(BIN)/ferryline bench $(ARGS)
+
+# -- prove it ---------------------------------------------------------------------------------------
+
+test: venv ## all tests that need neither docker nor root
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: venv ## all tests; installs and starts what they need (Debian, root)
+	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow $(ARGS)
+
+sim: venv ## the seeded simulation: make sim SEEDS=2000
+	@$(BIN)/python -m simulation --seeds $(SEEDS) $(ARGS)
+
+sim-mutants: venv ## every seeded bug, which the simulation must catch
+	@$(BIN)/python -m simulation --mutants $(ARGS)
+
+check: venv ## format, lint, types, import contracts, tidiness: what must be clean before a commit
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo | tail -n 40 >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@$(BIN)/python -m pytest -q -p no:randomly --no-header tests/unit/test_tidy.py
+	@echo "check: clean"
+
+format: venv ## let ruff format and mend what it can
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format .
+
+# -- containers -------------------------------------------------------------------------------------
+
+wheels: venv ## the four distributions, in dist/
+	@rm -rf dist && mkdir dist
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist $(DISTRIBUTIONS:%=./%)
+	@ls dist
+
+images: venv ## the images of coordinator and broker
+	@scripts/compose build
+
+up: images ## a compose cluster: make up BROKERS=5
+	@scripts/compose up --detach --scale broker=$(BROKERS)
+	@scripts/compose ps
+
+down: ## stop the compose cluster; its data stays under docker_volumes/
+	@scripts/compose down
+
+clean: ## remove what was built and cached; data and .venv stay
+	@rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,142 @@
+"""What all tests share: which tests run, polling with a deadline, free ports, and checks that nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+NEEDS = {
+    "docker": "needs a docker daemon: `make test-all`, or --docker",
+    "root": "needs root: `make test-all`, or --root",
+    "slow": "takes long: `make test-all`, or --slow",
+}
+POLL_SECONDS = 0.02
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One switch for each marker whose tests do not run everywhere."""
+    for marker, reason in NEEDS.items():
+        parser.addoption(f"--{marker}", action="store_true", help=f"run tests marked {marker} ({reason})")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with its reason, what was not asked for. What was asked for must run: it fails where it cannot."""
+    for item in items:
+        for marker, reason in NEEDS.items():
+            if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class Deadline:
+    """When polling gives up, and the last thing that was wrong."""
+
+    def __init__(self, within_s: float, what: str) -> None:
+        self.within_s, self.what = within_s, what
+        self.end = time.monotonic() + within_s
+        self.wrong: AssertionError | None = None
+
+    def check(self) -> None:
+        """Raises what was wrong last once the time is over."""
+        if time.monotonic() >= self.end:
+            pytest.fail(f"not within {self.within_s:g} s: {self.what}" + (f"\n{self.wrong}" if self.wrong else ""))
+
+
+async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 10.0, what: str = "") -> Any:
+    """Call ``condition`` until it is true, and return its value; an AssertionError counts as false."""
+    deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
+    while True:
+        try:
+            value = condition()
+            if inspect.isawaitable(value):
+                value = await value
+            if value:
+                return value
+        except AssertionError as wrong:
+            deadline.wrong = wrong
+        deadline.check()
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def poll_blocking(condition: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
+    """`poll` for tests without an event loop."""
+    deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
+    while True:
+        try:
+            if value := condition():
+                return value
+        except AssertionError as wrong:
+            deadline.wrong = wrong
+        deadline.check()
+        time.sleep(POLL_SECONDS)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., Awaitable[Any]]:
+    """``await eventually(lambda: condition, within_s=5)``: polls with a deadline, instead of a sleep that guesses."""
+    return poll
+
+
+@pytest.fixture
+def eventually_blocking() -> Callable[..., Any]:
+    """`eventually` for tests that are not coroutines."""
+    return poll_blocking
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A loopback port that was free a moment ago; where a service can take port 0 itself, prefer that."""
+
+    def pick() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return int(listener.getsockname()[1])
+
+    return pick
+
+
+@pytest.fixture(autouse=True)
+def no_thread_outlives_its_test() -> Iterator[None]:
+    """A thread left behind keeps the interpreter from ending and disturbs the tests after it."""
+    before = set(threading.enumerate())
+    yield
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        left = [t.name for t in threading.enumerate() if t not in before and not t.daemon and t.is_alive()]
+        if not left:
+            return
+        time.sleep(POLL_SECONDS)
+    pytest.fail(f"threads left running: {left}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_outlives_the_session() -> Iterator[None]:
+    """Whoever starts a process ends it. First fixture to start and last to finish: nothing ends after it."""
+    me = psutil.Process(os.getpid())
+    before = {child.pid for child in me.children(recursive=True)}
+    yield
+    helpers = {child.pid for child in multiprocessing.active_children()}
+    tracker = "multiprocessing.resource_tracker"  # started by the standard library, ends with us
+    end = time.monotonic() + 5.0
+    while time.monotonic() < end:
+        left = []
+        for child in me.children(recursive=True):
+            try:
+                line = " ".join(child.cmdline())
+                if child.pid not in before | helpers and tracker not in line and child.status() != "zombie":
+                    left.append(f"{child.pid} {line[:120]}")
+            except psutil.NoSuchProcess:
+                continue
+        if not left:
+            return
+        time.sleep(POLL_SECONDS)
+    pytest.fail(f"processes left running: {left}")
