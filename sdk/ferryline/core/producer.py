@@ -347,11 +347,12 @@ class ProducerCore:
         batch.error = error
         if error.definite:
             batch.doubtful.discard(event.attempt)
-        if isinstance(error, NotPrimary):
-            self._heed_hint(partition, error, now_ms)
+        if isinstance(error, NotPrimary) and self._heed_hint(partition, error):
+            return
         if isinstance(error, OutOfOrderSequence) and not batch.headmost:
             # An earlier batch of the same round was refused; this one only has to follow it once more.
-            self._hold_back(partition, error, now_ms, out)
+            if awaited:
+                self._hold_back(partition, error, now_ms, out)
         elif batch.clean and isinstance(error, (OutOfOrderSequence, UnknownProducer)):
             # The broker does not know what it had acknowledged before (unclean recovery, expiry): begin anew.
             partition.bumping = True
@@ -398,11 +399,13 @@ class ProducerCore:
         for batch in partition.queue:
             batch.awaited = 0
 
-    def _heed_hint(self, partition: _Partition, error: FerrylineError, now_ms: int) -> None:
+    def _heed_hint(self, partition: _Partition, error: FerrylineError) -> bool:
         """A refusal may name the primary of a later epoch: use it without waiting for metadata."""
         broker, epoch = error.details.get("primary"), error.details.get("epoch")
         if isinstance(broker, int) and isinstance(epoch, int) and broker != NO_BROKER and epoch > partition.epoch:
             self._retarget(partition, broker, epoch)
+            return True
+        return False
 
     def _time_passed(self, now_ms: int, out: list[Effect]) -> None:
         timers = self._timers
