@@ -53,6 +53,8 @@ class Kind(IntEnum):
     ALTER_ISR = 42
     RESIGN = 43
     REPORT = 44
+    # coordinator -> broker; no answer
+    HANDOVER = 45
     # client -> coordinator
     GROUP_HEARTBEAT = 50
 

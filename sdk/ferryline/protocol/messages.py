@@ -365,6 +365,7 @@ class RegisterOk(Message):
     cluster_id: str
     claim_key: bytes = b""
     heartbeat_ms: int = 500
+    revision: int = 0  # metadata revision after this registration; the broker acts on nothing older
 
 
 class Heartbeat(Message):
@@ -443,6 +444,24 @@ class Resign(Message):
     broker_id: int
     broker_epoch: int
     entries: list[ResignEntry]
+
+
+class HandoverEntry(Message):
+    """``target`` is the replica that should take over; it is in the in-sync set."""
+
+    topic_id: str
+    partition: int
+    epoch: int
+    target: int
+
+
+class Handover(Message):
+    """Coordinator -> broker, no answer: hand these primaryships over (rule C10). The broker answers by RESIGN.
+
+    An entry whose epoch is not the present one, or that names a partition of another primary, is ignored.
+    """
+
+    entries: list[HandoverEntry]
 
 
 class Report(Message):
