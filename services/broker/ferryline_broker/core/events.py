@@ -116,7 +116,7 @@ class GroupForgotten(Event):
 
 
 class BarrierAsked(Event):
-    """Linearizable read: answered (AnswerBarrier) when this primaryship has committed something newer than the question."""
+    """Linearizable read: AnswerBarrier when this primaryship has committed something newer than the question."""
 
     token: int
     timeout_ms: int = 30_000

@@ -67,7 +67,7 @@ class ProducerTable:
             if sequence == 0:
                 return ACCEPTED
             code = "UNKNOWN_PRODUCER" if state is None else "OUT_OF_ORDER_SEQUENCE"
-            return Verdict(code, f"first batch of producer epoch {header.producer_epoch} has sequence {sequence}, not 0")
+            return Verdict(code, f"producer epoch {header.producer_epoch} begins with sequence {sequence}, not 0")
         if header.producer_epoch < state.epoch:
             return Verdict("PRODUCER_FENCED", f"producer epoch {header.producer_epoch} is below {state.epoch}")
         last = state.batches[-1]

@@ -1,0 +1,169 @@
+"""Delivery state of log groups in one partition: who may commit, and how far a group has come. Pure.
+
+The state log is the truth; `GroupTable` is what its entries add up to. Entries are appended by the primary only, applied
+when appended, and answered when committed. A new primary rebuilds the table from the whole state log.
+
+Void rule: an entry that names a record which is not in the record log (other epoch, or beyond its end) counts for
+nothing. It can only exist after an unflushed power loss, and without the rule records written later at the same offsets
+would inherit the commits of the lost ones.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ferryline_broker.core.epochs import EpochIndex
+from ferryline_broker.core.events import GroupOffset
+
+
+class ClaimEntry(msgspec.Struct, array_like=True, frozen=True, tag=1):
+    group: str
+    member: str
+    generation: int
+
+
+class CommitEntry(msgspec.Struct, array_like=True, frozen=True, tag=2):
+    """``offset`` is the next record to read; ``offset_epoch`` the epoch of the record before it (-1: none)."""
+
+    group: str
+    offset: int
+    offset_epoch: int
+    metadata: str
+
+
+class ForgetEntry(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    group: str
+
+
+class BarrierEntry(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """Changes nothing; its commit proves that this primaryship still stood."""
+
+
+class GroupRow(msgspec.Struct, array_like=True, frozen=True):
+    group: str
+    member: str
+    generation: int
+    offset: int
+    offset_epoch: int
+    metadata: str
+
+
+class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
+    """The whole table; entries before it are no longer needed once it is committed."""
+
+    rows: list[GroupRow]
+
+
+StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEntry)
+
+
+def encode_entry(entry: StateEntry) -> bytes:
+    return _encoder.encode(entry)
+
+
+class Refused(msgspec.Struct, frozen=True, gc=False):
+    code: str
+    message: str
+
+
+class GroupTable:
+    """Group name -> row. `decide_*` say what to append (or refuse); `apply` is the only change."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self) -> None:
+        self._rows: dict[str, GroupRow] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def offset(self, group: str) -> GroupOffset:
+        row = self._rows.get(group)
+        return GroupOffset(row.offset, row.offset_epoch, row.generation, row.metadata) if row else GroupOffset()
+
+    def items(self) -> list[tuple[str, GroupOffset]]:
+        return [(name, self.offset(name)) for name in sorted(self._rows)]
+
+    def decide_claim(self, group: str, member: str, generation: int) -> ClaimEntry | Refused:
+        """The higher generation wins; the same one only for the same member (a repeated request)."""
+        row = self._rows.get(group)
+        if row and (generation < row.generation or (generation == row.generation and member != row.member)):
+            return Refused(
+                "STALE_MEMBER", f"generation {generation} of group {group!r} was followed by {row.generation}"
+            )
+        return ClaimEntry(group, member, generation)
+
+    def decide_commit(
+        self,
+        group: str,
+        member: str,
+        generation: int,
+        offset: int,
+        metadata: str,
+        reset: bool,
+        *,
+        records: EpochIndex,
+        high_watermark: int,
+        log_start: int,
+    ) -> CommitEntry | Refused | None:
+        """None: nothing to do, the group is already there (commits never go back unless ``reset``)."""
+        row = self._rows.get(group)
+        current = row.generation if row else 0
+        if generation != current or (row and generation and member != row.member):
+            return Refused("STALE_MEMBER", f"group {group!r} is at generation {current}, the commit says {generation}")
+        if not 0 <= offset <= high_watermark:
+            return Refused("OFFSET_OUT_OF_RANGE", f"offset: {offset} is outside 0..{high_watermark} (high watermark)")
+        if row and not reset and offset <= row.offset:
+            return None
+        epoch = records.epoch_at(offset - 1) if offset > log_start else -1
+        return CommitEntry(group, offset, epoch, metadata)
+
+    def apply(self, entry: StateEntry) -> None:
+        match entry:
+            case ClaimEntry(group, member, generation):
+                row = self._rows.get(group)
+                old = row or GroupRow(group, "", 0, -1, -1, "")
+                self._rows[group] = GroupRow(group, member, generation, old.offset, old.offset_epoch, old.metadata)
+            case CommitEntry(group, offset, offset_epoch, metadata):
+                row = self._rows.get(group)
+                member, generation = (row.member, row.generation) if row else ("", 0)
+                self._rows[group] = GroupRow(group, member, generation, offset, offset_epoch, metadata)
+            case ForgetEntry(group):
+                self._rows.pop(group, None)
+            case SnapshotEntry(rows):
+                self._rows = {row.group: row for row in rows}
+            case BarrierEntry():
+                pass
+
+    def snapshot(self) -> SnapshotEntry:
+        return SnapshotEntry([self._rows[name] for name in sorted(self._rows)])
+
+    @classmethod
+    def replay(
+        cls, entries: list[tuple[int, int, bytes]], records: EpochIndex, log_start: int, log_end: int
+    ) -> GroupTable:
+        """The table after all state entries, void ones left out."""
+        table = cls()
+        for _, _, value in entries:
+            entry = _decoder.decode(value)
+            if isinstance(entry, CommitEntry) and not _stands(entry, records, log_start, log_end):
+                continue
+            if isinstance(entry, SnapshotEntry):
+                entry = SnapshotEntry([_voided(row, records, log_start, log_end) for row in entry.rows])
+            table.apply(entry)
+        return table
+
+
+def _stands(entry: CommitEntry | GroupRow, records: EpochIndex, log_start: int, log_end: int) -> bool:
+    if entry.offset <= log_start:
+        return True
+    return entry.offset <= log_end and records.epoch_at(entry.offset - 1) == entry.offset_epoch
+
+
+def _voided(row: GroupRow, records: EpochIndex, log_start: int, log_end: int) -> GroupRow:
+    """A snapshot keeps only the last commit, so a void one falls back to the start of what is left."""
+    if row.offset < 0 or _stands(row, records, log_start, log_end):
+        return row
+    return GroupRow(row.group, row.member, row.generation, log_start, -1, row.metadata)

@@ -1,0 +1,414 @@
+"""One replica on one broker: the funnel that every event goes through. Pure.
+
+`PartitionCore` decides which role the coordinator's records give this replica and hands events to the `Primary` or
+`Secondary` of the present epoch. A new epoch is a new object, so nothing of an old primaryship can leak into the next.
+
+::
+
+            MetaReceived: primary = self, epoch > seen          MetaReceived: other primary
+    idle ------------------------------------------> primary -----------------------------> secondary
+      ^        no primary known / not a replica         |   conflict, storage, assertion        |
+      +-------------------------------------------------+-----------> stopped <-----------------+
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from ferryline.protocol.messages import LOG_CONFLICT, LOG_DAMAGED, RECORDS, STATE, ReplicaData, ReplicaReport
+from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
+from ferryline_broker.core.events import (
+    AlterIsrAnswered,
+    BarrierAsked,
+    Claimed,
+    CommitAsked,
+    CommittedAsked,
+    DataCorrupt,
+    DataReceived,
+    DeleteReplica,
+    DiskFull,
+    Effect,
+    Event,
+    FetchReceived,
+    Flushed,
+    GroupForgotten,
+    GroupOffset,
+    HandOverAsked,
+    Key,
+    LogStartAdvanced,
+    MetaReceived,
+    PeerDown,
+    PeerUp,
+    PersistEpoch,
+    Produced,
+    ProducersRebuilt,
+    ProgressReceived,
+    RefreshMetadata,
+    Refuse,
+    RoleChanged,
+    SendData,
+    StateReplayed,
+    StorageFailed,
+    Tick,
+)
+from ferryline_broker.core.primary import Primary
+from ferryline_broker.core.replica import (
+    ROLE_IDLE,
+    ROLE_PRIMARY,
+    ROLE_SECONDARY,
+    ROLE_STOPPED,
+    LogOpened,
+    OpenedReplica,
+    Replica,
+    ReplicaConfig,
+)
+from ferryline_broker.core.secondary import Secondary
+
+__all__ = ["LogOpened", "OpenedReplica", "PartitionCore", "ReadVerdict", "ReplicaConfig"]
+
+STORY_EVENTS = 200
+
+
+class ReadVerdict(msgspec.Struct, frozen=True, gc=False):
+    """May a client read from here, and up to where. ``below``: exclusive; only committed records are ever served."""
+
+    code: str = ""
+    message: str = ""
+    below: int = 0
+    safe_offset: int = -1
+
+
+class PartitionCore:
+    """`handle` is the only way in; it returns what is to be done, in order."""
+
+    def __init__(self, key: Key, broker_id: int, config: ReplicaConfig, opened: OpenedReplica) -> None:
+        self.replica = Replica(key, broker_id, config, opened)
+        self.primary: Primary | None = None
+        self.secondary: Secondary | None = None
+        self.stopped = ""
+        self.story: deque[tuple[int, Any]] = deque(maxlen=STORY_EVENTS)
+        self._role = ROLE_IDLE
+        if opened.log_state == LOG_DAMAGED and not opened.repairing:
+            self.stopped = "damaged at start"
+            self._role = ROLE_STOPPED
+
+    # -- what the driver may look at ----------------------------------------------------------------
+
+    @property
+    def key(self) -> Key:
+        return self.replica.key
+
+    @property
+    def role(self) -> str:
+        return self._role
+
+    @property
+    def epoch(self) -> int:
+        return self.replica.part.epoch if self.replica.part else self.replica.seen_epoch
+
+    @property
+    def part(self) -> PartitionMeta | None:
+        return self.replica.part
+
+    @property
+    def isr(self) -> tuple[int, ...]:
+        if self.primary:
+            return self.primary.isr
+        return self.replica.part.isr if self.replica.part else ()
+
+    @property
+    def maximal_isr(self) -> frozenset[int]:
+        return self.primary.maximal_isr if self.primary else frozenset()
+
+    @property
+    def ready(self) -> bool:
+        return self.primary is not None and self.primary.ready
+
+    @property
+    def log_start(self) -> list[int]:
+        return self.replica.log_start
+
+    @property
+    def log_end(self) -> list[int]:
+        return self.replica.log_end
+
+    @property
+    def flushed(self) -> list[int]:
+        return self.replica.flushed
+
+    @property
+    def high_watermark(self) -> list[int]:
+        return self.replica.high_watermark
+
+    def report(self) -> ReplicaReport:
+        return self.replica.report()
+
+    def groups(self) -> list[tuple[str, GroupOffset]]:
+        """Committed offsets as the primary knows them; empty elsewhere. For metrics and listings."""
+        return self.primary.groups.items() if self.primary and self.primary.groups else []
+
+    def retention_limit(self) -> int:
+        """Nothing at or above this record offset may be deleted (rule L11)."""
+        limit = self.replica.high_watermark[RECORDS]
+        if self.primary:
+            for broker_id in self.primary.isr:
+                if broker_id != self.replica.broker_id:
+                    member = self.primary.members.get(broker_id)
+                    limit = min(limit, member.fetched[RECORDS] if member else 0)
+        return max(limit, 0) if self.primary else self.replica.log_start[RECORDS]
+
+    def lag_of(self) -> dict[int, int]:
+        """Records that each known secondary is behind the log end. For metrics."""
+        if self.primary is None:
+            return {}
+        end = self.replica.log_end[RECORDS]
+        return {b: end - max(m.fetched[RECORDS], 0) for b, m in sorted(self.primary.members.items())}
+
+    def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
+        """Rule F7 and replication of consumers' positions: an offset in (high watermark, log end] is not an error."""
+        replica = self.replica
+        if self._role != ROLE_PRIMARY and not (secondary and self._role == ROLE_SECONDARY):
+            return ReadVerdict("NOT_PRIMARY", f"this broker is {self._role} of the partition")
+        high, end = replica.high_watermark[RECORDS], replica.log_end[RECORDS]
+        if offset < replica.log_start[RECORDS]:
+            return ReadVerdict("OFFSET_OUT_OF_RANGE", f"offset: {offset} is below the log start", high)
+        if self._role == ROLE_PRIMARY:
+            if offset_epoch >= 0 and replica.log_start[RECORDS] < offset:
+                epoch, epoch_end = replica.epochs[RECORDS].end_offset_for(offset_epoch, end)
+                if epoch != offset_epoch or epoch_end < offset:
+                    safe = min(epoch_end, high)
+                    return ReadVerdict("LOG_TRUNCATED", f"the log was cut below offset {offset}", high, safe)
+            elif offset > end:
+                return ReadVerdict("OFFSET_OUT_OF_RANGE", f"offset: {offset} is above the log end {end}", high)
+        return ReadVerdict(below=high)
+
+    def next_deadline_ms(self) -> int | None:
+        if self.stopped:
+            return None
+        if self.primary:
+            return self.primary.next_deadline_ms()
+        return self.secondary.next_deadline_ms() if self.secondary else None
+
+    # -- the funnel ---------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+        """Decide. Raises AssertionError (with the story in ``self.story``) only if an invariant broke."""
+        self.story.append((now_ms, event.story()))
+        replica = self.replica
+        self._dispatch(event, now_ms)
+        if self.secondary is not None and self.secondary.failed and not self.stopped:
+            self._stop(self.secondary.failed)
+        replica.check()
+        out, replica.out = replica.out, []
+        return out
+
+    def _dispatch(self, event: Event, now_ms: int) -> None:
+        if isinstance(event, MetaReceived):
+            self._meta(event, now_ms)
+        elif isinstance(event, Produced | Claimed | CommitAsked | CommittedAsked | GroupForgotten | BarrierAsked):
+            self._asked(event, now_ms)
+        elif isinstance(event, FetchReceived):
+            self._fetch(event, now_ms)
+        elif isinstance(event, Flushed):
+            self._flushed(event, now_ms)
+        elif isinstance(event, AlterIsrAnswered):
+            self._alter_answered(event, now_ms)
+        elif isinstance(event, StorageFailed):
+            self._storage_failed(event)
+        elif isinstance(event, DiskFull):
+            self.replica.disk_full = event.full
+        elif isinstance(event, LogStartAdvanced):
+            self.replica.advance_start(event.log, event.log_start)
+        elif isinstance(event, ProducersRebuilt):
+            self.replica.producers = event.table
+        elif self.primary is not None:
+            self._primary_event(self.primary, event, now_ms)
+        elif self.secondary is not None:
+            self._secondary_event(self.secondary, event, now_ms)
+
+    def _primary_event(self, primary: Primary, event: Event, now_ms: int) -> None:
+        if isinstance(event, ProgressReceived):
+            primary.progress(event, now_ms)
+        elif isinstance(event, StateReplayed):
+            primary.replayed(event.entries)
+        elif isinstance(event, HandOverAsked):
+            primary.hand_over(event, now_ms)
+        elif isinstance(event, PeerDown):
+            primary.peer_down(event.peer)
+        elif isinstance(event, Tick):
+            primary.tick(now_ms)
+
+    def _secondary_event(self, secondary: Secondary, event: Event, now_ms: int) -> None:
+        if isinstance(event, DataReceived):
+            secondary.answered(event, now_ms)
+        elif isinstance(event, DataCorrupt):
+            secondary.corrupt(event, now_ms)
+        elif isinstance(event, PeerUp):
+            if event.peer == secondary.primary:
+                secondary.peer_up(now_ms)
+        elif isinstance(event, PeerDown):
+            if event.peer == secondary.primary:
+                secondary.peer_down(now_ms)
+        elif isinstance(event, Tick):
+            secondary.tick(now_ms)
+
+    def _asked(
+        self, event: Produced | Claimed | CommitAsked | CommittedAsked | GroupForgotten | BarrierAsked, now_ms: int
+    ) -> None:
+        if self.primary is None:
+            part = self.replica.part
+            known = (part.primary, part.epoch) if part and not self.stopped else (NO_BROKER, 0)
+            message = f"this broker is {self._role} of the partition"
+            self.replica.out.append(Refuse(event.token, "NOT_PRIMARY", message, *known))
+        elif isinstance(event, Produced):
+            self.primary.produce(event, now_ms)
+        else:
+            self.primary.group(event, now_ms)
+
+    # -- roles --------------------------------------------------------------------------------------
+
+    def _meta(self, event: MetaReceived, now_ms: int) -> None:
+        replica, part = self.replica, event.part
+        assert part.key == replica.key
+        if event.coord_epoch < replica.coord_epoch:
+            return  # a stale coordinator is harmless (rule C9)
+        replica.coord_epoch = event.coord_epoch
+        replica.broker_epoch = event.broker_epoch
+        replica.live = event.live
+        if (replica.part is not None and part.version <= replica.part.version) or part.epoch < replica.seen_epoch:
+            if self.primary is not None:
+                self.primary.evaluate_isr(now_ms)  # who is alive may have changed
+            return
+        check_partition(part)
+        assert replica.part is None or part.epoch >= replica.part.epoch, (part, replica.part)
+        replica.part = part
+        if replica.repairing and replica.broker_id in part.isr:
+            replica.repairing = False
+        if self.stopped:
+            return
+        if replica.broker_id not in part.replicas:
+            self._become_idle(part, "not a replica of this partition any more")
+            replica.out.append(DeleteReplica(replica.key))
+        elif part.primary == replica.broker_id:
+            self._primary_meta(part, now_ms)
+        elif part.primary == NO_BROKER:
+            self._become_idle(part, "no primary")
+        elif self.secondary is None or self.secondary.epoch != part.epoch:
+            self._become_secondary(part, now_ms)
+
+    def _primary_meta(self, part: PartitionMeta, now_ms: int) -> None:
+        replica = self.replica
+        if self.primary is not None and self.primary.epoch == part.epoch:
+            self.primary.committed(part, now_ms)
+            return
+        if part.epoch <= replica.seen_epoch:
+            # An epoch belongs to one process life: this one began before the restart, with another memory of
+            # what was committed. The coordinator raises it when it sees the new incarnation.
+            self._become_idle(part, "epoch of an earlier process life")
+            return
+        self._leave("another epoch began here", part)
+        self._persist(part.epoch)
+        self.primary = Primary(replica, part, now_ms)
+        self._role = ROLE_PRIMARY
+        replica.out.append(RoleChanged(ROLE_PRIMARY, part.epoch))
+        self.primary.begin(now_ms)
+
+    def _become_secondary(self, part: PartitionMeta, now_ms: int) -> None:
+        """Rule F1: nothing is cut yet; the first fetch of the epoch finds out whether anything must be."""
+        self._leave("another broker became primary", part)
+        self._persist(part.epoch)
+        self.secondary = Secondary(self.replica, part.epoch, part.primary)
+        self._role = ROLE_SECONDARY
+        self.replica.out.append(RoleChanged(ROLE_SECONDARY, part.epoch))
+        self.secondary.fetch(now_ms)
+
+    def _become_idle(self, part: PartitionMeta, reason: str) -> None:
+        self._leave(reason, part)
+        self._persist(part.epoch)
+        if self._role != ROLE_IDLE:
+            self.replica.out.append(RoleChanged(ROLE_IDLE, part.epoch, reason))
+        self._role = ROLE_IDLE
+
+    def _persist(self, epoch: int) -> None:
+        if epoch > self.replica.seen_epoch:
+            self.replica.seen_epoch = epoch
+            self.replica.out.append(PersistEpoch(epoch))
+
+    def _leave(self, reason: str, part: PartitionMeta | None) -> None:
+        if self.primary is not None:
+            primary, epoch = (part.primary, part.epoch) if part else (NO_BROKER, 0)
+            self.primary.step_down("COMMIT_UNKNOWN", reason, primary, epoch)
+        self.primary = None
+        self.secondary = None
+
+    def _stop(self, reason: str) -> None:
+        self._leave(reason, None)
+        self.stopped = reason
+        self._role = ROLE_STOPPED
+        self.replica.out.append(RoleChanged(ROLE_STOPPED, self.epoch, reason))
+
+    def abandon(self, reason: str) -> list[Effect]:
+        """After an AssertionError: stop this partition, answer whoever waits, let another replica lead."""
+        self.replica.out = []
+        self._stop(reason)
+        self.replica.stop(LOG_CONFLICT)
+        out, self.replica.out = self.replica.out, []
+        return out
+
+    # -- single events ------------------------------------------------------------------------------
+
+    def _fetch(self, event: FetchReceived, now_ms: int) -> None:
+        """Rule L3: settle whose epoch is older before anything else."""
+        fetch, replica = event.fetch, self.replica
+        newest = max(fetch.epoch, fetch.positions[RECORDS].last_epoch, fetch.positions[STATE].last_epoch)
+        if self.primary is None or newest > self.primary.epoch:
+            self._refuse_fetch(event, "NOT_PRIMARY")
+            if newest > self.epoch:
+                replica.out.append(RefreshMetadata())
+                if self.primary is not None:
+                    # Somebody lives in a later epoch: this primaryship is over, whatever the coordinator says next.
+                    self._leave("a later epoch exists", None)
+                    self._role = ROLE_IDLE
+                    replica.out.append(RoleChanged(ROLE_IDLE, self.epoch, "a later epoch exists"))
+        elif fetch.epoch < self.primary.epoch:
+            self._refuse_fetch(event, "STALE_EPOCH")
+        elif replica.part is None or event.sender not in replica.part.replicas:
+            self._refuse_fetch(event, "UNKNOWN_PARTITION")
+        else:
+            self.primary.fetch(event, now_ms)
+
+    def _refuse_fetch(self, event: FetchReceived, code: str) -> None:
+        fetch = event.fetch
+        data = ReplicaData(*self.replica.key, fetch.epoch, fetch.fetch_id, None, code)
+        self.replica.out.append(SendData(event.session, event.sender, data))
+
+    def _flushed(self, event: Flushed, now_ms: int) -> None:
+        replica = self.replica
+        end = min(event.end, replica.log_end[event.log])
+        if end <= replica.flushed[event.log]:
+            return
+        replica.flushed[event.log] = end
+        if self.primary is not None:
+            self.primary.advance(now_ms)
+        elif self.secondary is not None:
+            self.secondary.flushed()
+
+    def _alter_answered(self, event: AlterIsrAnswered, now_ms: int) -> None:
+        """The answer's record is as good as one from the metadata; a bare refusal is the primary's business."""
+        result, replica = event.result, self.replica
+        if result.coord_epoch < replica.coord_epoch:
+            return
+        if result.part is not None and (replica.part is None or result.part.version > replica.part.version):
+            meta = MetaReceived(result.part, replica.broker_epoch, result.coord_epoch, replica.live)
+            self._meta(meta, now_ms)
+        elif self.primary is not None:
+            self.primary.alter_answered(result, now_ms)
+
+    def _storage_failed(self, event: StorageFailed) -> None:
+        """Rule L10: never trust that file again in this process life."""
+        if not self.stopped:
+            self._stop(f"storage of log {event.log} failed: {event.reason}")
+            self.replica.stop(LOG_DAMAGED)

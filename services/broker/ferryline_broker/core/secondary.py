@@ -1,0 +1,191 @@
+"""The secondary of one epoch: follow the primary's logs byte for byte (rules F1 to F7). Pure.
+
+Pull, not push: the fetch offset is a cumulative, idempotent acknowledgement, so a lost message costs a retry and no
+state. At most one fetch is outstanding; an answer counts only if it is for exactly the present epoch, log end and tail
+epoch, because a late answer of the *same* epoch could cut good data.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ferryline.protocol.messages import (
+    LOG_CONFLICT,
+    RECORDS,
+    STATE,
+    LogData,
+    LogPosition,
+    ReplicaData,
+    ReplicaFetch,
+    ReplicaProgress,
+)
+from ferryline.protocol.records import BatchHeader
+from ferryline_broker.core.events import (
+    AdvanceStart,
+    DataCorrupt,
+    DataReceived,
+    LogBatches,
+    RefreshMetadata,
+    SendFetch,
+    SendProgress,
+)
+from ferryline_broker.core.replica import BOTH_LOGS, Replica
+
+
+class Outstanding(msgspec.Struct):
+    """The fetch that was sent and not answered. ``told``: flushed ends that the primary has heard."""
+
+    fetch_id: int
+    positions: tuple[LogPosition, LogPosition]
+    deadline_ms: int
+    told: list[int]
+
+
+class Secondary:
+    """Follows ``primary`` in ``epoch``. ``failed`` is set when the logs contradict: then it never fetches again."""
+
+    def __init__(self, replica: Replica, epoch: int, primary: int) -> None:
+        self.replica = replica
+        self.epoch = epoch
+        self.primary = primary
+        self.outstanding: Outstanding | None = None
+        self.retry_ms = 0
+        self.failed = ""
+
+    def next_deadline_ms(self) -> int | None:
+        if self.failed:
+            return None
+        return self.outstanding.deadline_ms if self.outstanding else self.retry_ms
+
+    # -- asking -------------------------------------------------------------------------------------
+
+    def fetch(self, now_ms: int) -> None:
+        replica = self.replica
+        replica.fetch_id += 1
+        positions = (replica.position(RECORDS), replica.position(STATE))
+        self.outstanding = Outstanding(
+            replica.fetch_id, positions, now_ms + replica.config.fetch_retry_ms, list(replica.flushed)
+        )
+        fetch = ReplicaFetch(*replica.key, self.epoch, replica.fetch_id, positions)
+        replica.out.append(SendFetch(self.primary, fetch))
+
+    def tick(self, now_ms: int) -> None:
+        deadline = self.next_deadline_ms()
+        if deadline is not None and now_ms >= deadline:
+            self.fetch(now_ms)
+
+    def peer_up(self, now_ms: int) -> None:
+        """Whatever was outstanding went down with the old session."""
+        if not self.failed:
+            self.fetch(now_ms)
+
+    def peer_down(self, now_ms: int) -> None:
+        self.outstanding = None
+        self.retry_ms = now_ms + self.replica.config.fetch_retry_ms  # PeerUp comes first, normally
+
+    def flushed(self) -> None:
+        """A flush ended while the next fetch is parked: tell at once, or the acknowledgement waits for new data."""
+        out = self.outstanding
+        if out is None or self.failed or out.told == self.replica.flushed:
+            return
+        out.told = list(self.replica.flushed)
+        progress = ReplicaProgress(*self.replica.key, self.epoch, (out.told[RECORDS], out.told[STATE]))
+        self.replica.out.append(SendProgress(self.primary, progress))
+
+    # -- hearing ------------------------------------------------------------------------------------
+
+    def answered(self, event: DataReceived, now_ms: int) -> None:
+        data = event.data
+        if self.failed or not self._matches(event.sender, data):
+            return
+        if data.logs is None:
+            self.outstanding = None
+            self.retry_ms = now_ms + self.replica.config.refused_retry_ms
+            self.replica.out.append(RefreshMetadata())
+            return
+        self.outstanding = None
+        for log in BOTH_LOGS:
+            if not self._take(log, data.logs[log], event.batches[log]):
+                if not self.failed:
+                    self.retry_ms = now_ms + self.replica.config.refused_retry_ms
+                return
+        self.fetch(now_ms)
+
+    def corrupt(self, event: DataCorrupt, now_ms: int) -> None:
+        """Bytes on the way, or the primary's disk: ask again later; the primary's scrubber finds a bad disk."""
+        out = self.outstanding
+        if event.sender == self.primary and event.epoch == self.epoch and out and out.fetch_id == event.fetch_id:
+            self.outstanding = None
+            self.retry_ms = now_ms + self.replica.config.refused_retry_ms
+
+    def _matches(self, sender: int, data: ReplicaData) -> bool:
+        """Rule F2. An answer to anything but the present (epoch, log end, tail epoch) is dropped."""
+        out = self.outstanding
+        if out is None or sender != self.primary or data.epoch != self.epoch or data.fetch_id != out.fetch_id:
+            return False
+        if data.logs is None:
+            return True
+        return all(self._echoes(log, data.logs[log]) for log in BOTH_LOGS)
+
+    def _echoes(self, log: int, data: LogData) -> bool:
+        replica = self.replica
+        return data.fetch_offset == replica.log_end[log] and data.last_epoch == replica.epochs[log].tail_epoch
+
+    def _take(self, log: int, data: LogData, batches: LogBatches) -> bool:
+        """Take over one log's part of an answer. False: nothing more can be done with this answer."""
+        replica = self.replica
+        if data.diverging is not None:
+            return self._diverged(log, *data.diverging)
+        if data.log_start > replica.log_end[log]:
+            return self._restart_at(log, data.log_start)
+        if batches.headers:
+            if not self._continues(log, batches.headers):
+                return False
+            replica.append(log, batches.data, batches.headers)
+            if replica.fsync:
+                replica.flush(log)
+        replica.raise_watermark(log, data.high_watermark)
+        if data.log_start > replica.log_start[log]:
+            replica.advance_start(log, data.log_start)
+            replica.out.append(AdvanceStart(log, replica.log_start[log]))
+        return True
+
+    def _continues(self, log: int, headers: list[tuple[int, BatchHeader]]) -> bool:
+        """Rule F3, as an operating error: a peer that sends a gap or a falling epoch is not believed."""
+        end, epoch = self.replica.log_end[log], self.replica.epochs[log].tail_epoch
+        for _, header in headers:
+            if header.base_offset != end or not epoch <= header.epoch <= self.epoch:
+                return False
+            end, epoch = header.next_offset, header.epoch
+        return True
+
+    def _diverged(self, log: int, epoch: int, end: int) -> bool:
+        """Rule F4: cut back to where both logs may agree, by epoch, never by high watermark."""
+        replica = self.replica
+        _, own_end = replica.epochs[log].end_offset_for(epoch, replica.log_end[log])
+        cut = max(min(end, own_end), replica.log_start[log])
+        if min(end, own_end) < replica.high_watermark[log]:
+            part = replica.part
+            assert part is not None
+            if part.recovery_epoch <= replica.epochs[log].tail_epoch:
+                # Committed data would be cut and nobody declared a loss: one of the two logs is wrong. Stop loudly.
+                self.failed = f"log {log}: primary of epoch {self.epoch} agrees only up to {cut}, committed here up to "
+                self.failed += str(replica.high_watermark[log])
+                replica.stop(LOG_CONFLICT)
+                return False
+            replica.high_watermark[log] = cut  # an operator accepted the loss (unclean recovery)
+        replica.truncate(log, cut)
+        return True
+
+    def _restart_at(self, log: int, log_start: int) -> bool:
+        """Rule F6: the primary no longer has what we need next; only a replica that nobody counts on may jump."""
+        replica = self.replica
+        part = replica.part
+        assert part is not None
+        if replica.broker_id in part.isr or replica.broker_id in part.elr:
+            self.failed = f"log {log}: primary begins at {log_start}, this in-sync replica ends at "
+            self.failed += str(replica.log_end[log])
+            replica.stop(LOG_CONFLICT)
+            return False
+        replica.reset(log, log_start)
+        return True
