@@ -10,10 +10,10 @@ DISTRIBUTIONS := sdk services/common services/coordinator services/broker
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check format tidy sim sim-mutants bench up down wheels images lock docs clean
+.PHONY: help venv demo test test-all test-containers check format tidy sim sim-mutants bench up down wheels images lock docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # -- environment ------------------------------------------------------------------------------------
 
@@ -47,6 +47,9 @@ test: venv ## all tests that need neither docker nor root
 
 test-all: venv ## all tests; installs and starts what they need (Debian, root)
 	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow $(ARGS)
+
+test-containers: venv ## the tests of the compose cluster; installs and starts docker if need be (Debian, root)
+	@scripts/with-docker $(BIN)/python -m pytest --docker -m docker $(ARGS) tests/integration
 
 sim: venv ## the seeded simulation: make sim SEEDS=2000
 	@$(BIN)/python -m simulation --seeds $(SEEDS) $(ARGS)

@@ -1,0 +1,35 @@
+"""First program of a container: give up root, then become the service.
+
+Bind mounts belong to root when docker made them, and to whoever made them otherwise. As root, this hands directories
+of root to the user 10001, then runs the service as the owner of the data directory. Started as another user
+(``docker run --user``), it only starts the service.
+"""
+
+import os
+import sys
+
+USER = 10001  # no such user on the host; nothing there opens to it by accident
+DIRECTORIES = ("/data", "/join")
+
+
+def give_up_root() -> None:
+    """Become the owner of /data, which becomes ``USER`` when it was root."""
+    for path in DIRECTORIES:
+        if os.path.isdir(path) and os.stat(path).st_uid == 0:
+            os.chown(path, USER, USER)
+    owner = os.stat("/data") if os.path.isdir("/data") else None
+    uid, gid = (owner.st_uid, owner.st_gid) if owner else (USER, USER)
+    os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)
+
+
+def main(command: list[str]) -> None:
+    """Run ``command`` in place of this process, so that it gets the signals of the container."""
+    if os.getuid() == 0:
+        give_up_root()
+    os.environ["HOME"] = "/tmp"
+    os.execvp(command[0], command)
+
+
+main(sys.argv[1:])
