@@ -58,6 +58,7 @@ HELLO_TIMEOUT_S = 10.0
 PING_S = 10.0  # a peer that does not answer a ping within half of this is gone
 WRITE_HIGH_BYTES = 2 * 1024 * 1024  # above this the transport holds us back; below it a frame never waits
 OUT_BYTES_MAX = 128 * 1024 * 1024  # a peer that asks for more than this and does not read it is cut off
+HOLD_S = 2.0  # longest pause in reading from a peer; well below PING_S / 2
 TASKS_MAX = 10_000  # unfinished coroutine handlers of one session
 SESSIONS_MAX = 10_000
 _JOIN_BYTES_MAX = 64 * 1024  # copying less than this is cheaper than a TLS record of its own
@@ -120,6 +121,7 @@ class ServerSession:
         self._flush_due = False
         self._draining: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hold: asyncio.Future[None] | None = None
 
     # -- sending ------------------------------------------------------------------------------------
 
@@ -175,6 +177,11 @@ class ServerSession:
         if self._draining is not None:
             await asyncio.wait([self._draining])
 
+    def flush(self) -> None:
+        """Write what is queued now instead of when the loop comes round; for whoever has collected answers himself."""
+        if self._out and self._draining is None:
+            self._flush()
+
     def _flush(self) -> None:
         self._flush_due = False
         out = self._out
@@ -200,6 +207,32 @@ class ServerSession:
             self._flush()
         else:
             self._flush_due = False
+
+    # -- holding the peer back ----------------------------------------------------------------------
+
+    @property
+    def held(self) -> bool:
+        """Is reading on hold?"""
+        return self._hold is not None
+
+    def hold_reading(self, limit_s: float = HOLD_S) -> None:
+        """Handle no further frame until `resume_reading`, or for ``limit_s``: the peer's sends then wait in TCP.
+
+        Bounded, because pongs are not read either and a peer that looks dead would be cut off.
+        """
+        if self._hold is None and not self.closed:
+            self._hold = self._loop.create_future()
+            self._loop.call_later(limit_s, self._resume, self._hold)
+
+    def resume_reading(self) -> None:
+        if self._hold is not None:
+            self._resume(self._hold)
+
+    def _resume(self, hold: asyncio.Future[None]) -> None:
+        if not hold.done():
+            hold.set_result(None)
+        if self._hold is hold:
+            self._hold = None
 
     # -- closing ------------------------------------------------------------------------------------
 
@@ -227,6 +260,7 @@ class ServerSession:
         if self.closed:
             return
         self.closed = True
+        self.resume_reading()
         for task in list(self._tasks):
             task.cancel()
         callbacks, self.close_callbacks = self.close_callbacks, []
@@ -243,6 +277,8 @@ class ServerSession:
         ws, on_frame, counts = self._ws, self._endpoint.on_frame, self._endpoint.metrics.frames
         binary = WSMsgType.BINARY
         while not self.closed:
+            if self._hold is not None:
+                await self._hold
             message = await ws.receive()
             if message.type is not binary:
                 if await self._odd(message):
