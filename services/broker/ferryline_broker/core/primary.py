@@ -438,7 +438,7 @@ class Primary:
         if self.proposal is not None and now_ms < self.proposal.deadline_ms:
             return
         wanted = [b for b in self.isr if b == replica.broker_id or not self._lagging(b, now_ms)]
-        wanted += [b for b in part.replicas if b not in self.isr and self._may_join(b)]
+        wanted += [b for b in part.replicas if b not in self.isr and self._may_join(b, now_ms)]
         if self.proposal is None and set(wanted) == set(self.isr):
             return
         # An unanswered proposal is asked again under a new id even when nothing is wanted any more: only a definite
@@ -485,9 +485,9 @@ class Primary:
             return None
         return member.caught_up_ms + replica.config.lag_max_ms
 
-    def _may_join(self, broker_id: int) -> bool:
+    def _may_join(self, broker_id: int, now_ms: int) -> bool:
         member, replica = self.members.get(broker_id), self.replica
-        if member is None or replica.live.get(broker_id) != member.broker_epoch:
+        if member is None or replica.live.get(broker_id) != member.broker_epoch or self._lagging(broker_id, now_ms):
             return False
         return all(
             self._progress(broker_id, log) >= max(replica.high_watermark[log], self.leso[log]) for log in BOTH_LOGS
@@ -503,8 +503,8 @@ class Primary:
         if len(self.maximal_isr) == 1 and not self.replica.fsync:
             for log in BOTH_LOGS:  # alone from now on: what is not on this disk yet must get there
                 self.replica.flush(log)
+        self.advance(now_ms)  # first: with the watermark moved, whoever was just removed for lagging cannot rejoin
         self.evaluate_isr(now_ms)
-        self.advance(now_ms)
 
     def alter_answered(self, result: AlterIsrResult, now_ms: int) -> None:
         """Rule L8, for an answer that brought no newer record. Only a refusal of the *latest* proposal counts."""
