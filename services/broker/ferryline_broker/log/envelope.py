@@ -1,0 +1,111 @@
+"""Small durable records of the broker: a versioned, checked envelope, and a file of two slots that replaces in place.
+
+Envelope, big endian: ``magic 4s | version u16 | reserved u16 | sequence u64 | length u32 | crc32 u32 | MessagePack``.
+The CRC covers everything but itself. Bodies are MessagePack arrays: later releases append fields with defaults.
+
+A slot file is two envelopes at positions 0 and 4096. A store goes to the slot that does not hold the newest record, so
+a torn store leaves the record before it. One pwrite and one fdatasync, against two fsyncs and a rename for a new file:
+a broker does this once a second for every active replica.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TypeVar
+
+import msgspec
+
+from ferryline.protocol.errors import FerrylineError, StorageFailed
+from ferryline_broker.log.interface import FileHandle, Storage, parent_of
+
+_HEAD = struct.Struct(">4sHHQI")
+_CRC = struct.Struct(">I")
+_FRONT = _HEAD.size + _CRC.size
+VERSION = 1
+SLOT_BYTES = 4096  # apart by a page: a torn write of one slot cannot reach the other
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(magic: bytes, body: msgspec.Struct, sequence: int = 0) -> bytes:
+    payload = _encoder.encode(body)
+    head = _HEAD.pack(magic, VERSION, 0, sequence, len(payload))
+    return head + _CRC.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
+
+
+def unpack(magic: bytes, data: bytes, kind: type[T]) -> tuple[int, T] | None:
+    """(sequence, body), or None when the bytes are not a whole, undamaged envelope of this kind.
+
+    Raises StorageFailed for a version that this release does not know: an older release must not guess.
+    """
+    if len(data) < _FRONT:
+        return None
+    found, version, _, sequence, length = _HEAD.unpack_from(data)
+    payload = data[_FRONT : _FRONT + length]
+    if found != magic or len(payload) != length:
+        return None
+    if zlib.crc32(payload, zlib.crc32(data[: _HEAD.size])) != _CRC.unpack_from(data, _HEAD.size)[0]:
+        return None
+    if version != VERSION:
+        raise StorageFailed(f"{magic.decode()}: format version {version} is not {VERSION}; written by a later release")
+    try:
+        return sequence, msgspec.msgpack.decode(payload, type=kind)
+    except msgspec.MsgspecError:
+        return None
+
+
+class SlotFile:
+    """One small struct, replaced in place and durably.
+
+    After a failed store the file is failed: later stores raise, because nobody knows what the medium holds.
+    """
+
+    __slots__ = ("_failed", "_file", "_magic", "_sequence", "existed", "path")
+
+    def __init__(self, storage: Storage, path: str, magic: bytes) -> None:
+        self.path = path
+        self.existed = storage.exists(path)  # False: the file was made now
+        self._magic = magic
+        self._file: FileHandle = storage.open(path, create=True)
+        if not self.existed:
+            storage.fsync_dir(parent_of(path))
+        self._file.set_idle(True)
+        self._sequence = 0
+        self._failed = False
+
+    def load(self, kind: type[T]) -> T | None:
+        """The newest undamaged record, None if there is none."""
+        best: tuple[int, T] | None = None
+        for slot in (0, 1):
+            found = unpack(self._magic, self._file.pread(SLOT_BYTES, slot * SLOT_BYTES), kind)
+            if found is not None and (best is None or found[0] > best[0]):
+                best = found
+        if best is None:
+            return None
+        self._sequence = best[0]
+        return best[1]
+
+    def store(self, body: msgspec.Struct, *, sync: bool = True) -> None:
+        """Replace the record; durable when this returns unless ``sync`` is False."""
+        if self._failed:
+            raise StorageFailed(f"{self.path}: an earlier write failed")
+        data = pack(self._magic, body, self._sequence + 1)
+        assert len(data) <= SLOT_BYTES, f"{self.path}: {len(data)} bytes do not fit into a slot"
+        try:
+            self._file.pwrite(data, (self._sequence + 1) % 2 * SLOT_BYTES)
+            if sync:
+                self._file.fdatasync()
+        except FerrylineError:
+            self._failed = True
+            raise
+        self._sequence += 1
+
+    def store_twice(self, body: msgspec.Struct) -> None:
+        """Put the record into both slots: rot of the newest slot cannot bring back an older value."""
+        self.store(body)
+        self.store(body, sync=False)
+
+    def close(self) -> None:
+        self._file.close()

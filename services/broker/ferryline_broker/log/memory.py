@@ -1,0 +1,480 @@
+"""MemoryStorage: a disk that can lose what was not synced, for tests and the simulator.
+
+Each file has two images: what a reader of the running system sees (``live``) and what the medium holds (``disk``).
+Writes change ``live`` and queue an operation; ``fdatasync`` applies the queue to ``disk``. Directories are the same:
+``entries`` against ``durable`` plus a queue that ``fsync_dir`` applies.
+
+* ``crash()``: the process dies, the kernel lives: everything written stays, handles and locks of the dead process end.
+* ``power_cut(rng)``: per file some part of the queue reached the medium: nothing, a prefix with a torn last write, all,
+  or (with ``holes``) any set of pages in any order, with zeros where an earlier page is missing. Per directory a
+  prefix of its queue.
+* Faults: see `Faults`. After a failed ``fdatasync`` the queue is gone while readers still see the data, and the next
+  ``fdatasync`` succeeds: this is what kernels do, and why nobody may retry.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ferryline.protocol.errors import StorageFailed
+from ferryline_broker.log.interface import TEMP_SUFFIX, Bytes, FileHandle, Lock, name_of, parent_of, translated
+
+PAGE_BYTES = 4096
+_TRUNCATE = -1
+
+
+class SimulatedStop(BaseException):
+    """The process stopped at this very operation (see `Faults.stop_after`). Not an Exception: nothing may handle it."""
+
+
+@dataclass
+class Faults:
+    """Switches; ``None`` or False is off. ``match`` limits write and sync errors to paths that contain it."""
+
+    write_error: bool = False  # EIO on every pwrite
+    sync_error: bool = False  # EIO on every fdatasync and fsync_dir, and the dirty data is lost
+    read_error: bool = False  # EIO on every pread
+    space_left: int | None = None  # bytes until ENOSPC; a write over the limit is written in part
+    stop_after: int | None = None  # SimulatedStop before the n-th further operation that changes anything
+    match: str = ""
+    on_sync: Callable[[str], None] | None = None  # called before each successful fdatasync, with the path
+
+
+class _Inode:
+    __slots__ = ("disk", "live", "path", "queue")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.live = bytearray()
+        self.disk = bytearray()
+        self.queue: list[tuple[int, bytes]] = []  # (position, data), or (_TRUNCATE - size, b"")
+
+    def sync(self) -> None:
+        for position, data in self.queue:
+            _apply(self.disk, position, data)
+        self.queue.clear()
+
+
+def _apply(image: bytearray, position: int, data: bytes) -> None:
+    if position < 0:
+        size = _TRUNCATE - position
+        if size <= len(image):
+            del image[size:]
+        else:
+            image.extend(bytes(size - len(image)))
+        return
+    end = len(image)
+    if position == end:
+        image += data
+        return
+    if position > end:
+        image.extend(bytes(position - end))
+    image[position : position + len(data)] = data
+
+
+class _Dir:
+    __slots__ = ("durable", "entries", "queue")
+
+    def __init__(self) -> None:
+        self.entries: dict[str, _Inode | _Dir] = {}
+        self.durable: dict[str, _Inode | _Dir] = {}
+        self.queue: list[_Change] = []
+
+
+class _Change:
+    """One pending change of directories. A rename across two directories is one change that stands in both queues."""
+
+    __slots__ = ("done", "parts")
+
+    def __init__(self, parts: list[tuple[_Dir, str, _Inode | _Dir | None]]) -> None:
+        self.parts = parts
+        self.done = False
+
+    def apply(self) -> None:
+        if self.done:
+            return
+        self.done = True
+        for directory, name, node in self.parts:
+            if node is None:
+                directory.durable.pop(name, None)
+            else:
+                directory.durable[name] = node
+
+
+class _MemoryFile:
+    __slots__ = ("_inode", "_life", "_storage")
+
+    def __init__(self, storage: MemoryStorage, inode: _Inode) -> None:
+        self._storage, self._inode, self._life = storage, inode, storage.life
+
+    def pwrite(self, data: Bytes, position: int) -> None:
+        storage, inode = self._storage, self._inode
+        if storage.armed or storage.life != self._life:
+            data = storage.before_write(self, inode, data, position)
+        payload = data if type(data) is bytes else bytes(data)
+        _apply(inode.live, position, payload)
+        inode.queue.append((position, payload))
+        storage.operations += 1
+
+    def pread(self, size: int, position: int) -> bytes:
+        storage = self._storage
+        if storage.armed or storage.life != self._life:
+            storage.check(self._life, self._inode.path)
+            faults = storage.faults
+            if faults.read_error and faults.match in self._inode.path:
+                raise translated(OSError(errno.EIO, "Input/output error"), f"read {self._inode.path}")
+        return bytes(self._inode.live[position : position + size])
+
+    def size(self) -> int:
+        self._storage.check(self._life, self._inode.path)
+        return len(self._inode.live)
+
+    def fdatasync(self) -> None:
+        storage = self._storage
+        if storage.armed or storage.life != self._life:
+            storage.before_sync(self, self._inode)
+        self._inode.sync()
+        storage.operations += 1
+        storage.syncs += 1
+
+    def truncate(self, size: int) -> None:
+        storage = self._storage
+        storage.check(self._life, self._inode.path)
+        storage.before_change()
+        _apply(self._inode.live, _TRUNCATE - size, b"")
+        self._inode.queue.append((_TRUNCATE - size, b""))
+
+    def set_idle(self, idle: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def life(self) -> int:
+        return self._life
+
+
+class _MemoryLock:
+    def __init__(self, storage: MemoryStorage, path: str) -> None:
+        self._storage, self._path, self._life = storage, path, storage.life
+
+    def release(self) -> None:
+        if self._storage.life == self._life:
+            self._storage.locks.discard(self._path)
+
+
+class MemoryStorage:
+    """Disk of one simulated machine. Survives the processes that use it: keep it, and open the stores on it again."""
+
+    def __init__(self, *, total_bytes: int = 1 << 40) -> None:
+        self.life = 0  # handles of an earlier life are dead
+        self.armed = False  # True while any fault may fire: keeps the common path short
+        self.operations = 0  # changes so far
+        self.syncs = 0
+        self.locks: set[str] = set()
+        self._faults = Faults()
+        self._root = _Dir()
+        self._total = total_bytes
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    @property
+    def faults(self) -> Faults:
+        return self._faults
+
+    @faults.setter
+    def faults(self, faults: Faults) -> None:
+        self._faults = faults
+        self.armed = faults != Faults()
+
+    def crash(self) -> None:
+        """The process dies. What it wrote is in the page cache and will be found again."""
+        self.life += 1
+        self.locks.clear()
+        self.faults = Faults()
+
+    def power_cut(self, rng: random.Random, *, holes: bool = False) -> None:
+        """The machine dies: what was not synced survives in part, as ``rng`` decides."""
+        self.crash()
+        self._cut_dir(self._root, rng, holes)
+
+    def lose_unsynced(self) -> None:
+        """A power cut after which nothing unsynced survived."""
+        self.crash()
+        self._drop_dir(self._root)
+
+    def flip(self, path: str, position: int, bit: int = 0) -> None:
+        """Rot: one bit of the file changes, on the medium and for readers."""
+        inode = self._inode(path)
+        inode.live[position] ^= 1 << bit
+        if position < len(inode.disk):
+            inode.disk[position] ^= 1 << bit
+
+    def contents(self, path: str) -> bytes:
+        return bytes(self._inode(path).live)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Put other contents in place, as if from a copy; durable at once."""
+        inode = self._inode(path)
+        inode.live[:] = data
+        inode.disk[:] = data
+        inode.queue.clear()
+
+    def copy(self) -> MemoryStorage:
+        """An independent disk with the same contents, settled (nothing pending)."""
+        other = MemoryStorage(total_bytes=self._total)
+        other._root = _copied(self._root)
+        return other
+
+    # -- Storage ----------------------------------------------------------------------------------
+
+    def open(self, path: str, *, create: bool = False) -> FileHandle:
+        directory, name = self._parent(path)
+        node = directory.entries.get(name)
+        if node is None:
+            if not create:
+                raise translated(OSError(errno.ENOENT, "No such file"), f"open {path}")
+            self.before_change()
+            node = _Inode(path)
+            self._link(directory, name, node)
+        if not isinstance(node, _Inode):
+            raise translated(OSError(errno.EISDIR, "Is a directory"), f"open {path}")
+        return _MemoryFile(self, node)
+
+    def exists(self, path: str) -> bool:
+        return self._find(path) is not None
+
+    def listdir(self, path: str) -> list[str]:
+        node = self._find(path)
+        return sorted(node.entries) if isinstance(node, _Dir) else []
+
+    def is_dir(self, path: str) -> bool:
+        return isinstance(self._find(path), _Dir)
+
+    def mkdirs(self, path: str) -> None:
+        directory = self._root
+        made = ""
+        for part in path.split("/"):
+            parent, made = made, f"{made}/{part}" if made else part
+            node = directory.entries.get(part)
+            if node is None:
+                self.before_change()
+                node = _Dir()
+                self._link(directory, part, node)
+                self.fsync_dir(parent)
+            if not isinstance(node, _Dir):
+                raise translated(OSError(errno.ENOTDIR, "Not a directory"), f"make {path}")
+            directory = node
+
+    def fsync_dir(self, path: str) -> None:
+        node = self._find(path)
+        if not isinstance(node, _Dir):
+            raise translated(OSError(errno.ENOENT, "No such directory"), f"fsync {path}")
+        self.before_change()
+        if self._faults.sync_error and self._faults.match in path:
+            raise translated(OSError(errno.EIO, "Input/output error"), f"fsync {path}")
+        for change in node.queue:
+            change.apply()
+        node.queue.clear()
+        self.syncs += 1
+
+    def rename(self, source: str, target: str) -> None:
+        old_dir, old = self._parent(source)
+        new_dir, new = self._parent(target)
+        node = old_dir.entries.get(old)
+        if node is None:
+            raise translated(OSError(errno.ENOENT, "No such file"), f"rename {source}")
+        self.before_change()
+        del old_dir.entries[old]
+        new_dir.entries[new] = node
+        if isinstance(node, _Inode):
+            node.path = target
+        change = _Change([(old_dir, old, None), (new_dir, new, node)])
+        old_dir.queue.append(change)
+        if new_dir is not old_dir:
+            new_dir.queue.append(change)
+
+    def unlink(self, path: str) -> None:
+        directory, name = self._parent(path)
+        if name in directory.entries:
+            self.before_change()
+            del directory.entries[name]
+            directory.queue.append(_Change([(directory, name, None)]))
+
+    def rmdir(self, path: str) -> None:
+        node = self._find(path)
+        if isinstance(node, _Dir) and node.entries:
+            raise translated(OSError(errno.ENOTEMPTY, "Directory not empty"), f"rmdir {path}")
+        self.unlink(path)
+
+    def usage(self) -> tuple[int, int]:
+        left = self._faults.space_left
+        return (self._total if left is None else left), self._total
+
+    def read_small(self, path: str) -> bytes | None:
+        node = self._find(path)
+        return bytes(node.live) if isinstance(node, _Inode) else None
+
+    def write_small_atomic(self, path: str, data: bytes) -> None:
+        temp = path + TEMP_SUFFIX
+        try:
+            handle = self.open(temp, create=True)
+            handle.truncate(0)
+            handle.pwrite(data, 0)
+            handle.fdatasync()
+        except Exception:
+            self.unlink(temp)
+            raise
+        self.rename(temp, path)
+        self.fsync_dir(parent_of(path))
+
+    def try_lock(self, path: str) -> Lock | None:
+        self.open(path, create=True)
+        if path in self.locks:
+            return None
+        self.locks.add(path)
+        return _MemoryLock(self, path)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def check(self, life: int, path: str) -> None:
+        if life != self.life:
+            raise StorageFailed(f"{path}: this process has ended")
+
+    def before_change(self) -> None:
+        self.operations += 1
+        if self.armed and self._faults.stop_after is not None:
+            self._faults.stop_after -= 1
+            if self._faults.stop_after < 0:
+                raise SimulatedStop
+
+    def before_write(self, file: _MemoryFile, inode: _Inode, data: Bytes, position: int) -> Bytes:
+        """Fire what is armed; returns the data to write."""
+        self.check(file.life, inode.path)
+        faults = self._faults
+        if faults.stop_after is not None:
+            self.before_change()
+        if faults.write_error and faults.match in inode.path:
+            raise translated(OSError(errno.EIO, "Input/output error"), f"write {inode.path}")
+        if faults.space_left is not None and faults.match in inode.path:
+            fresh = max(0, position + len(data) - len(inode.live))
+            if fresh > faults.space_left:
+                part = bytes(data[: len(data) - (fresh - faults.space_left)])
+                faults.space_left = 0
+                if part:
+                    _apply(inode.live, position, part)
+                    inode.queue.append((position, part))
+                raise translated(OSError(errno.ENOSPC, "No space left on device"), f"write {inode.path}")
+            faults.space_left -= fresh
+        return data
+
+    def before_sync(self, file: _MemoryFile, inode: _Inode) -> None:
+        self.check(file.life, inode.path)
+        faults = self._faults
+        if faults.stop_after is not None:
+            self.before_change()
+        if faults.sync_error and faults.match in inode.path:
+            inode.queue.clear()  # the kernel marks the pages clean: the data is lost, later calls succeed
+            raise translated(OSError(errno.EIO, "Input/output error"), f"fdatasync {inode.path}")
+        if faults.on_sync is not None:
+            faults.on_sync(inode.path)
+
+    def _link(self, directory: _Dir, name: str, node: _Inode | _Dir) -> None:
+        directory.entries[name] = node
+        directory.queue.append(_Change([(directory, name, node)]))
+
+    def _find(self, path: str) -> _Inode | _Dir | None:
+        node: _Inode | _Dir | None = self._root
+        if path:
+            for part in path.split("/"):
+                if not isinstance(node, _Dir):
+                    return None
+                node = node.entries.get(part)
+        return node
+
+    def _parent(self, path: str) -> tuple[_Dir, str]:
+        node = self._find(parent_of(path))
+        if not isinstance(node, _Dir):
+            raise translated(OSError(errno.ENOENT, "No such directory"), path)
+        return node, name_of(path)
+
+    def _inode(self, path: str) -> _Inode:
+        node = self._find(path)
+        assert isinstance(node, _Inode), path
+        return node
+
+    def _cut_dir(self, directory: _Dir, rng: random.Random, holes: bool) -> None:
+        for change in directory.queue[: rng.randint(0, len(directory.queue))]:
+            change.apply()
+        directory.queue.clear()
+        for name in sorted(directory.durable):
+            node = directory.durable[name]
+            if isinstance(node, _Dir):
+                self._cut_dir(node, rng, holes)
+            else:
+                _cut_file(node, rng, holes)
+        directory.entries = dict(directory.durable)
+
+    def _drop_dir(self, directory: _Dir) -> None:
+        directory.queue.clear()
+        directory.entries = dict(directory.durable)
+        for node in directory.durable.values():
+            if isinstance(node, _Dir):
+                self._drop_dir(node)
+            else:
+                node.queue.clear()
+                node.live[:] = node.disk
+
+
+def _copied(directory: _Dir) -> _Dir:
+    twin = _Dir()
+    for name, node in directory.entries.items():
+        if isinstance(node, _Dir):
+            twin.entries[name] = _copied(node)
+        else:
+            inode = _Inode(node.path)
+            inode.live[:] = node.live
+            inode.disk[:] = node.live
+            twin.entries[name] = inode
+    twin.durable = dict(twin.entries)
+    return twin
+
+
+def _cut_file(inode: _Inode, rng: random.Random, holes: bool) -> None:
+    """Let ``rng`` choose what of the queue reached the medium."""
+    queue = inode.queue
+    if queue:
+        fate = rng.random()
+        if fate < 0.3:
+            pass
+        elif holes and fate < 0.6:
+            _keep_pages(inode, rng)
+        elif fate < 0.9:
+            kept = rng.randint(0, len(queue) - 1)
+            for position, data in queue[:kept]:
+                _apply(inode.disk, position, data)
+            position, data = queue[kept]
+            if position >= 0 and data:
+                _apply(inode.disk, position, data[: rng.randint(0, len(data))])
+        else:
+            inode.sync()
+        queue.clear()
+    inode.live[:] = inode.disk
+
+
+def _keep_pages(inode: _Inode, rng: random.Random) -> None:
+    """Any subset of the dirty pages arrives, in any order; missing ones read as zeros when the file grew past them."""
+    for position, data in inode.queue:
+        if position < 0:
+            _apply(inode.disk, position, data)
+            continue
+        at = 0
+        while at < len(data):
+            end = min(len(data), (position + at) // PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - position)
+            if rng.random() < 0.5:
+                _apply(inode.disk, position + at, data[at:end])
+            at = end

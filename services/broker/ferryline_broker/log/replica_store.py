@@ -1,0 +1,292 @@
+"""ReplicaStore: everything one replica keeps on disk.
+
+::
+
+    <root>/partitions/<topic id>-<partition>/
+        meta                    seen_epoch, checkpoints of both logs, sticky log state (slot file)
+        producers-<offset>      snapshot of the producer table as of that offset of the records log
+        records/  state/        the two logs
+        damaged-<n>/            files set aside by `quarantine`
+
+Directories are named by topic id, never by topic name: a topic made again under its old name is another topic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+
+import msgspec
+
+from ferryline.protocol.messages import LOG_DAMAGED, LOG_OK, LOG_TRUNCATED, RECORDS, STATE
+from ferryline.protocol.records import BatchHeader
+from ferryline_broker.log.envelope import SlotFile, pack, unpack
+from ferryline_broker.log.interface import Storage
+from ferryline_broker.log.model import NO_CHECKPOINT, LogCheckpoint, LogConfig, LogHooks, RecoveryReport
+from ferryline_broker.log.partition_log import PartitionLog, drained, wall_clock_ms
+from ferryline_broker.log.recovery import EPOCH_ANY
+
+META_MAGIC = b"FLRM"
+PRODUCERS_MAGIC = b"FLPS"
+LOGS = ("records", "state")
+SNAPSHOTS_KEPT = 2
+SNAPSHOT_BYTES = 16 * 1024 * 1024  # of records since the last one: bounds the headers a restart walks
+_WORST = (LOG_OK, LOG_TRUNCATED, LOG_DAMAGED)
+
+
+class ReplicaMeta(msgspec.Struct, array_like=True, frozen=True):
+    """``sticky`` is a log state that the coordinator has not yet been told: it outlives restarts until confirmed."""
+
+    seen_epoch: int = 0
+    checkpoints: tuple[LogCheckpoint, LogCheckpoint] = (NO_CHECKPOINT, NO_CHECKPOINT)
+    sticky: str = LOG_OK
+    sticky_reason: str = ""
+
+
+class ProducerSnapshot(msgspec.Struct, array_like=True, frozen=True):
+    offset: int
+    table: bytes
+
+
+class ReplicaStore:
+    """Both logs of one replica and what must be durable beside them.
+
+    Invariants: seen_epoch never falls; a checkpoint on disk is never above what is on disk of its log.
+    """
+
+    def __init__(self, storage: Storage, path: str, topic_id: str, partition: int) -> None:
+        """Use `open` or `recover`."""
+        self.storage, self.path, self.topic_id, self.partition = storage, path, topic_id, partition
+        self.snapshot_producers: Callable[[], bytes] | None = None  # called at each roll of the records log
+        self.logs: tuple[PartitionLog, PartitionLog]
+        self._meta_file: SlotFile
+        self._meta = ReplicaMeta()
+        self._hw = [0, 0]
+        self._last_snapshot_at = 0
+
+    @classmethod
+    def recover(
+        cls,
+        storage: Storage,
+        root: str,
+        topic_id: str,
+        partition: int,
+        config: LogConfig | None = None,
+        *,
+        wall_ms: Callable[[], int] = wall_clock_ms,
+    ) -> Generator[None, None, ReplicaStore]:
+        """Open, or create, step by step; each step takes a few ms at most."""
+        config = config or LogConfig()
+        path = replica_path(root, topic_id, partition)
+        storage.mkdirs(path)
+        self = cls(storage, path, topic_id, partition)
+        self._meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC)
+        meta = self._meta_file.load(ReplicaMeta)
+        if meta is None:
+            lost = any(name.endswith(".log") for log in LOGS for name in storage.listdir(f"{path}/{log}"))
+            if lost:
+                meta = ReplicaMeta(sticky=LOG_DAMAGED, sticky_reason="seen_epoch and checkpoints are unreadable")
+            else:
+                meta = ReplicaMeta()
+            self._meta_file.store(meta)
+        self._meta = meta
+        records = yield from self._recover_log(RECORDS, config, wall_ms)
+        # Acknowledgements and offsets are as small as they are precious: the state log rolls early and is kept whole.
+        state = yield from self._recover_log(STATE, replace(config, retention_ms=-1, retention_bytes=-1), wall_ms)
+        self.logs = (records, state)
+        self._hw = [min(meta.checkpoints[log].hw, self.logs[log].log_end) for log in (RECORDS, STATE)]
+        self._drop_snapshots_above(records.log_end)
+        return self
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        root: str,
+        topic_id: str,
+        partition: int,
+        config: LogConfig | None = None,
+        *,
+        wall_ms: Callable[[], int] = wall_clock_ms,
+    ) -> ReplicaStore:
+        """`recover` in one go."""
+        return drained(cls.recover(storage, root, topic_id, partition, config, wall_ms=wall_ms))
+
+    # -- what recovery found ----------------------------------------------------------------------
+
+    @property
+    def records(self) -> PartitionLog:
+        return self.logs[RECORDS]
+
+    @property
+    def state(self) -> PartitionLog:
+        return self.logs[STATE]
+
+    @property
+    def recovery(self) -> RecoveryReport:
+        """What must be reported: the worst of both logs and of what earlier starts found and nobody confirmed."""
+        states = [self._meta.sticky, *(log.log_state for log in self.logs)]
+        worst = max(states, key=_WORST.index)
+        reasons = [log.damage.reason for log in self.logs if log.damage is not None]
+        if worst == self._meta.sticky and self._meta.sticky_reason:
+            reasons.append(self._meta.sticky_reason)
+        return RecoveryReport(worst, (self.records.log_end, self.state.log_end), "; ".join(reasons))
+
+    @property
+    def high_watermarks(self) -> tuple[int, int]:
+        """As of the last checkpoint, never above the log end."""
+        return (self._hw[RECORDS], self._hw[STATE])
+
+    @property
+    def seen_epoch(self) -> int:
+        return self._meta.seen_epoch
+
+    # -- durable changes --------------------------------------------------------------------------
+
+    def persist_epoch(self, epoch: int) -> None:
+        """Raise seen_epoch; durable when this returns. Lower or equal values change nothing."""
+        if epoch > self._meta.seen_epoch:
+            self._store(msgspec.structs.replace(self._meta, seen_epoch=epoch), twice=True)
+
+    def write_checkpoint(self, hw_records: int, hw_state: int) -> bool:
+        """Record what is flushed and the high watermarks. Call at least every second; False if nothing changed."""
+        self._hw = [min(hw_records, self.records.log_end), min(hw_state, self.state.log_end)]
+        checkpoints = (self.records.checkpoint(self._hw[RECORDS]), self.state.checkpoint(self._hw[STATE]))
+        if checkpoints == self._meta.checkpoints:
+            return False
+        self._store(msgspec.structs.replace(self._meta, checkpoints=checkpoints))
+        return True
+
+    def confirm_reported(self) -> None:
+        """The coordinator knows the state that `recovery` reported: forget what was sticky."""
+        if self._meta.sticky != LOG_OK:
+            self._store(msgspec.structs.replace(self._meta, sticky=LOG_OK, sticky_reason=""), twice=True)
+
+    def mark_damaged(self, reason: str) -> None:
+        """Remember damage found while running (scrubber, failed read), until confirmed."""
+        self._store(msgspec.structs.replace(self._meta, sticky=LOG_DAMAGED, sticky_reason=reason[:500]), twice=True)
+
+    def flush(self) -> tuple[int, int]:
+        return (self.records.flush(), self.state.flush())
+
+    def close(self) -> None:
+        for log in self.logs:
+            log.close()
+        self._meta_file.close()
+
+    # -- producer table ---------------------------------------------------------------------------
+
+    @property
+    def snapshot_due(self) -> bool:
+        """Have so many records come since the last snapshot that a restart would take long?"""
+        return self.records.size_bytes - self._last_snapshot_at >= SNAPSHOT_BYTES
+
+    def write_producer_snapshot(self, table: bytes) -> None:
+        """Keep the producer table as of the present end of the records log."""
+        offset = self.records.log_end
+        self.storage.write_small_atomic(
+            f"{self.path}/producers-{offset:020d}", pack(PRODUCERS_MAGIC, ProducerSnapshot(offset, table))
+        )
+        self._last_snapshot_at = self.records.size_bytes
+        for name in self._snapshots()[:-SNAPSHOTS_KEPT]:
+            self.storage.unlink(f"{self.path}/{name}")
+
+    def producer_snapshot(self) -> tuple[int, bytes]:
+        """(offset, table) of the newest usable snapshot; (log start, b"") if there is none."""
+        for name in reversed(self._snapshots()):
+            found = unpack(PRODUCERS_MAGIC, self.storage.read_small(f"{self.path}/{name}") or b"", ProducerSnapshot)
+            if found is not None and self.records.log_start <= found[1].offset <= self.records.log_end:
+                return found[1].offset, found[1].table
+        return self.records.log_start, b""
+
+    def headers_since_snapshot(self) -> Iterator[BatchHeader]:
+        """Headers of record batches that `producer_snapshot` does not cover."""
+        return self.records.batch_headers(self.producer_snapshot()[0])
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _recover_log(
+        self, log: int, config: LogConfig, wall_ms: Callable[[], int]
+    ) -> Generator[None, None, PartitionLog]:
+        def before_cut(checkpoint: LogCheckpoint, log_state: str) -> None:
+            self._lower(log, checkpoint, log_state)
+
+        hooks = LogHooks(before_cut, self._rolled if log == RECORDS else self._checkpoint_again)
+        opened = yield from PartitionLog.recover(
+            self.storage,
+            f"{self.path}/{LOGS[log]}",
+            config,
+            checkpoint=self._meta.checkpoints[log],
+            hooks=hooks,
+            epoch_max=self._meta.seen_epoch or EPOCH_ANY,
+            wall_ms=wall_ms,
+        )
+        return opened
+
+    def _rolled(self) -> None:
+        if self.snapshot_producers is not None:
+            self.write_producer_snapshot(self.snapshot_producers())
+        self._checkpoint_again()
+
+    def _checkpoint_again(self) -> None:
+        self.write_checkpoint(*self._hw)
+
+    def _lower(self, log: int, checkpoint: LogCheckpoint, log_state: str) -> None:
+        """Before a cut: the checkpoint comes down first, and snapshots of what will be gone go first."""
+        self._hw[log] = min(self._hw[log], checkpoint.offset)
+        lowered = msgspec.structs.replace(checkpoint, hw=self._hw[log])
+        checkpoints = list(self._meta.checkpoints)
+        checkpoints[log] = lowered
+        sticky = max(self._meta.sticky, log_state, key=_WORST.index)
+        meta = msgspec.structs.replace(self._meta, checkpoints=(checkpoints[0], checkpoints[1]), sticky=sticky)
+        self._store(meta, twice=sticky != self._meta.sticky)
+        if log == RECORDS:
+            self._drop_snapshots_above(checkpoint.offset)
+
+    def _drop_snapshots_above(self, log_end: int) -> None:
+        gone = [name for name in self._snapshots() if int(name[10:30]) > log_end]
+        for name in gone:
+            self.storage.unlink(f"{self.path}/{name}")
+        if gone:
+            self.storage.fsync_dir(self.path)
+
+    def _snapshots(self) -> list[str]:
+        names = self.storage.listdir(self.path)
+        return [name for name in names if name.startswith("producers-") and name[10:].isdigit()]
+
+    def _store(self, meta: ReplicaMeta, *, twice: bool = False) -> None:
+        if twice:
+            self._meta_file.store_twice(meta)
+        else:
+            self._meta_file.store(meta)
+        self._meta = meta
+
+
+def replica_path(root: str, topic_id: str, partition: int) -> str:
+    prefix = f"{root}/" if root else ""
+    return f"{prefix}partitions/{topic_id}-{partition}"
+
+
+def quarantine(storage: Storage, root: str, topic_id: str, partition: int, reason: str) -> None:
+    """Set both logs of a closed replica aside and leave it empty, marked damaged until the coordinator confirmed it.
+
+    The files stay (for an operator, or for a forced recovery) until the replica is deleted. seen_epoch stays too: an
+    epoch, once accepted, is never accepted again by an older primary.
+    """
+    path = replica_path(root, topic_id, partition)
+    meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC)
+    meta = meta_file.load(ReplicaMeta) or ReplicaMeta()
+    # Marked first: a crash half way must not leave an emptied replica that calls itself good.
+    marked = ReplicaMeta(meta.seen_epoch, meta.checkpoints, LOG_DAMAGED, reason[:500])
+    meta_file.store_twice(marked)
+    names = storage.listdir(path)
+    number = 1 + max((int(name[8:]) for name in names if name.startswith("damaged-")), default=0)
+    aside = f"{path}/damaged-{number}"
+    storage.mkdirs(aside)
+    for name in names:
+        if name in LOGS or name.startswith("producers-"):
+            storage.rename(f"{path}/{name}", f"{aside}/{name}")
+    storage.fsync_dir(aside)
+    storage.fsync_dir(path)
+    meta_file.store_twice(msgspec.structs.replace(marked, checkpoints=(NO_CHECKPOINT, NO_CHECKPOINT)))
+    meta_file.close()
