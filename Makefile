@@ -10,7 +10,7 @@ DISTRIBUTIONS := sdk services/common services/coordinator services/broker
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-containers check format tidy sim sim-mutants bench up down wheels images lock docs clean
+.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants bench up down wheels images lock docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,13 +57,24 @@ sim: venv ## the seeded simulation: make sim SEEDS=2000
 sim-mutants: venv ## every seeded bug, which the simulation must catch
 	@$(BIN)/python -m simulation --mutants $(ARGS)
 
-check: venv ## format, lint, types, import contracts, tidiness: what must be clean before a commit
-	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/lint-imports --no-logo | tail -n 40 >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
-	@$(BIN)/python -m pytest -q -p no:randomly --no-header tests/unit/test_tidy.py
+check: check-format check-lint check-types check-imports check-tidy ## what must be clean before a commit (make -k check: all findings)
 	@echo "check: clean"
+
+check-format: venv
+	@$(BIN)/ruff format --check --quiet --output-format concise .
+
+check-lint: venv
+	@$(BIN)/ruff check --quiet --output-format concise .
+
+check-types: venv
+	@$(BIN)/mypy
+
+check-imports: venv
+	@$(BIN)/lint-imports --no-logo >.venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@tail -n 1 .venv/lint-imports.log
+
+check-tidy: venv
+	@$(BIN)/python -m pytest -q -p no:randomly --no-header --tb=line tests/unit/test_tidy.py
 
 format: venv ## let ruff format and mend what it can
 	@$(BIN)/ruff check --quiet --fix . || true
