@@ -151,3 +151,17 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
     values = [float(n) for n in range(1, 101)]
     assert (percentile(values, 0.5), percentile(values, 0.99), percentile(values, 1.0)) == (50, 99, 100)
     assert (percentile([7.0], 0.01), percentile([], 0.5)) == (7.0, 0.0)
+
+
+def test_a_second_reader_judges_the_same_sends_by_its_own_deliveries() -> None:
+    ledger = Ledger(2)
+    other = ledger.second_reader()
+    for n in range(3):
+        for key in range(2):
+            ledger.next_n(key)
+            ledger.acked(key, n, 10 * n + key)
+    receive(ledger, sends=3)
+    receive(other, sends=3, skip={(1, 2)})
+    assert ledger.verdict().good
+    verdict = other.verdict()
+    assert (verdict.acknowledged, verdict.lost, verdict.good) == (6, 1, False)

@@ -78,6 +78,7 @@ class Ledger:
         self.acknowledged = 0
         self.refused = 0
         self.deliveries = 0
+        self._sends_of = self  # whose counts of sends are true
         self._strangers = 0
         self._stranger_examples: list[str] = []
 
@@ -122,6 +123,16 @@ class Ledger:
         if len(self._stranger_examples) < EXAMPLES_MAX:
             self._stranger_examples.append(what)
 
+    def second_reader(self) -> Ledger:
+        """A ledger of the same sends with deliveries of its own: for another reader of the same records."""
+        other = Ledger(0)
+        for entry in self._keys:
+            twin = _Key()
+            twin.outcome, twin.acked_at = entry.outcome, entry.acked_at
+            other._keys.append(twin)
+        other._sends_of = self
+        return other
+
     # -- judgement -----------------------------------------------------------------------------------
 
     def missing(self) -> int:
@@ -142,11 +153,12 @@ class Ledger:
         judge.count("phantom", self._strangers, self._stranger_examples)
         for number, entry in enumerate(self._keys):
             judge.key(number, entry)
+        sends = self._sends_of
         return Verdict(
-            sent=self.sent,
-            acknowledged=self.acknowledged,
-            refused=self.refused,
-            unknown=self.sent - self.acknowledged - self.refused,
+            sent=sends.sent,
+            acknowledged=sends.acknowledged,
+            refused=sends.refused,
+            unknown=sends.sent - sends.acknowledged - sends.refused,
             examples=judge.examples,
             **judge.counts,
         )

@@ -1,0 +1,138 @@
+"""`ferryline up`: a cluster on this machine, one process per service, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ferryline.cli.failures import FAILED, Failed
+from ferryline.cli.invocation import of
+from ferryline.cli.output import stderr, stdout, warn
+from ferryline.cli.processes import COORDINATOR, LocalCluster, Service, missing_services, port_is_free
+from ferryline.cli.settings import DEFAULT_PORT, local_data_dir
+
+BROKER_PORT = 9443
+RESTART_DELAY_S = 1.0
+_INSTALL = "pip install 'ferryline[server]'"
+
+
+def app(
+    ctx: typer.Context,
+    brokers: Annotated[int, typer.Option(help="How many brokers.", min=1, max=50)] = 3,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where everything is kept. [default: ~/.ferryline/local]", show_default=False)
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the coordinator; 0 picks free ports.")] = DEFAULT_PORT,
+    base_broker_port: Annotated[int, typer.Option(help="Port of the first broker; 0 picks free ports.")] = BROKER_PORT,
+    restart: Annotated[bool, typer.Option(help="Start a service again when it ends by itself.")] = True,
+) -> None:
+    """Start a coordinator and brokers on this machine, over TLS, and keep them running until Ctrl-C.
+
+    The first start makes a private CA and certificates. Data stays: the next `ferryline up` goes on where this one
+    ended. Other commands find the cluster without being told when it runs on the default port and folder.
+
+    Examples:
+
+      ferryline up                                        three brokers on 8443, 9443, 9444, 9445
+
+      ferryline up --brokers 5 --port 0                   five brokers on whatever ports are free
+
+      ferryline up --data-dir /tmp/try --port 0           a second cluster beside the first
+    """
+    _check_machine(port, 0 if port == 0 else base_broker_port, brokers)
+    root = (data_dir or local_data_dir()).expanduser().absolute()
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cluster = LocalCluster(
+        root,
+        brokers=brokers,
+        port=port,
+        broker_port=0 if port == 0 else base_broker_port,
+        death_signal=signal.SIGTERM,
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with stderr().status(f"starting a coordinator and {brokers} brokers"):
+        cluster.start()
+    try:
+        _welcome(cluster, of(ctx).output.form)
+        _watch(cluster, stop, restart)
+    finally:
+        with stderr().status("stopping"):
+            cluster.stop()
+    warn("stopped; the data stays in " + str(root))
+
+
+def _check_machine(port: int, broker_port: int, brokers: int) -> None:
+    """Refuse before anything starts: missing programs, ports in use."""
+    if missing := missing_services():
+        raise Failed(
+            f"{' and '.join(missing)}: not installed", FAILED, code="NOT_INSTALLED", remedy=f"Install: {_INSTALL}"
+        )
+    wanted = ([port] if port else []) + [broker_port + number for number in range(brokers) if broker_port]
+    if busy := [str(number) for number in wanted if not port_is_free(number)]:
+        raise Failed(
+            f"port {', '.join(busy)}: in use",
+            FAILED,
+            code="PORT_IN_USE",
+            remedy="Is a cluster running already (ferryline doctor)? Otherwise: --port 0, or --port and "
+            "--base-broker-port with other numbers.",
+        )
+
+
+def _welcome(cluster: LocalCluster, form: str) -> None:
+    services = [
+        {"service": name, "url": service.url, "pid": service.pid, "log": str(service.log_path)}
+        for name, service in cluster.services.items()
+    ]
+    if form != "table":
+        from ferryline.cli.output import Output
+
+        Output(form).one({"url": cluster.url, "ca": str(cluster.ca), "services": services})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("service", "url", "pid", "log"):
+        table.add_column(name, overflow="fold")
+    for row in services:
+        table.add_row(*(str(value) for value in row.values()))
+    console = stdout()
+    console.print(table)
+    console.print()
+    if cluster.url != f"https://127.0.0.1:{DEFAULT_PORT}" or cluster.root != local_data_dir().absolute():
+        console.print("[bold]In another terminal:[/bold]")
+        console.print(f"  export FERRYLINE_URL={cluster.url} FERRYLINE_CA={cluster.ca}", soft_wrap=True)
+    else:
+        console.print("[bold]In another terminal:[/bold]")
+    console.print("  ferryline topic create orders --partitions 12")
+    console.print("  echo 'c1 hello' | ferryline produce orders -f '%k %v\\n'")
+    console.print("  ferryline consume orders --from start")
+    console.print("\nCtrl-C stops it. Data and CA stay in " + str(cluster.root), soft_wrap=True)
+
+
+def _watch(cluster: LocalCluster, stop: threading.Event, restart: bool) -> None:
+    """Wait for Ctrl-C; bring back what ended by itself. Raises Failed when the coordinator or, without restarts,
+    any service is gone."""
+    starting: dict[str, Service] = {}
+    while not stop.wait(RESTART_DELAY_S):
+        for service in list(cluster.ended()):
+            code = service.process.returncode if service.process is not None else None
+            if not restart:
+                raise Failed(f"{service.name} ended with status {code}\n{service.log_tail()}")
+            warn(f"{service.name} ended with status {code}; starting it again (log: {service.log_path})")
+            cluster.spawn(service.name)
+            starting[service.name] = service
+        for name in list(starting):
+            try:
+                if cluster.is_ready(name):
+                    warn(f"{name} is back, pid {starting.pop(name).pid}")
+            except Exception as error:
+                del starting[name]
+                if name == COORDINATOR:
+                    raise Failed(str(error)) from None
+                warn(str(error))
