@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ferryline.protocol.errors import FerrylineError, StorageFailed
+from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
 from ferryline_broker.log.interface import FileHandle, Storage, parent_of
 
 _HEAD = struct.Struct(">4sHHQI")
@@ -62,7 +62,7 @@ class SlotFile:
     After a failed store the file is failed: later stores raise, because nobody knows what the medium holds.
     """
 
-    __slots__ = ("_failed", "_file", "_magic", "_sequence", "existed", "path")
+    __slots__ = ("_failed", "_file", "_magic", "_sequence", "_unsynced", "existed", "path")
 
     def __init__(self, storage: Storage, path: str, magic: bytes) -> None:
         self.path = path
@@ -74,6 +74,7 @@ class SlotFile:
         self._file.set_idle(True)
         self._sequence = 0
         self._failed = False
+        self._unsynced = False  # the newest record may not be on the medium yet
 
     def load(self, kind: type[T]) -> T | None:
         """The newest undamaged record, None if there is none."""
@@ -93,14 +94,35 @@ class SlotFile:
             raise StorageFailed(f"{self.path}: an earlier write failed")
         data = pack(self._magic, body, self._sequence + 1)
         assert len(data) <= SLOT_BYTES, f"{self.path}: {len(data)} bytes do not fit into a slot"
+        if self._unsynced:
+            self.sync()  # otherwise a power cut now could tear this slot while the other never arrived
         try:
             self._file.pwrite(data, (self._sequence + 1) % 2 * SLOT_BYTES)
-            if sync:
-                self._file.fdatasync()
+        except StorageFull:
+            raise  # at most the older slot is torn, and the next store writes that one again
         except FerrylineError:
             self._failed = True
             raise
         self._sequence += 1
+        self._unsynced = True
+        if sync:
+            self.sync()
+
+    def sync(self) -> None:
+        """The newest record is durable when this returns."""
+        if self._failed:
+            raise StorageFailed(f"{self.path}: an earlier write failed")
+        if self._unsynced:
+            try:
+                self._file.fdatasync()
+            except FerrylineError:
+                self._failed = True
+                raise
+            self._unsynced = False
+
+    def synced_by_group(self) -> None:
+        """`Storage.sync_all` has made the newest record durable."""
+        self._unsynced = False
 
     def store_twice(self, body: msgspec.Struct) -> None:
         """Put the record into both slots: rot of the newest slot cannot bring back an older value."""

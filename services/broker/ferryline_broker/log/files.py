@@ -10,13 +10,17 @@ number of segments does not decide how many descriptors a broker needs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline_broker.log.interface import TEMP_SUFFIX, Bytes, FileHandle, Lock, parent_of, translated
 
+SYNCFS_KERNEL = (5, 8)  # since then syncfs reports write-back errors; before, success meant nothing
 IDLE_FILES_MAX = 256  # descriptors kept for files that are only read now and then
 
 
@@ -77,13 +81,18 @@ class _File:
             raise translated(error, f"truncate {self.path}") from error
 
     def set_idle(self, idle: bool) -> None:
-        self._idle = idle
-        if idle and self._fd >= 0:
-            self._storage._keep(self)
-        else:
+        if idle:
+            self._idle = True
+            if self._fd >= 0:
+                self._storage._keep(self)
+        elif self._idle:
+            if self._fd < 0:
+                self._reopen()
+            self._idle = False
             self._storage._forget(self)
 
     def close(self) -> None:
+        self._idle = False
         self._storage._forget(self)
         self._drop()
 
@@ -94,12 +103,13 @@ class _File:
                 os.close(fd)
 
     def _reopen(self) -> int:
+        if not self._idle:
+            raise StorageFailed(f"{self.path}: the file is closed")
         try:
             self._fd = os.open(self._full, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise translated(error, f"open {self.path}") from error
-        if self._idle:
-            self._storage._keep(self)
+        self._storage._keep(self)
         return self._fd
 
 
@@ -115,6 +125,15 @@ class _FileLock:
             os.close(fd)
 
 
+def _find_syncfs() -> Callable[[int], int] | None:
+    """The system call, or None where it is missing or does not report errors."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    if found is None or (int(found[1]), int(found[2])) < SYNCFS_KERNEL:
+        return None
+    call: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "syncfs", None)
+    return call
+
+
 class FileStorage:
     """Files below ``root`` (made if missing)."""
 
@@ -124,8 +143,11 @@ class FileStorage:
         self._idle_max = idle_files_max
         try:
             os.makedirs(self.root, exist_ok=True)
+            # Kept open from before the first write: syncfs reports errors since the last call on this descriptor.
+            self._root_fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise translated(error, f"make {self.root}") from error
+        self._syncfs = _find_syncfs()
 
     def open(self, path: str, *, create: bool = False) -> FileHandle:
         full = self._full(path)
@@ -193,6 +215,23 @@ class FileStorage:
         except OSError as error:
             raise translated(error, f"rmdir {path}") from error
 
+    def sync_all(self) -> bool:
+        if self._syncfs is None:
+            return False
+        if self._syncfs(self._root_fd) != 0:
+            self._syncfs = None
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give back the storage's own descriptors; open files and locks keep theirs."""
+        self._syncfs = None
+        while self._idle:
+            self._idle.popitem()[0]._drop()
+        fd, self._root_fd = self._root_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def usage(self) -> tuple[int, int]:
         try:
             found = os.statvfs(self.root)
@@ -243,7 +282,7 @@ class FileStorage:
         return _FileLock(fd)
 
     def _full(self, path: str) -> str:
-        if path.startswith("/") or ".." in path:  # names come from uuids and numbers; anything else is a bug or an attack
+        if path.startswith("/") or ".." in path:  # names come from uuids and numbers: anything else is a bug
             raise StorageFailed(f"path {path!r} leaves the storage root")
         return f"{self.root}/{path}" if path else self.root
 

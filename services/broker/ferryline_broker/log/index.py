@@ -72,6 +72,10 @@ class SparseIndex:
 
     def cut(self, position: int) -> None:
         """Forget entries at or above ``position``."""
+        del self.data[self.count_below(position) * ENTRY_BYTES :]
+
+    def count_below(self, position: int) -> int:
+        """Number of entries below ``position``."""
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -79,7 +83,7 @@ class SparseIndex:
                 low = middle + 1
             else:
                 high = middle
-        del self.data[low * ENTRY_BYTES :]
+        return low
 
     def epochs(self, base: int) -> list[tuple[int, int]]:
         """(epoch, first offset) of a segment that begins at ``base``: every change of epoch has an entry of its own."""

@@ -92,6 +92,13 @@ class Storage(Protocol):
     def rmdir(self, path: str) -> None:
         """Remove an empty directory; a missing one is no error."""
 
+    def sync_all(self) -> bool:
+        """Everything written so far, contents and names, is durable if this returns True.
+
+        False: not known. Then sync each file; from here on the answer stays False, so that an error of a file which
+        nobody synced at the time is found when that file is.
+        """
+
     def usage(self) -> tuple[int, int]:
         """(free, total) bytes of the file system."""
 

@@ -21,9 +21,7 @@ from dataclasses import dataclass
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline_broker.log.interface import TEMP_SUFFIX, Bytes, FileHandle, Lock, name_of, parent_of, translated
-
-PAGE_BYTES = 4096
-_TRUNCATE = -1
+from ferryline_broker.log.memory_nodes import TRUNCATE, Change, Dir, Inode, apply_write, copied, cut_file, sync_tree
 
 
 class SimulatedStop(BaseException):
@@ -43,71 +41,10 @@ class Faults:
     on_sync: Callable[[str], None] | None = None  # called before each successful fdatasync, with the path
 
 
-class _Inode:
-    __slots__ = ("disk", "live", "path", "queue")
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.live = bytearray()
-        self.disk = bytearray()
-        self.queue: list[tuple[int, bytes]] = []  # (position, data), or (_TRUNCATE - size, b"")
-
-    def sync(self) -> None:
-        for position, data in self.queue:
-            _apply(self.disk, position, data)
-        self.queue.clear()
-
-
-def _apply(image: bytearray, position: int, data: bytes) -> None:
-    if position < 0:
-        size = _TRUNCATE - position
-        if size <= len(image):
-            del image[size:]
-        else:
-            image.extend(bytes(size - len(image)))
-        return
-    end = len(image)
-    if position == end:
-        image += data
-        return
-    if position > end:
-        image.extend(bytes(position - end))
-    image[position : position + len(data)] = data
-
-
-class _Dir:
-    __slots__ = ("durable", "entries", "queue")
-
-    def __init__(self) -> None:
-        self.entries: dict[str, _Inode | _Dir] = {}
-        self.durable: dict[str, _Inode | _Dir] = {}
-        self.queue: list[_Change] = []
-
-
-class _Change:
-    """One pending change of directories. A rename across two directories is one change that stands in both queues."""
-
-    __slots__ = ("done", "parts")
-
-    def __init__(self, parts: list[tuple[_Dir, str, _Inode | _Dir | None]]) -> None:
-        self.parts = parts
-        self.done = False
-
-    def apply(self) -> None:
-        if self.done:
-            return
-        self.done = True
-        for directory, name, node in self.parts:
-            if node is None:
-                directory.durable.pop(name, None)
-            else:
-                directory.durable[name] = node
-
-
 class _MemoryFile:
     __slots__ = ("_inode", "_life", "_storage")
 
-    def __init__(self, storage: MemoryStorage, inode: _Inode) -> None:
+    def __init__(self, storage: MemoryStorage, inode: Inode) -> None:
         self._storage, self._inode, self._life = storage, inode, storage.life
 
     def pwrite(self, data: Bytes, position: int) -> None:
@@ -115,7 +52,7 @@ class _MemoryFile:
         if storage.armed or storage.life != self._life:
             data = storage.before_write(self, inode, data, position)
         payload = data if type(data) is bytes else bytes(data)
-        _apply(inode.live, position, payload)
+        apply_write(inode.live, position, payload)
         inode.queue.append((position, payload))
         storage.operations += 1
 
@@ -144,8 +81,8 @@ class _MemoryFile:
         storage = self._storage
         storage.check(self._life, self._inode.path)
         storage.before_change()
-        _apply(self._inode.live, _TRUNCATE - size, b"")
-        self._inode.queue.append((_TRUNCATE - size, b""))
+        apply_write(self._inode.live, TRUNCATE - size, b"")
+        self._inode.queue.append((TRUNCATE - size, b""))
 
     def set_idle(self, idle: bool) -> None:
         pass
@@ -177,7 +114,7 @@ class MemoryStorage:
         self.syncs = 0
         self.locks: set[str] = set()
         self._faults = Faults()
-        self._root = _Dir()
+        self._root = Dir()
         self._total = total_bytes
 
     # -- faults -----------------------------------------------------------------------------------
@@ -227,7 +164,7 @@ class MemoryStorage:
     def copy(self) -> MemoryStorage:
         """An independent disk with the same contents, settled (nothing pending)."""
         other = MemoryStorage(total_bytes=self._total)
-        other._root = _copied(self._root)
+        other._root = copied(self._root)
         return other
 
     # -- Storage ----------------------------------------------------------------------------------
@@ -239,9 +176,9 @@ class MemoryStorage:
             if not create:
                 raise translated(OSError(errno.ENOENT, "No such file"), f"open {path}")
             self.before_change()
-            node = _Inode(path)
+            node = Inode(path)
             self._link(directory, name, node)
-        if not isinstance(node, _Inode):
+        if not isinstance(node, Inode):
             raise translated(OSError(errno.EISDIR, "Is a directory"), f"open {path}")
         return _MemoryFile(self, node)
 
@@ -250,10 +187,10 @@ class MemoryStorage:
 
     def listdir(self, path: str) -> list[str]:
         node = self._find(path)
-        return sorted(node.entries) if isinstance(node, _Dir) else []
+        return sorted(node.entries) if isinstance(node, Dir) else []
 
     def is_dir(self, path: str) -> bool:
-        return isinstance(self._find(path), _Dir)
+        return isinstance(self._find(path), Dir)
 
     def mkdirs(self, path: str) -> None:
         directory = self._root
@@ -263,16 +200,16 @@ class MemoryStorage:
             node = directory.entries.get(part)
             if node is None:
                 self.before_change()
-                node = _Dir()
+                node = Dir()
                 self._link(directory, part, node)
                 self.fsync_dir(parent)
-            if not isinstance(node, _Dir):
+            if not isinstance(node, Dir):
                 raise translated(OSError(errno.ENOTDIR, "Not a directory"), f"make {path}")
             directory = node
 
     def fsync_dir(self, path: str) -> None:
         node = self._find(path)
-        if not isinstance(node, _Dir):
+        if not isinstance(node, Dir):
             raise translated(OSError(errno.ENOENT, "No such directory"), f"fsync {path}")
         self.before_change()
         if self._faults.sync_error and self._faults.match in path:
@@ -291,9 +228,9 @@ class MemoryStorage:
         self.before_change()
         del old_dir.entries[old]
         new_dir.entries[new] = node
-        if isinstance(node, _Inode):
+        if isinstance(node, Inode):
             node.path = target
-        change = _Change([(old_dir, old, None), (new_dir, new, node)])
+        change = Change([(old_dir, old, None), (new_dir, new, node)])
         old_dir.queue.append(change)
         if new_dir is not old_dir:
             new_dir.queue.append(change)
@@ -303,13 +240,21 @@ class MemoryStorage:
         if name in directory.entries:
             self.before_change()
             del directory.entries[name]
-            directory.queue.append(_Change([(directory, name, None)]))
+            directory.queue.append(Change([(directory, name, None)]))
 
     def rmdir(self, path: str) -> None:
         node = self._find(path)
-        if isinstance(node, _Dir) and node.entries:
+        if isinstance(node, Dir) and node.entries:
             raise translated(OSError(errno.ENOTEMPTY, "Directory not empty"), f"rmdir {path}")
         self.unlink(path)
+
+    def sync_all(self) -> bool:
+        if self._faults.sync_error:
+            return False
+        self.before_change()
+        sync_tree(self._root)
+        self.syncs += 1
+        return True
 
     def usage(self) -> tuple[int, int]:
         left = self._faults.space_left
@@ -317,7 +262,7 @@ class MemoryStorage:
 
     def read_small(self, path: str) -> bytes | None:
         node = self._find(path)
-        return bytes(node.live) if isinstance(node, _Inode) else None
+        return bytes(node.live) if isinstance(node, Inode) else None
 
     def write_small_atomic(self, path: str, data: bytes) -> None:
         temp = path + TEMP_SUFFIX
@@ -352,7 +297,7 @@ class MemoryStorage:
             if self._faults.stop_after < 0:
                 raise SimulatedStop
 
-    def before_write(self, file: _MemoryFile, inode: _Inode, data: Bytes, position: int) -> Bytes:
+    def before_write(self, file: _MemoryFile, inode: Inode, data: Bytes, position: int) -> Bytes:
         """Fire what is armed; returns the data to write."""
         self.check(file.life, inode.path)
         faults = self._faults
@@ -366,13 +311,13 @@ class MemoryStorage:
                 part = bytes(data[: len(data) - (fresh - faults.space_left)])
                 faults.space_left = 0
                 if part:
-                    _apply(inode.live, position, part)
+                    apply_write(inode.live, position, part)
                     inode.queue.append((position, part))
                 raise translated(OSError(errno.ENOSPC, "No space left on device"), f"write {inode.path}")
             faults.space_left -= fresh
         return data
 
-    def before_sync(self, file: _MemoryFile, inode: _Inode) -> None:
+    def before_sync(self, file: _MemoryFile, inode: Inode) -> None:
         self.check(file.life, inode.path)
         faults = self._faults
         if faults.stop_after is not None:
@@ -383,98 +328,48 @@ class MemoryStorage:
         if faults.on_sync is not None:
             faults.on_sync(inode.path)
 
-    def _link(self, directory: _Dir, name: str, node: _Inode | _Dir) -> None:
+    def _link(self, directory: Dir, name: str, node: Inode | Dir) -> None:
         directory.entries[name] = node
-        directory.queue.append(_Change([(directory, name, node)]))
+        directory.queue.append(Change([(directory, name, node)]))
 
-    def _find(self, path: str) -> _Inode | _Dir | None:
-        node: _Inode | _Dir | None = self._root
+    def _find(self, path: str) -> Inode | Dir | None:
+        node: Inode | Dir | None = self._root
         if path:
             for part in path.split("/"):
-                if not isinstance(node, _Dir):
+                if not isinstance(node, Dir):
                     return None
                 node = node.entries.get(part)
         return node
 
-    def _parent(self, path: str) -> tuple[_Dir, str]:
+    def _parent(self, path: str) -> tuple[Dir, str]:
         node = self._find(parent_of(path))
-        if not isinstance(node, _Dir):
+        if not isinstance(node, Dir):
             raise translated(OSError(errno.ENOENT, "No such directory"), path)
         return node, name_of(path)
 
-    def _inode(self, path: str) -> _Inode:
+    def _inode(self, path: str) -> Inode:
         node = self._find(path)
-        assert isinstance(node, _Inode), path
+        assert isinstance(node, Inode), path
         return node
 
-    def _cut_dir(self, directory: _Dir, rng: random.Random, holes: bool) -> None:
+    def _cut_dir(self, directory: Dir, rng: random.Random, holes: bool) -> None:
         for change in directory.queue[: rng.randint(0, len(directory.queue))]:
             change.apply()
         directory.queue.clear()
         for name in sorted(directory.durable):
             node = directory.durable[name]
-            if isinstance(node, _Dir):
+            if isinstance(node, Dir):
                 self._cut_dir(node, rng, holes)
             else:
-                _cut_file(node, rng, holes)
+                cut_file(node, rng, holes)
         directory.entries = dict(directory.durable)
 
-    def _drop_dir(self, directory: _Dir) -> None:
+    def _drop_dir(self, directory: Dir) -> None:
         directory.queue.clear()
         directory.entries = dict(directory.durable)
         for node in directory.durable.values():
-            if isinstance(node, _Dir):
+            if isinstance(node, Dir):
                 self._drop_dir(node)
             else:
                 node.queue.clear()
                 node.live[:] = node.disk
-
-
-def _copied(directory: _Dir) -> _Dir:
-    twin = _Dir()
-    for name, node in directory.entries.items():
-        if isinstance(node, _Dir):
-            twin.entries[name] = _copied(node)
-        else:
-            inode = _Inode(node.path)
-            inode.live[:] = node.live
-            inode.disk[:] = node.live
-            twin.entries[name] = inode
-    twin.durable = dict(twin.entries)
-    return twin
-
-
-def _cut_file(inode: _Inode, rng: random.Random, holes: bool) -> None:
-    """Let ``rng`` choose what of the queue reached the medium."""
-    queue = inode.queue
-    if queue:
-        fate = rng.random()
-        if fate < 0.3:
-            pass
-        elif holes and fate < 0.6:
-            _keep_pages(inode, rng)
-        elif fate < 0.9:
-            kept = rng.randint(0, len(queue) - 1)
-            for position, data in queue[:kept]:
-                _apply(inode.disk, position, data)
-            position, data = queue[kept]
-            if position >= 0 and data:
-                _apply(inode.disk, position, data[: rng.randint(0, len(data))])
-        else:
-            inode.sync()
-        queue.clear()
-    inode.live[:] = inode.disk
-
-
-def _keep_pages(inode: _Inode, rng: random.Random) -> None:
-    """Any subset of the dirty pages arrives, in any order; missing ones read as zeros when the file grew past them."""
-    for position, data in inode.queue:
-        if position < 0:
-            _apply(inode.disk, position, data)
-            continue
-        at = 0
-        while at < len(data):
-            end = min(len(data), (position + at) // PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - position)
-            if rng.random() < 0.5:
-                _apply(inode.disk, position + at, data[at:end])
-            at = end

@@ -41,8 +41,8 @@ from ferryline.protocol.messages import (
 from ferryline_broker.log.envelope import SlotFile, pack, unpack
 from ferryline_broker.log.interface import Lock, Storage
 from ferryline_broker.log.model import LogConfig
-from ferryline_broker.log.partition_log import drained, wall_clock_ms
 from ferryline_broker.log.replica_store import ReplicaStore, quarantine, replica_path
+from ferryline_broker.log.steps import drained, wall_clock_ms
 
 FORMAT_MAGIC, NODE_MAGIC, CLEAN_MAGIC = b"FLFM", b"FLND", b"FLCS"
 DIRECTORIES_MAX = 1000  # tried before giving up: more brokers than this never share one data root

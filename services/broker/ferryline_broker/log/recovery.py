@@ -95,7 +95,7 @@ class Recovery:
             if bases:
                 out.start = LogStart(bases[0])
                 return self._damaged(out, bases[0], "the file that names the log start is unreadable")
-            start_file.store(out.start)
+            start_file.store_twice(out.start)
         elif start.dropping:
             bases = finish_reset(self.storage, self.path, out, bases)
         bases = self._drop_below_start(out.start.offset, bases)
@@ -238,12 +238,10 @@ class Recovery:
             segment.size, segment.next_offset = checkpoint.position, checkpoint.offset
             segment.chain, segment.max_timestamp = checkpoint.chain, checkpoint.max_timestamp
         else:
-            count = 0
-            for header, front in segment.walk(0, checkpoint.position):
+            for count, (header, front) in enumerate(segment.walk(0, checkpoint.position)):
                 if header.base_offset != segment.next_offset or header.epoch < segment.tail_epoch:
-                    raise segment.damaged(segment.next_offset, f"found offset {header.base_offset} below the checkpoint")
+                    raise segment.damaged(segment.next_offset, f"{header.base_offset} found below the checkpoint")
                 segment.account(header, front)
-                count += 1
                 if count % _WALK_STEP == 0:
                     yield
             if segment.chain != checkpoint.chain or segment.next_offset != checkpoint.offset:

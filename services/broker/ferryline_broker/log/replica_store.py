@@ -18,19 +18,22 @@ from dataclasses import replace
 
 import msgspec
 
+from ferryline.protocol.errors import StorageFull
 from ferryline.protocol.messages import LOG_DAMAGED, LOG_OK, LOG_TRUNCATED, RECORDS, STATE
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.log.envelope import SlotFile, pack, unpack
 from ferryline_broker.log.interface import Storage
 from ferryline_broker.log.model import NO_CHECKPOINT, LogCheckpoint, LogConfig, LogHooks, RecoveryReport
-from ferryline_broker.log.partition_log import PartitionLog, drained, wall_clock_ms
+from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.recovery import EPOCH_ANY
+from ferryline_broker.log.steps import drained, wall_clock_ms
 
 META_MAGIC = b"FLRM"
 PRODUCERS_MAGIC = b"FLPS"
 LOGS = ("records", "state")
 SNAPSHOTS_KEPT = 2
 SNAPSHOT_BYTES = 16 * 1024 * 1024  # of records since the last one: bounds the headers a restart walks
+STATE_SEGMENT_BYTES = 16 * 1024 * 1024
 _WORST = (LOG_OK, LOG_TRUNCATED, LOG_DAMAGED)
 
 
@@ -88,13 +91,15 @@ class ReplicaStore:
                 meta = ReplicaMeta(sticky=LOG_DAMAGED, sticky_reason="seen_epoch and checkpoints are unreadable")
             else:
                 meta = ReplicaMeta()
-            self._meta_file.store(meta)
+            self._meta_file.store_twice(meta)
         self._meta = meta
         records = yield from self._recover_log(RECORDS, config, wall_ms)
-        # Acknowledgements and offsets are as small as they are precious: the state log rolls early and is kept whole.
-        state = yield from self._recover_log(STATE, replace(config, retention_ms=-1, retention_bytes=-1), wall_ms)
+        state = yield from self._recover_log(STATE, _state_config(config), wall_ms)
         self.logs = (records, state)
-        self._hw = [min(meta.checkpoints[log].hw, self.logs[log].log_end) for log in (RECORDS, STATE)]
+        for log in (RECORDS, STATE):
+            opened = self.logs[log]
+            # Records leave at the start only below the high watermark, so it is never below the log start.
+            self._hw[log] = max(opened.log_start, min(self._meta.checkpoints[log].hw, opened.log_end))
         self._drop_snapshots_above(records.log_end)
         return self
 
@@ -134,7 +139,7 @@ class ReplicaStore:
 
     @property
     def high_watermarks(self) -> tuple[int, int]:
-        """As of the last checkpoint, never above the log end."""
+        """As of the last checkpoint, never above the log end nor below the log start."""
         return (self._hw[RECORDS], self._hw[STATE])
 
     @property
@@ -148,14 +153,25 @@ class ReplicaStore:
         if epoch > self._meta.seen_epoch:
             self._store(msgspec.structs.replace(self._meta, seen_epoch=epoch), twice=True)
 
-    def write_checkpoint(self, hw_records: int, hw_state: int) -> bool:
-        """Record what is flushed and the high watermarks. Call at least every second; False if nothing changed."""
+    def write_checkpoint(self, hw_records: int, hw_state: int, *, sync: bool = True) -> bool:
+        """Record what is flushed and the high watermarks. Call at least every second; False if nothing changed.
+
+        With ``sync`` False it is durable only after `sync_checkpoint` (or `GroupFlush.checkpoint`).
+        """
         self._hw = [min(hw_records, self.records.log_end), min(hw_state, self.state.log_end)]
         checkpoints = (self.records.checkpoint(self._hw[RECORDS]), self.state.checkpoint(self._hw[STATE]))
         if checkpoints == self._meta.checkpoints:
             return False
-        self._store(msgspec.structs.replace(self._meta, checkpoints=checkpoints))
+        self._meta_file.store(meta := msgspec.structs.replace(self._meta, checkpoints=checkpoints), sync=sync)
+        self._meta = meta
         return True
+
+    def sync_checkpoint(self, *, by_group: bool = False) -> None:
+        """Make an unsynced checkpoint durable; ``by_group``: `Storage.sync_all` has just done so."""
+        if by_group:
+            self._meta_file.synced_by_group()
+        else:
+            self._meta_file.sync()
 
     def confirm_reported(self) -> None:
         """The coordinator knows the state that `recovery` reported: forget what was sticky."""
@@ -225,7 +241,10 @@ class ReplicaStore:
 
     def _rolled(self) -> None:
         if self.snapshot_producers is not None:
-            self.write_producer_snapshot(self.snapshot_producers())
+            try:
+                self.write_producer_snapshot(self.snapshot_producers())
+            except StorageFull:
+                pass  # an older snapshot and more headers give the same table
         self._checkpoint_again()
 
     def _checkpoint_again(self) -> None:
@@ -258,8 +277,14 @@ class ReplicaStore:
         if twice:
             self._meta_file.store_twice(meta)
         else:
-            self._meta_file.store(meta)
+            self._meta_file.store_twice(meta)
         self._meta = meta
+
+
+def _state_config(config: LogConfig) -> LogConfig:
+    """The state log is kept until its owner advances its start, and rolls early so that this can free space."""
+    segment_bytes = min(config.segment_bytes, STATE_SEGMENT_BYTES)
+    return replace(config, segment_bytes=segment_bytes, retention_ms=-1, retention_bytes=-1)
 
 
 def replica_path(root: str, topic_id: str, partition: int) -> str:

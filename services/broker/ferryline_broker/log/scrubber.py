@@ -1,8 +1,8 @@
 """Scrubber: reads sealed segments in the background and compares them with their seals.
 
-Bounded work per call: the driver calls `Scrubber.step` with a budget in bytes between other work, so that checking never
-holds the loop; at 2 GB/s of CRC32C a budget of 4 MiB costs about 3 ms with a warm page cache. A finding means that the
-bytes on disk are wrong: report the replica DAMAGED, then open it again with quarantine.
+Bounded work per call: the driver calls `Scrubber.step` with a budget in bytes between other work, so that checking
+never holds the loop; at 2 GB/s of CRC32C a budget of 4 MiB costs about 3 ms with a warm page cache. A finding means
+that the bytes on disk are wrong: report the replica DAMAGED, then open it again with quarantine.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ goes batch by batch says *which* batch is bad.
 
 from __future__ import annotations
 
-import struct
 import zlib
 
 import msgspec
@@ -26,8 +25,6 @@ from ferryline_broker.log.interface import FileHandle, LogDamaged, Storage
 LOG, INDEX, SEAL = ".log", ".index", ".seal"
 SEAL_MAGIC = b"FLSL"
 CHAINED_BYTES = 21  # of each batch: everything that its own CRC does not cover, and that CRC
-_FRONT = struct.Struct(">qiiBIhi")  # base offset, length, epoch, magic, crc, attributes, last offset delta
-_LENGTH_PREFIX = 12
 
 
 class Seal(msgspec.Struct, array_like=True, frozen=True):
@@ -195,6 +192,16 @@ class Segment:
         self.storage.fsync_dir(self.stem.rpartition("/")[0])
         self.file.set_idle(False)
 
+    def shorten(self, at: Walked, index: SparseIndex) -> None:
+        """Cut the (unsealed) segment at a batch boundary inside it. Durable."""
+        self.file.truncate(at.position)
+        self.file.fdatasync()
+        self.index = index
+        self.size, self.next_offset, self.chain, self.max_timestamp = at.position, at.offset, at.chain, at.max_timestamp
+        self.epochs = [pair for pair in self.epochs if pair[1] < at.offset]
+        self.tail_epoch = self.epochs[-1][0]
+        self.trusted_from = min(self.trusted_from, at.position)
+
     def remove(self) -> None:
         """Unlink the files. Names are gone durably only after the directory was synced."""
         self.file.close()
@@ -298,9 +305,3 @@ def read_seal(storage: Storage, directory: str, base: int) -> Seal | None:
         return None
     found = unpack(SEAL_MAGIC, data, Seal)
     return found[1] if found is not None and found[1].base == base else None
-
-
-def fast_front(data: bytes | memoryview, at: int) -> tuple[int, int, int]:
-    """(base offset, size, next offset) of the batch at ``at``: what a reader of trusted bytes needs, in 0.3 us."""
-    base, length, _, _, _, _, delta = _FRONT.unpack_from(data, at)
-    return base, length + _LENGTH_PREFIX, base + delta + 1
