@@ -20,6 +20,7 @@ class CoreConfig:
     handovers_max: int = 8  # primaries that are asked to hand over, at a time
     changes_max: int = 20_000  # changed records kept for deltas; who is older gets everything
     parked_max: int = 20_000  # metadata requests that wait
+    coordinators: tuple[str, ...] = ()  # URLs told to everybody
     recovery: str = "wait"  # for partitions without candidate: "wait" for an operator, or "balanced" on its own
     group_heartbeat_ms: int = 3_000  # told to members
     group_unsettled_ms: int = 250  # ... while partitions change hands

@@ -1,0 +1,197 @@
+"""The working copy of one decision: rules read and write here, and see what they have written.
+
+`finish` turns it into a `Decision`: changed records only, with the next revision if anybody outside can see a change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from ferryline.protocol.errors import FerrylineError
+from ferryline.protocol.metadata import PartitionMeta, TopicMeta, check_partition
+from ferryline_coordinator.core.events import Decision, Effect, Note, Refuse, Reply
+from ferryline_coordinator.core.records import (
+    CLUSTER_KEY,
+    BrokerRecord,
+    ClusterRecord,
+    GroupOwners,
+    GroupRecord,
+    PartRecord,
+    Record,
+    TopicGone,
+    broker_key,
+    group_key,
+    owners_key,
+    part_key,
+    record_key,
+    topic_key,
+)
+from ferryline_coordinator.core.state import CoordinatorState, Key
+
+_VISIBLE = (BrokerRecord, TopicMeta, PartRecord, TopicGone)
+
+
+class Change:
+    """Reads fall through to the state; nothing here outlives the decision."""
+
+    def __init__(self, state: CoordinatorState, now_ms: int, coord_epoch: int) -> None:
+        self.state = state
+        self.now_ms = now_ms
+        self.coord_epoch = coord_epoch
+        self.effects: list[Effect] = []
+        self._puts: dict[str, Record] = {}
+        self._deletes: dict[str, None] = {}
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    @property
+    def cluster(self) -> ClusterRecord:
+        record = self._puts.get(CLUSTER_KEY, self.state.cluster)
+        assert isinstance(record, ClusterRecord), "the cluster was not founded"
+        return record
+
+    def broker(self, broker_id: int) -> BrokerRecord | None:
+        key = broker_key(broker_id)
+        if key in self._deletes:
+            return None
+        record = self._puts.get(key)
+        return record if isinstance(record, BrokerRecord) else self.state.brokers.get(broker_id)
+
+    def brokers(self) -> list[BrokerRecord]:
+        """All brokers by id."""
+        ids = set(self.state.brokers)
+        ids.update(record.meta.id for record in self._puts.values() if isinstance(record, BrokerRecord))
+        return [record for broker_id in sorted(ids) if (record := self.broker(broker_id)) is not None]
+
+    def part(self, key: Key) -> PartRecord | None:
+        name = part_key(*key)
+        if name in self._deletes:
+            return None
+        record = self._puts.get(name)
+        return record if isinstance(record, PartRecord) else self.state.parts.get(key)
+
+    def parts(self) -> list[PartRecord]:
+        """All partitions in a fixed order. Costs time in proportion: for planning and rare commands."""
+        keys = set(self.state.parts)
+        keys.update(record.meta.key for record in self._puts.values() if isinstance(record, PartRecord))
+        return [record for key in sorted(keys) if (record := self.part(key)) is not None]
+
+    def parts_held(self, broker_id: int) -> list[PartRecord]:
+        """Partitions with a replica on a broker, as of before this decision, in a fixed order."""
+        found = (self.part(key) for key in self.state.held_by(broker_id))
+        return [record for record in found if record is not None]
+
+    def parts_of(self, topic: TopicMeta) -> list[PartRecord]:
+        found = (self.part((topic.id, number)) for number in range(topic.config.partitions))
+        return [record for record in found if record is not None]
+
+    def topic(self, name: str) -> TopicMeta | None:
+        known = self.state.topic(name)
+        if known is None or topic_key(known.id) in self._deletes:
+            return None
+        record = self._puts.get(topic_key(known.id))
+        return record if isinstance(record, TopicMeta) else known
+
+    def group(self, name: str) -> GroupRecord | None:
+        if group_key(name) in self._deletes:
+            return None
+        record = self._puts.get(group_key(name))
+        return record if isinstance(record, GroupRecord) else self.state.groups.get(name)
+
+    def owners(self, group: str, topic_id: str) -> GroupOwners | None:
+        key = owners_key(group, topic_id)
+        if key in self._deletes:
+            return None
+        record = self._puts.get(key)
+        return record if isinstance(record, GroupOwners) else self.state.owners.get((group, topic_id))
+
+    def owners_of(self, group: str) -> list[GroupOwners]:
+        """All topics of a group, in a fixed order."""
+        topics = set(self.state.group_topics.get(group, ()))
+        topics.update(r.topic_id for r in self._puts.values() if isinstance(r, GroupOwners) and r.group == group)
+        return [record for topic_id in sorted(topics) if (record := self.owners(group, topic_id)) is not None]
+
+    def unfenced(self, broker_id: int) -> bool:
+        broker = self.broker(broker_id)
+        return broker is not None and not broker.meta.fenced
+
+    def electable(self, broker_id: int) -> bool:
+        """May become primary: serving, and not about to leave."""
+        broker = self.broker(broker_id)
+        return broker is not None and not broker.meta.fenced and not broker.meta.stopping
+
+    def usable(self, broker_id: int) -> bool:
+        """May be given replicas: serving, and neither leaving nor being drained."""
+        broker = self.broker(broker_id)
+        return broker is not None and not (broker.meta.fenced or broker.meta.stopping or broker.meta.draining)
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def put(self, record: Record) -> None:
+        key = record_key(record)
+        self._puts[key] = record
+        self._deletes.pop(key, None)
+
+    def put_part(self, meta: PartitionMeta, *, frozen: bool | None = None) -> PartitionMeta:
+        """Store a partition with the version after the stored one. Returns it as stored; unchanged stays unchanged."""
+        known = self.state.parts.get(meta.key)
+        working = self.part(meta.key)
+        is_frozen = frozen if frozen is not None else (working.frozen if working is not None else False)
+        if known is not None:
+            if replace(meta, version=known.meta.version) == known.meta and is_frozen == known.frozen:
+                self._puts.pop(part_key(*meta.key), None)
+                return known.meta
+            meta = replace(meta, version=max(known.meta.version + 1, meta.version))
+        check_partition(meta)
+        self._puts[part_key(*meta.key)] = PartRecord(meta, is_frozen)
+        return meta
+
+    def put_broker(self, record: BrokerRecord) -> None:
+        self.put(record)
+
+    def set_cluster(self, **fields: Any) -> None:
+        self._puts[CLUSTER_KEY] = replace(self.cluster, **fields)
+
+    def delete(self, key: str) -> None:
+        self._deletes[key] = None
+        self._puts.pop(key, None)
+
+    def add(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+    def reply(self, reply: int, message: Any) -> None:
+        self.effects.append(Reply(reply, message))
+
+    def refuse(self, reply: int, error: FerrylineError) -> None:
+        self.effects.append(Refuse(reply, error.info()))
+
+    def note(self, name: str, level: str = "info", **fields: Any) -> None:
+        self.effects.append(Note(name, fields, level))
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    @property
+    def visible(self) -> bool:
+        """Whether anybody outside can see a change."""
+        return any(isinstance(record, _VISIBLE) for record in self._puts.values()) or any(
+            key.startswith("broker/") for key in self._deletes
+        )
+
+    def next_revision(self) -> int:
+        """The revision that will stand once this decision is durable. Only right when no more is written."""
+        return self.state.revision + (1 if self.visible else 0)
+
+    def finish(self) -> Decision:
+        if self.visible:
+            self.set_cluster(revision=self.state.revision + 1)
+        puts = [record for key, record in self._puts.items() if key != CLUSTER_KEY]
+        puts.sort(key=_put_order)
+        if CLUSTER_KEY in self._puts:
+            puts.insert(0, self._puts[CLUSTER_KEY])
+        return Decision(tuple(puts), tuple(sorted(self._deletes)), tuple(self.effects))
+
+
+def _put_order(record: Record) -> tuple[bool, str]:
+    return isinstance(record, PartRecord), record_key(record)  # partitions name brokers: those come first

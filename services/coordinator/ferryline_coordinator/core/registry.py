@@ -1,0 +1,416 @@
+"""Brokers: admission, registration (C2), heartbeats, unfencing (C5), leaving, draining."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from ferryline.protocol.errors import (
+    Conflict,
+    Fenced,
+    InvalidArgument,
+    NotReady,
+    StaleBrokerEpoch,
+    StaleCoordinator,
+    Throttled,
+    UnknownBroker,
+    UnsupportedVersion,
+)
+from ferryline.protocol.messages import (
+    LOG_CONFLICT,
+    LOG_DAMAGED,
+    LOG_TRUNCATED,
+    PROTOCOL_MAX,
+    PROTOCOL_MIN,
+    RESTART_FOREIGN,
+    RESTART_OS_CRASH,
+    Heartbeat,
+    HeartbeatOk,
+    Register,
+    RegisterOk,
+    ReplicaReport,
+)
+from ferryline.protocol.metadata import FLUSH_FSYNC, BrokerMeta
+from ferryline_coordinator.core.change import Change
+from ferryline_coordinator.core.config import CoreConfig
+from ferryline_coordinator.core.elections import can_elect, elect, exclude
+from ferryline_coordinator.core.events import (
+    Admitted,
+    BrokerAdmitted,
+    BrokerForgotten,
+    DrainSet,
+    HeartbeatReceived,
+    Recampaign,
+    RegisterReceived,
+)
+from ferryline_coordinator.core.fencing import REGISTERING, STOPPING, Fencing, is_draining
+from ferryline_coordinator.core.records import BrokerRecord, broker_key
+from ferryline_coordinator.core.recovery import Reports
+
+INCOMPLETE_LOGS = (LOG_DAMAGED, LOG_TRUNCATED, LOG_CONFLICT)
+URL_BYTES_MAX = 500
+
+
+def check_url(value: str, what: str) -> str:
+    """An https (or, for tests, http) URL of sane length."""
+    if not value.startswith(("https://", "http://")) or len(value) > URL_BYTES_MAX or not value.isprintable():
+        raise InvalidArgument(f"{what}: expected an https URL of at most {URL_BYTES_MAX} characters", field=what)
+    return value
+
+
+class Registry:
+    """Which session speaks for which broker is soft; everything else is in the records."""
+
+    def __init__(self, config: CoreConfig, fencing: Fencing, reports: Reports) -> None:
+        self._config = config
+        self._fencing = fencing
+        self._reports = reports
+        self.sessions: dict[int, int] = {}  # broker -> its latest open session
+
+    # -- sessions -----------------------------------------------------------------------------------
+
+    def session_opened(self, broker_id: int, session: int) -> None:
+        if session > self.sessions.get(broker_id, 0):
+            self.sessions[broker_id] = session
+
+    def session_closed(self, change: Change, broker_id: int, session: int) -> None:
+        if self.sessions.get(broker_id) == session:
+            del self.sessions[broker_id]
+            self._fencing.session_closed(change, broker_id)
+
+    def speaks_for(self, broker_id: int, session: int) -> bool:
+        """Whether this is the broker's latest session; one that was opened before it cannot speak any more."""
+        latest = self.sessions.get(broker_id)
+        return latest is None or session >= latest
+
+    # -- admission ----------------------------------------------------------------------------------
+
+    def admit(self, change: Change, event: BrokerAdmitted) -> None:
+        """A broker id for a storage. The same storage gets the same id again: a lost answer costs nothing."""
+        if not event.storage_id or len(event.storage_id) > 64 or not event.storage_id.isprintable():
+            raise InvalidArgument("storage_id: expected 1 to 64 characters", field="storage_id")
+        internal, external = check_url(event.internal, "internal"), check_url(event.external, "external")
+        for record in change.brokers():
+            if record.meta.storage_id == event.storage_id:
+                change.reply(event.reply, Admitted(record.meta.id, change.cluster.cluster_id))
+                return
+        broker_id = self._new_id(change)
+        change.put_broker(BrokerRecord(BrokerMeta(broker_id, internal, external, storage_id=event.storage_id)))
+        change.reply(event.reply, Admitted(broker_id, change.cluster.cluster_id))
+
+    def _new_id(self, change: Change) -> int:
+        if len(change.brokers()) >= self._config.brokers_max:
+            raise Throttled(f"the cluster has {self._config.brokers_max} brokers", limit=self._config.brokers_max)
+        broker_id = change.cluster.broker_id + 1
+        change.set_cluster(broker_id=broker_id)
+        return broker_id
+
+    # -- registration -------------------------------------------------------------------------------
+
+    def register(self, change: Change, event: RegisterReceived) -> None:
+        """C2. A new life of a broker is fenced first; the answer then waits for that."""
+        message = self._identified(change, event.message)
+        event = replace(event, message=message)
+        broker_id = message.broker_id
+        if not self.speaks_for(broker_id, event.session):
+            raise StaleBrokerEpoch(f"broker {broker_id} has a later session")
+        self.session_opened(broker_id, event.session)
+        if self._regressed(change, event):
+            return None
+        known = change.broker(broker_id)
+        if known is not None and known.meta.storage_id == message.storage_id:
+            if message.incarnation < known.meta.incarnation:
+                self._rolled_back(change, known, message)
+                return self._refuse_rolled_back(change, event, known)
+            if message.incarnation == known.meta.incarnation and known.meta.broker_epoch:
+                return self._again(change, event, known)
+        waiting = self._fencing.registrations.pop(broker_id, None)
+        if waiting is not None:
+            change.refuse(waiting.reply, StaleBrokerEpoch("a later registration of this broker arrived"))
+        if any(broker_id in record.meta.isr for record in change.parts_held(broker_id)):
+            self._fencing.registrations[broker_id] = event
+            self._fencing.suspect(change, broker_id, REGISTERING)
+            return None
+        return self.finish(change, event)
+
+    def _identified(self, change: Change, message: Register) -> Register:
+        check_url(message.internal, "internal")
+        check_url(message.external, "external")
+        if message.version_min > PROTOCOL_MAX or message.version_max < PROTOCOL_MIN:
+            raise UnsupportedVersion(
+                f"the coordinator speaks {PROTOCOL_MIN}..{PROTOCOL_MAX}, "
+                f"the broker {message.version_min}..{message.version_max}"
+            )
+        if message.incarnation < 1 or not message.storage_id:
+            raise InvalidArgument("register: storage_id and an incarnation from 1 are needed", field="incarnation")
+        level = change.cluster.feature_level
+        if message.feature_level < level:
+            raise UnsupportedVersion(
+                f"feature_level: the cluster runs at {level}, the broker at {message.feature_level}"
+            )
+        if message.broker_id:
+            return message
+        for record in change.brokers():
+            if record.meta.storage_id == message.storage_id:
+                return replace(message, broker_id=record.meta.id)
+        return replace(message, broker_id=self._new_id(change))
+
+    def _regressed(self, change: Change, event: RegisterReceived) -> bool:
+        """A broker has seen a coordinator that this store does not know of: it was restored from an old copy.
+
+        Every partition may have changed since. Nothing is elected without recovery, and no coordinator starts again
+        under an epoch that brokers would take for old.
+        """
+        seen = event.message.seen_coord_epoch
+        if seen <= change.coord_epoch:
+            return False
+        floor = seen + 1
+        if change.cluster.coord_epoch_floor < floor:
+            change.set_cluster(coord_epoch_floor=floor)
+            for record in change.parts():
+                if not record.frozen:
+                    change.put_part(record.meta, frozen=True)
+            change.note("frozen", "error", reason="the store is older than what brokers have seen", floor=floor)
+        change.refuse(
+            event.reply,
+            StaleCoordinator(f"this coordinator starts again: its epoch is {change.coord_epoch}, you saw {seen}"),
+        )
+        change.add(Recampaign(floor))
+        return True
+
+    def _rolled_back(self, change: Change, known: BrokerRecord, message: Register) -> None:
+        """Its storage is older than it was. While the later life is serving, this is a straggler; else it is true."""
+        if not known.meta.fenced:
+            return
+        if not known.rolled_back:
+            change.put_broker(replace(known, rolled_back=True))
+            self._exclude_all(change, known.meta.id, remember=False)
+            change.note("rolled_back", "error", broker=known.meta.id, incarnation=message.incarnation)
+
+    def _refuse_rolled_back(self, change: Change, event: RegisterReceived, known: BrokerRecord) -> None:
+        change.refuse(
+            event.reply,
+            Fenced(
+                f"broker {known.meta.id} registered as incarnation {known.meta.incarnation} before, "
+                f"now as {event.message.incarnation}: its storage was rolled back; give it an empty data directory",
+                incarnation=known.meta.incarnation,
+            ),
+        )
+
+    def _again(self, change: Change, event: RegisterReceived, known: BrokerRecord) -> None:
+        """The same life registers again (its answer was lost, its session ended): the same epoch, idempotent."""
+        message, meta = event.message, known.meta
+        moved = replace(meta, internal=message.internal, external=message.external)
+        if moved != meta:
+            change.put_broker(replace(known, meta=moved))
+        self._fencing.heard(meta.id, change.now_ms)
+        self.take_reports(change, meta.id, message.replicas, complete=True)
+        self._answer(change, event.reply, moved)
+
+    def finish(self, change: Change, event: RegisterReceived) -> None:
+        """The second half of a registration, with the broker out of every in-sync set."""
+        message, broker_id = event.message, event.message.broker_id
+        known = change.broker(broker_id)
+        same_storage = known is not None and known.meta.storage_id == message.storage_id
+        if known is not None and same_storage and message.incarnation <= known.meta.incarnation:
+            return change.refuse(event.reply, StaleBrokerEpoch("a later registration of this broker was accepted"))
+        epoch = change.cluster.broker_epoch + 1
+        change.set_cluster(broker_epoch=epoch, broker_id=max(broker_id, change.cluster.broker_id))
+        rolled_back = known is not None and same_storage and known.rolled_back
+        meta = BrokerMeta(
+            broker_id,
+            message.internal,
+            message.external,
+            epoch,
+            fenced=True,
+            storage_id=message.storage_id,
+            incarnation=message.incarnation,
+            draining=known is not None and known.meta.draining,
+        )
+        change.put_broker(
+            BrokerRecord(meta, rolled_back, message.feature_level, (message.version_min, message.version_max))
+        )
+        fresh = known is None or known.meta.broker_epoch == 0
+        if (not same_storage and not fresh) or rolled_back or message.restart_class == RESTART_FOREIGN:
+            self._exclude_all(change, broker_id, remember=False)
+        elif message.restart_class == RESTART_OS_CRASH:
+            for record in change.parts_held(broker_id):
+                if record.meta.flush != FLUSH_FSYNC:
+                    self._exclude(change, record.meta.key, broker_id)
+        self._fencing.heard_ms[broker_id] = change.now_ms
+        self.take_reports(change, broker_id, message.replicas, complete=True)
+        change.note("registered", broker=broker_id, incarnation=message.incarnation, restart=message.restart_class)
+        self._answer(change, event.reply, meta)
+        self._fencing.gate[broker_id] = change.next_revision()
+        return None
+
+    def _answer(self, change: Change, reply: int, meta: BrokerMeta) -> None:
+        cluster = change.cluster
+        change.reply(
+            reply,
+            RegisterOk(
+                meta.id,
+                meta.broker_epoch,
+                change.coord_epoch,
+                cluster.cluster_id,
+                cluster.claim_key,
+                self._config.heartbeat_ms,
+                change.next_revision(),
+            ),
+        )
+
+    # -- reports of replicas ------------------------------------------------------------------------
+
+    def take_reports(
+        self, change: Change, broker_id: int, reports: list[ReplicaReport], *, complete: bool = False
+    ) -> None:
+        """Remember how replicas stand; freeze what the store has forgotten, exclude what is not complete.
+
+        ``complete``: all replicas of the broker; one that is missing was never opened there and is empty.
+        """
+        if complete:
+            self._reports.arrived(broker_id)
+            named = {(report.topic_id, report.partition) for report in reports}
+            held = [record.meta.key for record in change.parts_held(broker_id)]
+            empty = [ReplicaReport(*key, 0, (0, 0), (-1, -1), (0, 0)) for key in held if key not in named]
+            reports = [*reports, *empty]
+        for report in reports:
+            key = (report.topic_id, report.partition)
+            record = change.part(key)
+            if record is None or broker_id not in record.meta.replicas:
+                continue
+            self._reports.take(change, record.meta, broker_id, report)
+            if report.seen_epoch > record.meta.epoch and not record.frozen:
+                change.put_part(record.meta, frozen=True)
+                change.note(
+                    "frozen",
+                    "error",
+                    topic_id=key[0],
+                    partition=key[1],
+                    epoch=record.meta.epoch,
+                    seen=report.seen_epoch,
+                )
+            if report.log_state in INCOMPLETE_LOGS:
+                self._exclude(change, key, broker_id)
+
+    def _exclude_all(self, change: Change, broker_id: int, *, remember: bool) -> None:
+        for record in change.parts_held(broker_id):
+            self._exclude(change, record.meta.key, broker_id, remember=remember)
+
+    def _exclude(self, change: Change, key: tuple[str, int], broker_id: int, *, remember: bool = True) -> None:
+        record = change.part(key)
+        assert record is not None
+        after = exclude(
+            record.meta,
+            broker_id,
+            change.electable,
+            lambda b: is_draining(change, b),
+            frozen=record.frozen,
+            remember=remember,
+        )
+        if after is not record.meta:
+            change.put_part(after)
+            change.note("excluded", "warning", topic_id=key[0], partition=key[1], broker=broker_id)
+
+    # -- heartbeats ---------------------------------------------------------------------------------
+
+    def checked(self, change: Change, broker_id: int, broker_epoch: int, session: int) -> BrokerRecord:
+        """The record of a broker that may speak: known, present broker epoch, latest session."""
+        record = change.broker(broker_id)
+        if record is None:
+            raise UnknownBroker(f"broker {broker_id} is not registered", broker_id=broker_id)
+        if not record.meta.broker_epoch or record.meta.broker_epoch != broker_epoch:
+            raise StaleBrokerEpoch(
+                f"broker {broker_id}: epoch {broker_epoch} is not the present one, {record.meta.broker_epoch}"
+            )
+        if not self.speaks_for(broker_id, session):
+            raise StaleBrokerEpoch(f"broker {broker_id} has a later session")
+        return record
+
+    def heartbeat(self, change: Change, event: HeartbeatReceived) -> None:
+        message = event.message
+        broker_id = message.broker_id
+        record = self.checked(change, broker_id, message.broker_epoch, event.session)
+        if self._reports.wants(broker_id):
+            # Registering again is idempotent and brings fresh reports of all replicas.
+            raise StaleBrokerEpoch("register again: recovery needs a report of your replicas")
+        self._fencing.heard(broker_id, change.now_ms)
+        if message.want == "stop":
+            self._stopping(change, record)
+        elif record.meta.fenced and self._caught_up(change, message):
+            self._unfence(change, record)
+        current = change.broker(broker_id)
+        assert current is not None
+        meta = current.meta
+        change.reply(
+            event.reply,
+            HeartbeatOk(
+                meta.fenced,
+                change.coord_epoch,
+                change.next_revision(),
+                stop_allowed=meta.stopping and meta.fenced and not self._leads(change, broker_id),
+            ),
+        )
+
+    def _caught_up(self, change: Change, message: Heartbeat) -> bool:
+        gate = self._fencing.gate.get(message.broker_id, 0)
+        record = change.broker(message.broker_id)
+        return (
+            message.coord_epoch == change.coord_epoch
+            and message.revision >= gate
+            and message.broker_id not in self._fencing.suspects
+            and record is not None
+            and not record.meta.stopping
+        )
+
+    def _unfence(self, change: Change, record: BrokerRecord) -> None:
+        """C5: it knows the present picture. Partitions that waited for it get their primary."""
+        broker_id = record.meta.id
+        change.put_broker(replace(record, meta=replace(record.meta, fenced=False)))
+        change.note("unfenced", broker=broker_id)
+        for part in change.parts_held(broker_id):
+            if can_elect(part.meta, change.electable) and not part.frozen:
+                stored = change.put_part(elect(part.meta, change.electable, lambda b: is_draining(change, b)))
+                change.note(
+                    "elected",
+                    topic_id=stored.topic_id,
+                    partition=stored.partition,
+                    primary=stored.primary,
+                    epoch=stored.epoch,
+                )
+
+    def _stopping(self, change: Change, record: BrokerRecord) -> None:
+        """A broker wants to leave: no primaries for it from now on; it is fenced once it leads nothing any more."""
+        meta = record.meta
+        if not meta.stopping:
+            change.put_broker(replace(record, meta=replace(meta, stopping=True)))
+            change.note("stopping", broker=meta.id)
+        if not meta.fenced and not self._leads(change, meta.id):
+            self._fencing.suspect(change, meta.id, STOPPING)
+
+    def _leads(self, change: Change, broker_id: int) -> bool:
+        return any(record.meta.primary == broker_id for record in change.parts_held(broker_id))
+
+    # -- commands of operators ----------------------------------------------------------------------
+
+    def drain(self, change: Change, event: DrainSet) -> None:
+        record = self._known(change, event.broker_id)
+        if record.meta.draining != event.draining:
+            record = replace(record, meta=replace(record.meta, draining=event.draining))
+            change.put_broker(record)
+        change.reply(event.reply, record.meta)
+
+    def forget(self, change: Change, event: BrokerForgotten) -> None:
+        record = self._known(change, event.broker_id)
+        held = len(change.parts_held(event.broker_id))
+        if held:
+            raise Conflict(f"broker {event.broker_id} still holds {held} replicas: drain it first", replicas=held)
+        if not record.meta.fenced:
+            raise NotReady(f"broker {event.broker_id} is serving: stop it first")
+        change.delete(broker_key(event.broker_id))
+        change.reply(event.reply, record.meta)
+
+    def _known(self, change: Change, broker_id: int) -> BrokerRecord:
+        record = change.broker(broker_id)
+        if record is None:
+            raise UnknownBroker(f"broker {broker_id} is not registered", broker_id=broker_id)
+        return record

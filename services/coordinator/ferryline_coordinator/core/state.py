@@ -1,0 +1,186 @@
+"""What the coordinator knows: the replay of its records, and indexes over it.
+
+Invariants, asserted on every change: the record invariants of `check_partition`; a fenced broker is in no in-sync set;
+epoch and version of a partition, broker epochs and the revision never fall.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from ferryline.protocol.metadata import BrokerMeta, PartitionMeta, TopicMeta, check_partition
+from ferryline_coordinator.core.events import Decision
+from ferryline_coordinator.core.records import (
+    BrokerRecord,
+    ClusterRecord,
+    GroupOwners,
+    GroupRecord,
+    PartRecord,
+    Record,
+    TopicGone,
+    decode_record,
+    record_key,
+)
+
+Key = tuple[str, int]  # (topic id, partition)
+
+
+class CoordinatorState:
+    """Durable state. `apply` is the only thing that changes it.
+
+    ``changes`` holds (revision, record key) of what became visible, newest last, for deltas; what is at or below
+    ``changes_floor`` has been forgotten.
+    """
+
+    def __init__(self, changes_max: int) -> None:
+        self.cluster: ClusterRecord | None = None
+        self.brokers: dict[int, BrokerRecord] = {}
+        self.topics: dict[str, TopicMeta] = {}
+        self.topic_ids: dict[str, str] = {}  # name -> id
+        self.parts: dict[Key, PartRecord] = {}
+        self.gone: dict[str, TopicGone] = {}
+        self.groups: dict[str, GroupRecord] = {}
+        self.owners: dict[tuple[str, str], GroupOwners] = {}
+        self.group_topics: dict[str, set[str]] = {}  # group -> topics that have owners
+        self.held: dict[int, set[Key]] = {}  # broker -> partitions that name it as a replica
+        self.changes: deque[tuple[int, str]] = deque()
+        self.changes_floor = 0
+        self.replicas = 0  # of all partitions
+        self._changes_max = changes_max
+        self._loading = False
+
+    @property
+    def revision(self) -> int:
+        return self.cluster.revision if self.cluster is not None else 0
+
+    def load(self, records: Iterable[tuple[str, bytes]]) -> None:
+        """Replay a store into this empty state."""
+        self._loading = True  # records come in any order: relations between them hold at the end only
+        for key, value in sorted(records):
+            record = decode_record(key, value)
+            assert record_key(record) == key, (key, record)
+            self._put(key, record)
+        self._loading = False
+        self.changes_floor = self.revision
+        for part in self.parts.values():
+            self._check(part.meta)
+
+    def apply(self, decision: Decision) -> None:
+        """Take over what a decision makes durable."""
+        for key in decision.deletes:
+            self._delete(key)
+        for record in decision.puts:  # the cluster record with its revision comes first, brokers before partitions
+            self._put(record_key(record), record)
+        if decision.puts or decision.deletes:
+            self._remember(decision)
+
+    def part(self, topic_id: str, partition: int) -> PartRecord | None:
+        return self.parts.get((topic_id, partition))
+
+    def held_by(self, broker_id: int) -> list[Key]:
+        """Partitions with a replica on this broker, in a fixed order."""
+        return sorted(self.held.get(broker_id, ()))
+
+    def topic(self, name: str) -> TopicMeta | None:
+        topic_id = self.topic_ids.get(name)
+        return self.topics.get(topic_id) if topic_id is not None else None
+
+    def broker_metas(self) -> list[BrokerMeta]:
+        return [self.brokers[broker_id].meta for broker_id in sorted(self.brokers)]
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _put(self, key: str, record: Record) -> None:
+        match record:
+            case ClusterRecord():
+                assert record.revision >= self.revision, (self.cluster, record)
+                self.cluster = record
+            case BrokerRecord():
+                known = self.brokers.get(record.meta.id)
+                assert known is None or record.meta.broker_epoch >= known.meta.broker_epoch, (known, record)
+                self.brokers[record.meta.id] = record
+            case TopicMeta():
+                self.topics[record.id] = record
+                self.topic_ids[record.name] = record.id
+            case PartRecord():
+                self._put_part(record)
+            case TopicGone():
+                self.gone[record.topic_id] = record
+            case GroupRecord():
+                self.groups[record.group] = record
+            case GroupOwners():
+                self.owners[(record.group, record.topic_id)] = record
+                self.group_topics.setdefault(record.group, set()).add(record.topic_id)
+
+    def _put_part(self, record: PartRecord) -> None:
+        meta, known = record.meta, self.parts.get(record.meta.key)
+        if not self._loading:
+            self._check(meta)
+        if known is not None:
+            assert meta.version > known.meta.version, (known, record)
+            assert meta.epoch >= known.meta.epoch, (known, record)
+            self._unhold(known.meta)
+        self.parts[meta.key] = record
+        self.replicas += len(meta.replicas)
+        for broker_id in meta.replicas:
+            self.held.setdefault(broker_id, set()).add(meta.key)
+
+    def _check(self, meta: PartitionMeta) -> None:
+        check_partition(meta)
+        for broker_id in meta.isr:
+            broker = self.brokers.get(broker_id)
+            assert broker is not None, meta
+            assert not broker.meta.fenced, (meta, broker)
+
+    def _unhold(self, meta: PartitionMeta) -> None:
+        self.replicas -= len(meta.replicas)
+        for broker_id in meta.replicas:
+            self.held[broker_id].discard(meta.key)
+
+    def _delete(self, key: str) -> None:
+        kind, _, rest = key.partition("/")
+        match kind:
+            case "broker":
+                self.brokers.pop(int(rest), None)
+            case "topic":
+                topic = self.topics.pop(rest, None)
+                if topic is not None and self.topic_ids.get(topic.name) == rest:
+                    del self.topic_ids[topic.name]
+            case "part":
+                topic_id, _, number = rest.partition("/")
+                part = self.parts.pop((topic_id, int(number)), None)
+                if part is not None:
+                    self._unhold(part.meta)
+            case "gone":
+                self.gone.pop(rest, None)
+            case "group":
+                self.groups.pop(rest, None)
+            case "owners":
+                group, _, topic_id = rest.partition("/")
+                self.owners.pop((group, topic_id), None)
+                self.group_topics.get(group, set()).discard(topic_id)
+            case _:
+                raise AssertionError(key)
+
+    def _remember(self, decision: Decision) -> None:
+        revision = self.revision
+        for record in decision.puts:
+            if isinstance(record, BrokerRecord | TopicMeta | PartRecord | TopicGone):
+                self.changes.append((revision, record_key(record)))
+        for key in decision.deletes:
+            if key.startswith("broker/"):
+                self.changes.append((revision, key))
+        while len(self.changes) > self._changes_max:
+            self.changes_floor = max(self.changes_floor, self.changes.popleft()[0])
+
+    def changed_since(self, revision: int) -> list[str] | None:
+        """Keys of the records that became visible after ``revision``, each once; None: too long ago to know."""
+        if revision < self.changes_floor or revision > self.revision:
+            return None
+        found: dict[str, None] = {}
+        for number, key in reversed(self.changes):
+            if number <= revision:
+                break
+            found[key] = None
+        return list(found)
