@@ -52,10 +52,10 @@ test-containers: venv ## the tests of the compose cluster; installs and starts d
 	@scripts/with-docker $(BIN)/python -m pytest --docker -m docker $(ARGS) tests/integration
 
 sim: venv ## the seeded simulation: make sim SEEDS=2000
-	@$(BIN)/python -m simulation --seeds $(SEEDS) $(ARGS)
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs 2 $(ARGS)
 
 sim-mutants: venv ## every seeded bug, which the simulation must catch
-	@$(BIN)/python -m simulation --mutants $(ARGS)
+	@$(BIN)/python -m tests.simulation.mutants $(ARGS)
 
 check: check-format check-lint check-types check-imports check-tidy ## what must be clean before a commit (make -k check: all findings)
 	@echo "check: clean"
