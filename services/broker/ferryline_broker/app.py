@@ -1,0 +1,252 @@
+"""A broker process from its data directory to its last frame: what is made, in which order, and how it ends.
+
+Start: lock a data directory, listen, join (first start only), open the replicas, serve, register. Stop: hand the
+primaryships over, answer whoever waits, end the sessions, write the clean-stop marker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from ferryline.protocol.errors import FerrylineError
+from ferryline_broker.clients import FrameRouter
+from ferryline_broker.config import BrokerConfig
+from ferryline_broker.coordinator import CoordinatorLink
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.node import NodeConfig, NodeCore, NodeIdentity
+from ferryline_broker.core.partition import ReplicaConfig
+from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.join import TlsFolder, join
+from ferryline_broker.log.files import FileStorage
+from ferryline_broker.log.node_store import NodeStore
+from ferryline_broker.lossy import LossyStorage
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.node_driver import NodeDriver
+from ferryline_broker.opening import Opener
+from ferryline_broker.peers import Peers
+from ferryline_broker.rest import RestApi
+from ferryline_broker.sabotage import core_class, lossy_storage
+from ferryline_broker.upkeep import Upkeep
+from ferryline_broker.view import ClusterView
+from ferryline_service.errors import error_middleware
+from ferryline_service.health import health_routes
+from ferryline_service.logs import get_logger
+from ferryline_service.programs import announce_ready
+from ferryline_service.session import SessionEndpoint
+
+_log = get_logger()
+_FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
+_STOP_SLACK_S = 3.0  # beyond the node core's own limit
+EXIT_OK, EXIT_FAILED = 0, 1
+
+
+@dataclass
+class Address:
+    """Where this broker listens and how it is reached."""
+
+    listening: socket.socket
+    internal: str
+    external: str
+
+
+def bind(config: BrokerConfig) -> Address:
+    """Listen before joining, so that the advertised URLs name the port that was found. Raises OSError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listening = socket.create_server((config.host, config.port), family=family, backlog=1024, reuse_port=False)
+    port = listening.getsockname()[1]
+    host = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
+    default = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    internal = config.advertise_internal or default
+    return Address(listening, internal, config.advertise_external or internal)
+
+
+class Broker:
+    """All parts of one broker. Made by `run_broker` once the broker knows who it is."""
+
+    def __init__(
+        self, config: BrokerConfig, store: NodeStore, tls: TlsFolder, address: Address, http: aiohttp.ClientSession
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.address = address
+        self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.metrics = metrics = BrokerMetrics()
+        self.tls = files = tls.files()
+        self.partitions = partitions = PartitionDriver(metrics, self._on_fatal)
+        replica_config = ReplicaConfig(fetch_bytes_max=config.fetch_bytes_max, lag_max_ms=config.lag_max_ms)
+        opener = Opener(store, metrics, replica_config, core_class())
+        for hosted in opener.open_all(store.broker_id):
+            partitions.host(hosted)
+        identity = NodeIdentity(
+            store.broker_id,
+            store.storage_id,
+            store.incarnation,
+            store.restart_class,
+            address.internal,
+            address.external,
+            store.seen_coord_epoch,
+            store.cluster_id,
+            {key: hosted.core.report().log_state for key, hosted in partitions.replicas.items()},
+        )
+        node_config = NodeConfig(heartbeat_ms=config.heartbeat_ms, stop_ms=config.stop_ms)
+        self.node = node = NodeCore(node_config, identity)
+        self.view = view = ClusterView(node.metadata)
+        self.peers = peers = Peers(partitions, node, http, files)
+        self.link = link = CoordinatorLink(node, http, files, store.cluster_id, config.coordinator)
+        self.node_driver = NodeDriver(node, partitions, link, store, opener, view, metrics)
+        partitions.peers, partitions.link = peers, link
+        partitions.delete_replica = self.node_driver.delete_replica
+        link.listener = self.node_driver
+        self.frames = FrameRouter(config, partitions, view, metrics, peers)
+        self.rest = RestApi(partitions, view)
+        self.node_driver.on_metadata = self._on_metadata
+        metrics.partitions = lambda: [hosted.gauges() for hosted in partitions.replicas.values()]
+        self.endpoint = SessionEndpoint(
+            server="broker",
+            cluster_id=store.cluster_id,
+            on_frame=self.frames,
+            metrics=metrics,
+            broker_id=store.broker_id,
+        )
+        self.upkeep = Upkeep(config, store, partitions, self.node_driver, metrics)
+
+    def _on_metadata(self) -> None:
+        self.peers.reconcile()
+        self.frames.metadata.changed()
+
+    def _on_fatal(self, reason: str) -> None:
+        if not self.fatal.done():
+            self.fatal.set_result(reason)
+
+    # -- serving ------------------------------------------------------------------------------------
+
+    def application(self) -> web.Application:
+        app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=8 * 1024 * 1024)
+        app.router.add_routes(self.endpoint.routes())
+        app.router.add_routes(health_routes(self._not_ready, self._about))
+        app.router.add_routes(self.metrics.routes())
+        app.router.add_routes(self.rest.routes())
+        app.on_shutdown.append(self._shut_down)
+        return app
+
+    def _not_ready(self) -> str:
+        node = self.node
+        if node.stopping:
+            return "stopping"
+        if not node.metadata.cluster_id:
+            return "not registered yet"
+        return "fenced: the coordinator does not count on this broker" if node.fenced else ""
+
+    def _about(self) -> dict[str, Any]:
+        node = self.node
+        return {
+            "service": "broker",
+            "broker_id": node.broker_id,
+            "broker_epoch": node.broker_epoch,
+            "incarnation": self.store.incarnation,
+            "cluster_id": self.store.cluster_id,
+            "fenced": node.fenced,
+        }
+
+    async def _shut_down(self, _: web.Application) -> None:
+        self.partitions.settle_everything("COMMIT_UNKNOWN", "this broker stopped before the outcome was known")
+        self.frames.close()
+        self.rest.close()
+        await self.endpoint.close()
+
+    async def serve(self, stop: asyncio.Event) -> int:
+        """Serve until asked to stop, or until the disk fails. Returns the exit status."""
+        runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        site = web.SockSite(runner, self.address.listening, ssl_context=self.tls.server)
+        await site.start()
+        self.link.start()
+        self.upkeep.start()
+        announce_ready(
+            service="broker",
+            url=self.address.external,
+            pid=os.getpid(),
+            broker_id=self.store.broker_id,
+            port=self._port(),
+        )
+        ended = await self._until_ended(stop)
+        self.upkeep.close()
+        self.peers.close()
+        await runner.cleanup()
+        await self.link.close()
+        self.node_driver.close()
+        return self._leave(ended)
+
+    async def _until_ended(self, stop: asyncio.Event) -> ev.StopNow:
+        asked = asyncio.ensure_future(stop.wait())
+        stopped, fatal = self.node_driver.stopped, self.fatal
+        waits: list[asyncio.Future[Any]] = [asked, stopped, fatal]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not stopped.done() and not fatal.done():
+            _log.info("stopping: handing over")
+            self.node_driver.node_event(ev.StopAsked())
+            limit_s = self.config.stop_ms / 1000 + _STOP_SLACK_S
+            await asyncio.wait(waits[1:], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if fatal.done():
+            reason = fatal.result()
+            _log.critical("storage failed, leaving", reason=reason)
+            self.partitions.feed_all(ev.StorageFailed(0, reason))
+            await asyncio.sleep(_FATAL_GRACE_S)  # the reports leave now; if they do not, fencing does the rest
+            return ev.StopNow(False, reason)
+        return stopped.result() if stopped.done() else ev.StopNow(True, "time for stopping is up")
+
+    def _leave(self, ended: ev.StopNow) -> int:
+        """Close the files; a clean stop says so as its last act."""
+        _log.info("stopped", clean=ended.clean, reason=ended.reason)
+        try:
+            if ended.clean:
+                for hosted in self.partitions.replicas.values():
+                    if not hosted.broken and hosted.core.role != "stopped":
+                        self.upkeep.checkpoint(hosted)
+                self.store.mark_clean_stop()
+            self.store.close()
+        except FerrylineError as error:
+            _log.error("stopped, but not cleanly", error=str(error))
+            return EXIT_FAILED
+        return EXIT_OK if ended.clean else EXIT_FAILED
+
+    def _port(self) -> int:
+        port: int = self.address.listening.getsockname()[1]
+        return port
+
+
+async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:
+    """The whole life of a broker. Returns its exit status."""
+    storage = LossyStorage(str(config.data_root)) if lossy_storage() else FileStorage(str(config.data_root))
+    store = NodeStore.open(storage)
+    _log.info("data directory", directory=f"{config.data_root}/{store.directory}", restart=store.restart_class)
+    address = bind(config)
+    tls = TlsFolder(config.data_root / store.directory / "tls")
+    if not (tls.complete and store.broker_id) and not await _join(config, store, tls, address, stop):
+        store.close()
+        return EXIT_OK if stop.is_set() else EXIT_FAILED
+    timeout = aiohttp.ClientTimeout(total=None, connect=2.0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+        return await Broker(config, store, tls, address, http).serve(stop)
+
+
+async def _join(config: BrokerConfig, store: NodeStore, tls: TlsFolder, address: Address, stop: asyncio.Event) -> bool:
+    """Become a member of the cluster. False when asked to stop before, or when the coordinator refused."""
+    try:
+        joined = await join(config, tls, store.storage_id, address.internal, address.external, stopped=stop.is_set)
+    except FerrylineError as error:
+        _log.critical("the cluster does not take this broker", error=str(error), remedy=error.remedy)
+        return False
+    if joined is None:
+        return False
+    store.set_identity(joined.cluster_id, joined.broker_id)
+    _log.info("joined", broker_id=joined.broker_id, cluster_id=joined.cluster_id)
+    return True

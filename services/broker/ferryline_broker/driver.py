@@ -1,0 +1,423 @@
+"""Run the partition cores: feed events, carry out effects in order, keep one timer. No decision about the protocol.
+
+One pass of the loop, from a client's batch to its acknowledgement::
+
+    pass n      frame -> Produced -> [Append, SendData, Flush, ...]      write() to the page cache
+    pass n + 1  `_end_pass`: frames to peers and clients leave           the secondary starts its own write and flush
+    pass n + 2  `_sync`: fdatasync of every dirty log, Flushed -> effects, `_end_pass` again
+
+The flush comes one pass after the frames because uvloop hands bytes to the kernel between passes: otherwise the
+secondary would wait for this broker's disk before it starts on its own. fdatasync runs inline: beside a loop that is
+never idle a thread waits longer for the interpreter lock than the disk takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import traceback
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import Any, Protocol
+
+from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
+from ferryline.protocol.messages import (
+    RECORDS,
+    STATE,
+    AlterIsr,
+    ReplicaData,
+    ReplicaFetch,
+    ReplicaProgress,
+    ReplicaReport,
+    ResignEntry,
+)
+from ferryline_broker.clock import now_ms
+from ferryline_broker.core import events as ev
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.opening import rebuild_producers, replay_state
+from ferryline_service.logs import get_logger
+
+_log = get_logger()
+Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse
+
+
+class Request(Protocol):
+    """Something that waits for answers of cores. `settle` once per token; `emit` at the end of the pass, when asked."""
+
+    def settle(self, index: int, answer: Answer) -> None: ...
+
+    def emit(self) -> None: ...
+
+
+class Emitter(Protocol):
+    """Something with work for the end of the pass."""
+
+    def emit(self) -> None: ...
+
+
+class PeerPort(Protocol):
+    """Where replication frames leave; each call only collects, `emit` sends."""
+
+    def add_fetch(self, to: int, fetch: ReplicaFetch) -> None: ...
+
+    def add_progress(self, to: int, progress: ReplicaProgress) -> None: ...
+
+    def add_data(self, session: int, data: ReplicaData, parts: list[ev.Bytes]) -> None: ...
+
+    def emit(self) -> None: ...
+
+
+class LinkPort(Protocol):
+    """Where messages to the coordinator leave; the same."""
+
+    def add_alter_isr(self, proposal: AlterIsr) -> None: ...
+
+    def add_resign(self, entry: ResignEntry) -> None: ...
+
+    def add_report(self, report: ReplicaReport) -> None: ...
+
+    def refresh_metadata(self) -> None: ...
+
+    def emit(self) -> None: ...
+
+
+class PartitionDriver:
+    """All partition cores of one broker.
+
+    `feed` is the only way in. Whoever feeds an event from outside calls nothing else: the end of the pass is arranged
+    here. ``peers`` and ``link`` are set once, before the first event.
+    """
+
+    def __init__(self, metrics: BrokerMetrics, on_fatal: Callable[[str], None]) -> None:
+        self.metrics = metrics
+        self.replicas: dict[ev.Key, HostedReplica] = {}
+        self.peers: PeerPort
+        self.link: LinkPort
+        self.delete_replica: Callable[[ev.Key], None]
+        self.on_appended: Callable[[int], None] = _ignore
+        self._on_fatal = on_fatal
+        self._loop = asyncio.get_running_loop()
+        self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
+        self._token = 0
+        self._emitters: dict[Emitter, None] = {}
+        self._pass_due = False
+        self._dirty: list[tuple[HostedReplica, int]] = []
+        self._sync_due = False
+        self._heap: list[tuple[int, int, HostedReplica]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms = 0
+        self._do: dict[type[ev.Effect], Callable[[HostedReplica, Any], None]] = {
+            ev.Append: self._append,
+            ev.Flush: self._flush,
+            ev.Truncate: self._truncate,
+            ev.ResetLog: self._reset,
+            ev.AdvanceStart: self._advance_start,
+            ev.PersistEpoch: self._persist_epoch,
+            ev.ReplayState: self._replay_state,
+            ev.RebuildProducers: self._rebuild_producers,
+            ev.AnswerProduce: self._answer,
+            ev.AnswerGroup: self._answer,
+            ev.AnswerBarrier: self._answer,
+            ev.Refuse: self._answer,
+            ev.SendFetch: self._send_fetch,
+            ev.SendProgress: self._send_progress,
+            ev.SendData: self._send_data,
+            ev.SendAlterIsr: self._send_alter_isr,
+            ev.SendResign: self._send_resign,
+            ev.SendReport: self._send_report,
+            ev.WakeReaders: self._wake_readers,
+            ev.RoleChanged: self._role_changed,
+            ev.RefreshMetadata: self._refresh_metadata,
+            ev.DeleteReplica: self._delete,
+        }
+
+    # -- events in ----------------------------------------------------------------------------------
+
+    def token(self, request: Request, index: int, hosted: HostedReplica) -> int:
+        """A handle for one answer; ``request.settle(index, answer)`` will be called exactly once."""
+        self._token = token = self._token + 1
+        self._waiters[token] = (request, index, hosted)
+        return token
+
+    def feed(self, hosted: HostedReplica, event: ev.Event) -> None:
+        """Let the core of ``hosted`` handle ``event`` and carry out what it wants."""
+        if hosted.broken:
+            self._refuse_broken(hosted, event)
+            return
+        try:
+            effects = hosted.core.handle(event, now_ms())
+        except AssertionError as error:
+            self._break(hosted, event, error)
+            return
+        if effects:
+            self._carry_out(hosted, effects)
+        self._arm(hosted)
+
+    def feed_all(self, event: ev.Event, role: str = "") -> None:
+        """Feed ``event`` to every core, or to those in ``role``."""
+        for hosted in list(self.replicas.values()):
+            if not role or hosted.core.role == role:
+                self.feed(hosted, event)
+
+    def host(self, hosted: HostedReplica) -> None:
+        self.replicas[hosted.key] = hosted
+        self._arm(hosted)
+
+    def unhost(self, key: ev.Key) -> HostedReplica | None:
+        """Forget a replica; whoever waits for it learns that it is gone."""
+        hosted = self.replicas.pop(key, None)
+        if hosted is None:
+            return None
+        hosted.broken = "deleted"
+        self._settle_all(hosted, "NOT_PRIMARY", "this broker does not hold the partition any more")
+        self._wake(hosted)
+        return hosted
+
+    # -- effects out --------------------------------------------------------------------------------
+
+    def _carry_out(self, hosted: HostedReplica, effects: list[ev.Effect]) -> None:
+        do = self._do
+        effect = effects[0]
+        try:
+            for effect in effects:
+                do[type(effect)](hosted, effect)
+        except (StorageFailed, StorageFull) as error:
+            self.storage_failed(hosted, getattr(effect, "log", RECORDS), error)
+            return
+        if hosted.follow_ups:
+            follow_ups, hosted.follow_ups = hosted.follow_ups, []
+            for event in follow_ups:
+                self.feed(hosted, event)
+
+    def storage_failed(self, hosted: HostedReplica, log: int, error: FerrylineError) -> None:
+        """Tell the core that its disk refused; the remaining effects of its last event were dropped."""
+        _log.error("storage failed", partition=hosted.name, log=log, error=str(error))
+        hosted.follow_ups = []
+        self.feed(hosted, ev.StorageFailed(log, str(error)))
+        self.end_pass_soon()
+
+    def _append(self, hosted: HostedReplica, effect: ev.Append) -> None:
+        headers = effect.headers
+        hosted.logs[effect.log].append(effect.data, headers)
+        hosted.unsaved = True
+        if effect.log == RECORDS:
+            hosted.count_in(len(effect.data), headers)
+        self.on_appended(len(effect.data))
+
+    def _flush(self, hosted: HostedReplica, effect: ev.Flush) -> None:
+        log = effect.log
+        if not hosted.flush_due[log]:
+            hosted.flush_due[log] = True
+            self._dirty.append((hosted, log))
+            if not self._pass_due:
+                self._pass_due = True
+                self._loop.call_soon(self._end_pass)
+
+    def _truncate(self, hosted: HostedReplica, effect: ev.Truncate) -> None:
+        hosted.logs[effect.log].truncate(effect.offset)
+        hosted.unsaved = True
+
+    def _reset(self, hosted: HostedReplica, effect: ev.ResetLog) -> None:
+        hosted.logs[effect.log].reset(effect.offset)
+        hosted.unsaved = True
+
+    def _advance_start(self, hosted: HostedReplica, effect: ev.AdvanceStart) -> None:
+        hosted.logs[effect.log].advance_start(effect.offset)
+        hosted.unsaved = True
+
+    def _persist_epoch(self, hosted: HostedReplica, effect: ev.PersistEpoch) -> None:
+        hosted.store.persist_epoch(effect.epoch)
+
+    def _replay_state(self, hosted: HostedReplica, _: ev.ReplayState) -> None:
+        hosted.follow_ups.append(ev.StateReplayed(replay_state(hosted.store)))
+
+    def _rebuild_producers(self, hosted: HostedReplica, _: ev.RebuildProducers) -> None:
+        hosted.follow_ups.append(ev.ProducersRebuilt(rebuild_producers(hosted.store)))
+
+    def _answer(self, hosted: HostedReplica, effect: Answer) -> None:
+        waiter = self._waiters.pop(effect.token, None)
+        assert waiter is not None, f"{hosted.name}: token {effect.token} was answered twice"
+        waiter[0].settle(waiter[1], effect)
+        self.at_end(waiter[0])
+
+    def _send_fetch(self, _: HostedReplica, effect: ev.SendFetch) -> None:
+        self.peers.add_fetch(effect.to, effect.fetch)
+        self.end_pass_soon()
+
+    def _send_progress(self, _: HostedReplica, effect: ev.SendProgress) -> None:
+        self.peers.add_progress(effect.to, effect.progress)
+        self.end_pass_soon()
+
+    def _send_data(self, hosted: HostedReplica, effect: ev.SendData) -> None:
+        data, parts = hosted.read_for_secondary(effect)
+        self.peers.add_data(effect.session, data, parts)
+        self.end_pass_soon()
+
+    def _send_alter_isr(self, _: HostedReplica, effect: ev.SendAlterIsr) -> None:
+        self.link.add_alter_isr(effect.proposal)
+        self.end_pass_soon()
+
+    def _send_resign(self, _: HostedReplica, effect: ev.SendResign) -> None:
+        self.link.add_resign(effect.entry)
+        self.end_pass_soon()
+
+    def _send_report(self, _: HostedReplica, effect: ev.SendReport) -> None:
+        self.link.add_report(effect.report)
+        self.end_pass_soon()
+
+    def _wake_readers(self, hosted: HostedReplica, effect: ev.WakeReaders) -> None:
+        if effect.log == RECORDS and hosted.readers:
+            self._wake(hosted)
+
+    def _role_changed(self, hosted: HostedReplica, effect: ev.RoleChanged) -> None:
+        _log.info("role", partition=hosted.name, role=effect.role, epoch=effect.epoch, reason=effect.reason)
+        self._wake(hosted)
+
+    def _refresh_metadata(self, _: HostedReplica, __: ev.RefreshMetadata) -> None:
+        self.link.refresh_metadata()
+
+    def _delete(self, _: HostedReplica, effect: ev.DeleteReplica) -> None:
+        self._loop.call_soon(self.delete_replica, effect.key)  # not while its own effects are carried out
+
+    def _wake(self, hosted: HostedReplica) -> None:
+        for reader in hosted.readers:
+            self.at_end(reader)
+
+    # -- end of the pass ----------------------------------------------------------------------------
+
+    def at_end(self, emitter: Emitter) -> None:
+        """Call ``emitter.emit()`` once, at the end of this pass."""
+        self._emitters[emitter] = None
+        if not self._pass_due:
+            self._pass_due = True
+            self._loop.call_soon(self._end_pass)
+
+    def end_pass_soon(self) -> None:
+        if not self._pass_due:
+            self._pass_due = True
+            self._loop.call_soon(self._end_pass)
+
+    def _end_pass(self) -> None:
+        self._pass_due = False
+        if self._emitters:
+            emitters, self._emitters = self._emitters, {}
+            for emitter in emitters:
+                emitter.emit()
+        self.peers.emit()
+        self.link.emit()
+        if self._dirty and not self._sync_due:
+            self._sync_due = True
+            self._loop.call_soon(self._sync)
+
+    def _sync(self) -> None:
+        """Group commit: one fdatasync per log, however many batches were appended since the last."""
+        self._sync_due = False
+        dirty, self._dirty = self._dirty, []
+        started = perf_counter()
+        flushed: list[tuple[HostedReplica, int, int]] = []
+        failed: list[tuple[HostedReplica, int, FerrylineError]] = []
+        for hosted, log in dirty:
+            hosted.flush_due[log] = False
+            if hosted.broken:
+                continue
+            try:
+                flushed.append((hosted, log, hosted.logs[log].flush()))
+            except (StorageFailed, StorageFull) as error:
+                failed.append((hosted, log, error))
+        self.metrics.flush_seconds.observe(perf_counter() - started)
+        for hosted, log, end in flushed:
+            self.feed(hosted, ev.Flushed(log, end))
+        for hosted, log, failure in failed:
+            self.storage_failed(hosted, log, failure)
+        if failed:
+            # Rule L10: what a failed fsync has lost nobody knows, and asking again would be told "done".
+            self._on_fatal(f"flush failed: {failed[0][2]}")
+        self._end_pass()
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def _arm(self, hosted: HostedReplica) -> None:
+        deadline = hosted.core.next_deadline_ms()
+        hosted.deadline_ms = deadline
+        if deadline is None or (hosted.queued_ms is not None and hosted.queued_ms <= deadline):
+            return  # what is queued fires earlier, finds nothing due and queues the present deadline
+        hosted.queued_ms = deadline
+        heapq.heappush(self._heap, (deadline, id(hosted), hosted))
+        if self._timer is None or deadline < self._timer_ms:
+            self._set_timer(deadline)
+
+    def _set_timer(self, deadline_ms: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_ms = deadline_ms
+        self._timer = self._loop.call_later(max(0, deadline_ms - now_ms()) / 1000, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now, heap = now_ms(), self._heap
+        due: list[HostedReplica] = []
+        while heap and heap[0][0] <= now:
+            queued, _, hosted = heapq.heappop(heap)
+            if hosted.queued_ms == queued:
+                hosted.queued_ms = None
+                if not hosted.broken:
+                    due.append(hosted)
+        for hosted in due:
+            if hosted.deadline_ms is not None and hosted.deadline_ms <= now:
+                self.feed(hosted, ev.Tick())
+            else:
+                self._arm(hosted)
+        if heap:
+            # A deadline that its Tick did not clear must not spin the loop.
+            self._set_timer(max(heap[0][0], now + 1))
+
+    # -- failed assertions --------------------------------------------------------------------------
+
+    def _break(self, hosted: HostedReplica, event: ev.Event, error: AssertionError) -> None:
+        """An invariant does not hold: stop this partition loudly, let another replica lead; the others go on."""
+        story = [str(told)[:300] for told in list(hosted.core.story)[-40:]]
+        _log.error(
+            "invariant violated, partition stopped",
+            partition=hosted.name,
+            event=str(event.story())[:300],
+            error=str(error)[:1000],
+            where="".join(traceback.format_exception(error)[-4:])[-2000:],
+            story=story,
+        )
+        was_primary, epoch = hosted.core.role == "primary", hosted.core.epoch
+        reason = f"invariant violated: {str(error)[:200]}"
+        try:
+            self._carry_out(hosted, hosted.core.abandon(reason))
+        except AssertionError:
+            _log.exception("the partition could not even stop in order", partition=hosted.name)
+        hosted.broken = reason
+        if was_primary:
+            self.link.add_resign(ResignEntry(*hosted.key, epoch, "damaged"))
+        self._settle_all(hosted, "COMMIT_UNKNOWN", "the partition stopped on this broker")
+        self._wake(hosted)
+        self.end_pass_soon()
+
+    def _settle_all(self, hosted: HostedReplica, code: str, message: str) -> None:
+        for token in [token for token, waiter in self._waiters.items() if waiter[2] is hosted]:
+            self._answer(hosted, ev.Refuse(token, code, message))
+
+    def _refuse_broken(self, hosted: HostedReplica, event: ev.Event) -> None:
+        token = getattr(event, "token", 0)
+        if token:
+            self._answer(hosted, ev.Refuse(token, "STORAGE_FAILED", hosted.broken))
+
+    def settle_everything(self, code: str, message: str) -> None:
+        """At the very end: nobody may be left waiting."""
+        for token, waiter in list(self._waiters.items()):
+            self._answer(waiter[2], ev.Refuse(token, code, message))
+        self._end_pass()
+
+
+def _ignore(_: int) -> None:
+    return
+
+
+def total_bytes(replicas: Iterable[HostedReplica]) -> int:
+    """Bytes of all logs on disk."""
+    return sum(log.size_bytes for hosted in replicas for log in (hosted.logs[RECORDS], hosted.logs[STATE]))

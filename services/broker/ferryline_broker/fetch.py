@@ -1,0 +1,247 @@
+"""FETCH: committed batches of many partitions in one answer, parked until there are any.
+
+Rules: only below the high watermark; whole batches, at least one even when it is larger than what was asked for;
+entries are served round robin, so that a partition with much to read does not starve those behind it; a reader that
+does not read gets no further answers, and the broker keeps nothing for it but the parked request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+
+from ferryline.protocol.errors import (
+    BY_CODE,
+    ErrorInfo,
+    InternalError,
+    MalformedRequest,
+    ShuttingDown,
+    StorageFailed,
+    Throttled,
+)
+from ferryline.protocol.frames import Frame, Kind, decode_header
+from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_range
+from ferryline.protocol.messages import RECORDS, Fetch, FetchAnswer, FetchEntry, FetchResult
+from ferryline_broker.core.events import Bytes
+from ferryline_broker.core.partition import ReadVerdict
+from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.sessions import ClientState, state_of
+from ferryline_broker.view import ClusterView
+from ferryline_service.session import ServerSession
+
+
+class ParkedFetch:
+    """One FETCH that has not been answered yet."""
+
+    __slots__ = ("_correlation", "_entries", "_handler", "_started", "_timer", "ask", "done", "session", "state")
+
+    def __init__(self, handler: FetchHandler, session: ServerSession, state: ClientState, frame: Frame) -> None:
+        self._handler = handler
+        self.session = session
+        self.state = state
+        self.ask = decode_header(frame.header, Fetch)
+        self._correlation = frame.correlation
+        self._started = perf_counter()
+        self._timer: asyncio.TimerHandle | None = None
+        self._entries: list[HostedReplica] = []
+        self.done = False
+
+    def emit(self) -> None:
+        """Something moved: answer if there is anything to say."""
+        if not self.done:
+            self._handler.serve(self)
+
+    def park(self, hosted: list[HostedReplica], loop: asyncio.AbstractEventLoop) -> None:
+        self._entries = hosted
+        for replica in hosted:
+            replica.readers[self] = None
+        self._timer = loop.call_later(self.ask.wait_ms / 1000, self._expire)
+
+    @property
+    def parked(self) -> bool:
+        return self._timer is not None
+
+    def _expire(self) -> None:
+        if not self.done:
+            self._handler.serve(self, last=True)
+
+    def answer(self, results: list[FetchResult], parts: list[Bytes]) -> None:
+        self.close()
+        self.session.answer(Kind.FETCH, self._correlation, FetchAnswer(results), parts)
+        self.session.flush()
+        self._handler.metrics.fetch_seconds.observe(perf_counter() - self._started)
+
+    def refuse(self, error: ShuttingDown) -> None:
+        self.close()
+        self.session.fail(Kind.FETCH, self._correlation, error)
+
+    def close(self) -> None:
+        """Leave every list; answer nothing."""
+        if self.done:
+            return
+        self.done = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._handler.unparked(self)
+            for replica in self._entries:
+                replica.readers.pop(self, None)
+
+
+class FetchHandler:
+    """Serves and parks fetches."""
+
+    def __init__(
+        self,
+        driver: PartitionDriver,
+        view: ClusterView,
+        metrics: BrokerMetrics,
+        *,
+        answer_bytes_max: int,
+        parked_max: int,
+    ) -> None:
+        self.metrics = metrics
+        self._driver = driver
+        self._view = view
+        self._answer_bytes_max = answer_bytes_max
+        self._parked_max = parked_max
+        self._parked: dict[ParkedFetch, None] = {}
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+
+    def handle(self, session: ServerSession, frame: Frame) -> None:
+        state = state_of(session)
+        parked = ParkedFetch(self, session, state, frame)
+        ask = parked.ask
+        check_range(ask.wait_ms, "wait_ms", 0, WAIT_MS_MAX)
+        check_range(ask.bytes_max, "bytes_max", 1, 2**31 - 1)
+        if len(ask.entries) > FRAME_ENTRIES_MAX:
+            raise MalformedRequest(f"entries: {len(ask.entries)} is over the limit of {FRAME_ENTRIES_MAX}")
+        for entry in ask.entries:
+            check_range(entry.offset, "offset", 0, OFFSET_MAX)
+            check_range(entry.bytes_max, "bytes_max", 1, 2**31 - 1)
+        if len(self._parked) >= self._parked_max:
+            raise Throttled(f"{self._parked_max} fetches are parked on this broker")
+        self.serve(parked, last=ask.wait_ms == 0 or not ask.entries)
+
+    def serve(self, parked: ParkedFetch, *, last: bool = False) -> None:
+        """Answer with what there is; park (again) if there is nothing, unless this is the ``last`` chance."""
+        session = parked.session
+        if session.closed:
+            parked.close()
+            return
+        if not session.writable:
+            self._when_drained(parked, last)
+            return
+        results, parts, hosted = self._collect(parked)
+        if results or last:
+            if not results:
+                results = [_nothing(entry, self._driver) for entry in parked.ask.entries]
+            parked.answer(results, parts)
+        elif not parked.parked:
+            self._parked[parked] = None
+            self.metrics.parked_fetches = len(self._parked)
+            parked.park(hosted, self._loop)
+            if not parked.state.watched:
+                parked.state.watched = True
+                session.close_callbacks.append(self._forget)
+            parked.state.parked += 1
+
+    def _collect(self, parked: ParkedFetch) -> tuple[list[FetchResult], list[Bytes], list[HostedReplica]]:
+        """Results that say something, their payload, and the replicas to wait on otherwise."""
+        ask, state = parked.ask, parked.state
+        entries = ask.entries
+        count = len(entries)
+        left = min(ask.bytes_max, self._answer_bytes_max)
+        results: list[FetchResult] = []
+        parts: list[Bytes] = []
+        found: list[HostedReplica] = []
+        first = state.rotation % count if count else 0
+        replicas = self._driver.replicas
+        for step in range(count):
+            entry = entries[(first + step) % count]
+            hosted = replicas.get((entry.topic_id, entry.partition))
+            if hosted is None:
+                error = self._view.not_here(entry.topic_id, entry.partition).info()
+                results.append(FetchResult(entry.topic_id, entry.partition, error=error))
+                continue
+            found.append(hosted)
+            if left <= 0:
+                continue
+            verdict = hosted.check_read(entry.offset, entry.offset_epoch, ask.secondary)
+            if verdict.code:
+                results.append(self._refused(hosted, entry, verdict))
+            elif entry.offset < verdict.below:
+                try:
+                    data = hosted.read(entry.offset, verdict.below, min(entry.bytes_max, left), at_least_one=not parts)
+                except StorageFailed as failure:
+                    self._driver.storage_failed(hosted, RECORDS, failure)
+                    results.append(FetchResult(entry.topic_id, entry.partition, error=failure.info()))
+                    continue
+                if not data:
+                    continue
+                left -= len(data)
+                parts.append(data)
+                results.append(
+                    FetchResult(
+                        entry.topic_id, entry.partition, verdict.below, hosted.core.log_start[RECORDS], len(data)
+                    )
+                )
+        if parts:
+            state.rotation = first + 1
+        return results, parts, found
+
+    def _refused(self, hosted: HostedReplica, entry: FetchEntry, verdict: ReadVerdict) -> FetchResult:
+        code = verdict.code
+        cls = BY_CODE.get(code, InternalError)
+        start = hosted.core.log_start[RECORDS]
+        details: dict[str, object] = {}
+        if code == "NOT_PRIMARY":
+            part = hosted.core.part
+            if part is not None and part.primary:
+                details = {"primary": part.primary, "epoch": part.epoch}
+        else:
+            details = {"log_start": start, "high_watermark": verdict.below}
+            if code == "LOG_TRUNCATED":
+                details["safe_offset"] = verdict.safe_offset
+        self.metrics.error(code)
+        info = ErrorInfo(code, verdict.message, cls.retriable, cls.definite, details)
+        return FetchResult(entry.topic_id, entry.partition, verdict.below, start, error=info)
+
+    # -- parking ------------------------------------------------------------------------------------
+
+    def unparked(self, parked: ParkedFetch) -> None:
+        self._parked.pop(parked, None)
+        self.metrics.parked_fetches = len(self._parked)
+        parked.state.parked -= 1
+
+    def _forget(self, session: ServerSession) -> None:
+        for parked in [parked for parked in self._parked if parked.session is session]:
+            parked.close()
+
+    def _when_drained(self, parked: ParkedFetch, last: bool) -> None:
+        """The peer reads more slowly than we write: keep the request, not its answer."""
+        task = self._loop.create_task(self._serve_drained(parked, last))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def _serve_drained(self, parked: ParkedFetch, last: bool) -> None:
+        await parked.session.drained()
+        if not parked.done:
+            self.serve(parked, last=last)
+
+    def close(self) -> None:
+        """Answer everybody who waits: a stop must not take as long as the longest poll."""
+        for parked in list(self._parked):
+            parked.refuse(ShuttingDown("this broker is stopping"))
+        for task in list(self._waiting):
+            task.cancel()
+
+
+def _nothing(entry: FetchEntry, driver: PartitionDriver) -> FetchResult:
+    hosted = driver.replicas.get((entry.topic_id, entry.partition))
+    if hosted is None:
+        return FetchResult(entry.topic_id, entry.partition)
+    core = hosted.core
+    return FetchResult(entry.topic_id, entry.partition, core.high_watermark[RECORDS], core.log_start[RECORDS])

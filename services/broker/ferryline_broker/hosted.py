@@ -1,0 +1,117 @@
+"""One replica that this broker holds: its core, its files, and who waits on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ferryline.protocol.messages import RECORDS, STATE, ReplicaData
+from ferryline.protocol.records import BatchHeader
+from ferryline_broker.core.events import Bytes, Event, Key, SendData
+from ferryline_broker.core.partition import PartitionCore, ReadVerdict
+from ferryline_broker.log.partition_log import PartitionLog
+from ferryline_broker.log.replica_store import ReplicaStore
+from ferryline_broker.metrics import PartitionGauges, TopicCounts
+
+if TYPE_CHECKING:
+    from ferryline_broker.driver import Emitter
+
+_BROKEN_READ = "NOT_PRIMARY"
+
+
+class HostedReplica:
+    """``broken`` is why this replica takes no events any more ("" while it does): a failed assertion, or deletion."""
+
+    __slots__ = (
+        "broken",
+        "core",
+        "counts",
+        "deadline_ms",
+        "flush_due",
+        "follow_ups",
+        "key",
+        "logs",
+        "name",
+        "queued_ms",
+        "readers",
+        "store",
+        "topic_name",
+        "unsaved",
+    )
+
+    def __init__(self, core: PartitionCore, store: ReplicaStore, topic_name: str, counts: TopicCounts) -> None:
+        self.key: Key = core.key
+        self.core = core
+        self.store = store
+        self.logs: tuple[PartitionLog, PartitionLog] = store.logs
+        self.topic_name = topic_name
+        self.counts = counts
+        self.broken = ""
+        self.follow_ups: list[Event] = []  # what the core is told after the effects of its last event
+        self.flush_due = [False, False]
+        self.unsaved = False  # moved since the last checkpoint
+        self.deadline_ms: int | None = None  # of the core
+        self.queued_ms: int | None = None  # earliest entry in the driver's heap; never later than deadline_ms
+        self.readers: dict[Emitter, None] = {}  # parked fetches, in order of arrival
+        self.name = f"{topic_name}/{self.key[1]}"
+
+    def count_in(self, size: int, headers: list[tuple[int, BatchHeader]]) -> None:
+        """Book what producers brought; control records and what a secondary fetched are not theirs."""
+        if self.core.primary is None:
+            return
+        counts = self.counts
+        for _, header in headers:
+            if not header.is_control:
+                counts.records_in += header.record_count
+                counts.bytes_in += size
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def check_read(self, offset: int, offset_epoch: int, secondary: bool) -> ReadVerdict:
+        if self.broken:
+            return ReadVerdict(_BROKEN_READ, f"the partition stopped on this broker: {self.broken}")
+        return self.core.check_read(offset, offset_epoch, secondary)
+
+    def read(self, offset: int, below: int, bytes_max: int, *, at_least_one: bool) -> bytes:
+        """Whole committed batches; b"" when the first one does not fit and need not be ``at_least_one``.
+
+        Raises StorageFailed (also for damage).
+        """
+        data = self.logs[RECORDS].read(offset, bytes_max, below)
+        if len(data) > bytes_max and not at_least_one:
+            return b""
+        self.counts.bytes_out += len(data)
+        return data
+
+    def read_for_secondary(self, effect: SendData) -> tuple[ReplicaData, list[Bytes]]:
+        """Fill in the sizes of an answer to a fetch and read its payload. Raises StorageFailed."""
+        data = effect.data
+        parts: list[Bytes] = []
+        if data.logs is None or effect.reads == (None, None):
+            return data, []
+        logs = list(data.logs)
+        for log in (RECORDS, STATE):
+            wanted = effect.reads[log]
+            if wanted is not None:
+                start, below, bytes_max = wanted
+                part = self.logs[log].read(start, bytes_max, below)
+                if part:
+                    parts.append(part)
+                    logs[log] = msgspec.structs.replace(logs[log], size=len(part))
+        return msgspec.structs.replace(data, logs=(logs[RECORDS], logs[STATE])), parts
+
+    # -- metrics ------------------------------------------------------------------------------------
+
+    def gauges(self) -> PartitionGauges:
+        core, shown = self.core, PartitionGauges()
+        shown.topic, shown.partition = self.topic_name, self.key[1]
+        shown.role = "stopped" if self.broken else core.role
+        shown.log_start, shown.high_watermark = core.log_start[RECORDS], core.high_watermark[RECORDS]
+        shown.log_bytes = self.logs[RECORDS].size_bytes + self.logs[STATE].size_bytes
+        shown.in_sync = len(core.isr)
+        shown.replicas = len(core.part.replicas) if core.part is not None else 0
+        shown.producers = len(core.replica.producers)
+        shown.secondary_lags = core.lag_of()
+        shown.groups = {group: state.offset for group, state in core.groups()}
+        return shown

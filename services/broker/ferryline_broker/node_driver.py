@@ -1,0 +1,181 @@
+"""Run the node core: registration, heartbeats, metadata, opening and deleting replicas, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ferryline.protocol.errors import StorageFailed, StorageFull
+from ferryline.protocol.messages import AlterIsrResult, HandoverEntry
+from ferryline_broker.clock import now_ms
+from ferryline_broker.coordinator import CoordinatorLink
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.node import NodeCore
+from ferryline_broker.core.replica import ROLE_PRIMARY
+from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.log.node_store import NodeStore
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.opening import Opener, apply_config
+from ferryline_broker.view import ClusterView
+from ferryline_service.logs import get_logger
+
+_log = get_logger()
+
+
+class NodeDriver:
+    """Feeds the node core and carries out its effects. ``on_metadata`` is called after each change of the metadata."""
+
+    def __init__(
+        self,
+        node: NodeCore,
+        partitions: PartitionDriver,
+        link: CoordinatorLink,
+        store: NodeStore,
+        opener: Opener,
+        view: ClusterView,
+        metrics: BrokerMetrics,
+    ) -> None:
+        self.on_metadata: Callable[[], None] = _nothing
+        self.stopped: asyncio.Future[ev.StopNow] = asyncio.get_running_loop().create_future()
+        self._node = node
+        self._partitions = partitions
+        self._link = link
+        self._store = store
+        self._opener = opener
+        self._view = view
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._follow_ups: list[ev.Event] = []
+        self._topic_versions: dict[str, int] = {}
+        self._do: dict[type[ev.Effect], Callable[[Any], None]] = {
+            ev.SendRegister: self._send_register,
+            ev.ConfirmRegistered: self._confirm_registered,
+            ev.PersistCoordEpoch: lambda e: store.persist_coord_epoch(e.coord_epoch),
+            ev.SendHeartbeat: lambda e: link.send_heartbeat(e.heartbeat),
+            ev.RequestMetadata: lambda e: link.request_metadata(e.request),
+            ev.OpenReplica: self._open_replica,
+            ev.DeleteReplica: lambda e: self.delete_replica(e.key),
+            ev.TellReplica: self._tell_replica,
+            ev.ResetCoordinatorSession: lambda e: link.reset(e.reason),
+            ev.Registered: self._registered,
+            ev.StopNow: self._stop_now,
+        }
+
+    # -- events in ----------------------------------------------------------------------------------
+
+    def node_event(self, event: ev.Event) -> None:
+        """Let the node core handle ``event`` and carry out what it wants."""
+        node = self._node
+        before = node.metadata.revision, node.metadata.coord_epoch
+        effects = node.handle(event, now_ms())
+        try:
+            for effect in effects:
+                self._do[type(effect)](effect)
+        except (StorageFailed, StorageFull) as error:
+            # What the node must remember could not be written: going on would forget it after a restart.
+            self._stop_now(ev.StopNow(False, f"storage failed: {error}"))
+            return
+        follow_ups, self._follow_ups = self._follow_ups, []
+        for follow_up in follow_ups:
+            self.node_event(follow_up)
+        self._arm()
+        if (node.metadata.revision, node.metadata.coord_epoch) != before:
+            self._metadata_changed()
+
+    def alter_isr_answered(self, result: AlterIsrResult) -> None:
+        hosted = self._partitions.replicas.get((result.topic_id, result.partition))
+        if hosted is not None:
+            self._partitions.feed(hosted, ev.AlterIsrAnswered(result))
+
+    def hand_over_asked(self, entry: HandoverEntry) -> None:
+        """The coordinator wants another replica to lead; a request for an epoch that is over means nothing."""
+        hosted = self._partitions.replicas.get((entry.topic_id, entry.partition))
+        if hosted is not None and hosted.core.role == ROLE_PRIMARY and hosted.core.epoch == entry.epoch:
+            self._partitions.feed(hosted, ev.HandOverAsked())
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._node.next_deadline_ms()
+        if deadline is not None:
+            self._timer = self._loop.call_later(max(1, deadline - now_ms()) / 1000, self.node_event, ev.Tick())
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # -- effects out --------------------------------------------------------------------------------
+
+    def _send_register(self, effect: ev.SendRegister) -> None:
+        reports = [hosted.core.report() for hosted in self._partitions.replicas.values()]
+        self._link.send_register(msgspec.structs.replace(effect.register, replicas=reports))
+
+    def _confirm_registered(self, effect: ev.ConfirmRegistered) -> None:
+        self._store.set_identity(effect.cluster_id, effect.broker_id)
+        self._store.confirm_registered()
+        self._view.claim_key = effect.claim_key
+
+    def _open_replica(self, effect: ev.OpenReplica) -> None:
+        key, partitions = effect.key, self._partitions
+        known = partitions.unhost(key)
+        topic = self._node.metadata.topics.get(key[0])
+        quarantined = "damaged; fetched again from the primary" if effect.quarantine else ""
+        try:
+            if known is not None:
+                self._store.replicas.pop(key, None)
+                known.store.close()
+            hosted = self._opener.open(key, self._node.broker_id, topic, flush=effect.flush, quarantined=quarantined)
+        except (StorageFailed, StorageFull) as error:
+            _log.error(
+                "replica cannot be opened", topic=topic.name if topic else key[0], partition=key[1], error=str(error)
+            )
+            return
+        partitions.host(hosted)
+        self._follow_ups.append(ev.ReplicaOpened(key, hosted.core.report().log_state))
+
+    def delete_replica(self, key: ev.Key) -> None:
+        hosted = self._partitions.unhost(key)
+        if hosted is not None:
+            _log.info("replica deleted", partition=hosted.name)
+            self._store.delete_replica(*key)
+
+    def _tell_replica(self, effect: ev.TellReplica) -> None:
+        hosted = self._partitions.replicas.get(effect.key)
+        if hosted is not None:
+            self._partitions.feed(hosted, effect.event)
+
+    def _registered(self, effect: ev.Registered) -> None:
+        self._metrics.fenced = effect.fenced
+        _log.info("registered", broker_id=effect.broker_id, fenced=effect.fenced)
+
+    def _stop_now(self, effect: ev.StopNow) -> None:
+        if not self.stopped.done():
+            self.stopped.set_result(effect)
+
+    # -- metadata -----------------------------------------------------------------------------------
+
+    def _metadata_changed(self) -> None:
+        metadata, versions = self._node.metadata, self._topic_versions
+        for topic in metadata.topics.values():
+            if versions.get(topic.id) == topic.version:
+                continue
+            versions[topic.id] = topic.version
+            for number in range(topic.config.partitions):
+                hosted = self._partitions.replicas.get((topic.id, number))
+                if hosted is not None:
+                    hosted.topic_name, hosted.counts = topic.name, self._metrics.topic(topic.name)
+                    hosted.name = f"{topic.name}/{number}"
+                    apply_config(hosted, topic.config)
+                    self._opener.remember(hosted.key, topic)
+        for topic_id in [topic_id for topic_id in versions if topic_id not in metadata.topics]:
+            del versions[topic_id]
+        self.on_metadata()
+
+
+def _nothing() -> None:
+    return

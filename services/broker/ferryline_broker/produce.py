@@ -1,0 +1,227 @@
+"""PRODUCE: check each batch, hand it to its partition, answer what became of it.
+
+A refusal concerns one entry; the others go on. A client that leaves cancels nothing: its batches are appended and
+committed, only nobody hears of it.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from ferryline.protocol.errors import (
+    BY_CODE,
+    CorruptBatch,
+    ErrorInfo,
+    FerrylineError,
+    InternalError,
+    InvalidArgument,
+    MalformedRequest,
+    RecordTooLarge,
+    StalePartitioning,
+    Throttled,
+    UnknownTopic,
+)
+from ferryline.protocol.frames import Frame, Kind, decode_header
+from ferryline.protocol.limits import BATCH_BYTES_MAX, FRAME_ENTRIES_MAX, TIMEOUT_MS_MAX, check_range
+from ferryline.protocol.messages import Produce, ProduceAnswer, ProduceEntry, ProduceResult
+from ferryline.protocol.metadata import TopicMeta
+from ferryline.protocol.records import HEADER_BYTES, NO_PRODUCER, BatchHeader, check_crc, read_header
+from ferryline_broker.core.events import AnswerProduce, Produced, Refuse
+from ferryline_broker.driver import Answer, PartitionDriver
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.sessions import ClientState, state_of
+from ferryline_broker.view import ClusterView
+from ferryline_service.session import ServerSession
+
+_RECORD_OVERHEAD_BYTES = 64 + HEADER_BYTES  # framing of one record in a batch, beside key, value and headers
+
+
+def refusal_info(refuse: Refuse) -> ErrorInfo:
+    """A core's refusal as it travels: behaviour comes from the error's class."""
+    cls = BY_CODE.get(refuse.code, InternalError)
+    details: dict[str, object] = {}
+    if refuse.primary:
+        details = {"primary": refuse.primary, "epoch": refuse.epoch}
+    return ErrorInfo(refuse.code, refuse.message or refuse.code, cls.retriable, cls.definite, details)
+
+
+class ProduceRequest:
+    """One PRODUCE frame on its way. Answers leave at the end of the pass in which they became known."""
+
+    __slots__ = ("_bytes", "_correlation", "_handler", "_left", "_results", "_session", "_started", "_state")
+
+    def __init__(
+        self, handler: ProduceHandler, session: ServerSession, state: ClientState, frame: Frame, entries: int
+    ) -> None:
+        self._handler = handler
+        self._session = session
+        self._state = state
+        self._correlation = frame.correlation
+        self._left = entries
+        self._results: list[ProduceResult] = []
+        self._bytes = len(frame.payload)
+        self._started = perf_counter()
+
+    def refuse(self, index: int, error: ErrorInfo) -> None:
+        self._handler.metrics.error(error.code)
+        self._results.append(ProduceResult(index, error=error))
+        self._left -= 1
+
+    def settle(self, index: int, answer: Answer) -> None:
+        if type(answer) is AnswerProduce:
+            self._results.append(ProduceResult(index, answer.base_offset, answer.epoch))
+            self._left -= 1
+        else:
+            assert isinstance(answer, Refuse), answer
+            self.refuse(index, refusal_info(answer))
+
+    def emit(self) -> None:
+        results, self._results = self._results, []
+        if not results:
+            return
+        more = self._left > 0
+        self._session.answer(Kind.PRODUCE, self._correlation, ProduceAnswer(results), more=more)
+        self._session.flush()
+        if not more:
+            self._handler.settled(self._state, self._bytes, self._started)
+
+
+class ProduceHandler:
+    """Admits batches and bounds how many bytes may be unsettled, by session and in all."""
+
+    def __init__(
+        self,
+        driver: PartitionDriver,
+        view: ClusterView,
+        metrics: BrokerMetrics,
+        *,
+        session_bytes_max: int,
+        total_bytes_max: int,
+    ) -> None:
+        self.metrics = metrics
+        self._driver = driver
+        self._view = view
+        self._session_bytes_max = session_bytes_max
+        self._hold_above = session_bytes_max // 2
+        self._total_bytes_max = total_bytes_max
+        self._total_bytes = 0
+
+    def handle(self, session: ServerSession, frame: Frame) -> None:
+        ask = decode_header(frame.header, Produce)
+        entries, payload = ask.entries, frame.payload
+        timeout_ms = check_range(ask.timeout_ms, "timeout_ms", 1, TIMEOUT_MS_MAX)
+        if not 0 < len(entries) <= FRAME_ENTRIES_MAX:
+            raise MalformedRequest(f"entries: {len(entries)} is outside 1..{FRAME_ENTRIES_MAX}")
+        if sum(entry.size for entry in entries) != len(payload) or any(entry.size < 0 for entry in entries):
+            raise MalformedRequest(f"entries: their sizes do not add up to the {len(payload)} payload bytes")
+        state = state_of(session)
+        self._account(state, len(payload))
+        request = ProduceRequest(self, session, state, frame, len(entries))
+        driver, at = self._driver, 0
+        for index, entry in enumerate(entries):
+            end = at + entry.size
+            try:
+                hosted, topic = self._target(entry)
+                data = payload[at:end]
+                header = check_batch(data, topic)
+            except FerrylineError as error:
+                request.refuse(index, error.info())
+            else:
+                token = driver.token(request, index, hosted)
+                # The one copy: the core stamps offset and epoch into it, and the log writes it.
+                driver.feed(hosted, Produced(token, bytearray(data), header, timeout_ms))
+            at = end
+        driver.at_end(request)
+        if state.produce_bytes > self._hold_above:
+            session.hold_reading()
+
+    def _account(self, state: ClientState, size: int) -> None:
+        """Book the bytes of a request until it is settled, or refuse it whole."""
+        if state.produce_bytes + size > self._session_bytes_max and state.produce_bytes:
+            raise Throttled(f"{state.produce_bytes} bytes of this session are unsettled", limit=self._session_bytes_max)
+        if self._total_bytes + size > self._total_bytes_max and self._total_bytes:
+            raise Throttled(f"{self._total_bytes} bytes are unsettled on this broker", limit=self._total_bytes_max)
+        state.produce_bytes += size
+        self._total_bytes += size
+        self.metrics.produce_bytes_in_flight = self._total_bytes
+
+    def settled(self, state: ClientState, size: int, started: float) -> None:
+        state.produce_bytes -= size
+        self._total_bytes -= size
+        self.metrics.produce_bytes_in_flight = self._total_bytes
+        self.metrics.produce_seconds.observe(perf_counter() - started)
+        if state.session.held and state.produce_bytes <= self._hold_above // 2:
+            state.session.resume_reading()
+
+    def _target(self, entry: ProduceEntry) -> tuple[HostedReplica, TopicMeta]:
+        """The replica that this batch is for. Raises the refusal that tells the client what it got wrong."""
+        view = self._view
+        topic = view.topic(entry.topic_id)
+        hosted = self._driver.replicas.get((entry.topic_id, entry.partition))
+        if topic is None:
+            raise UnknownTopic(f"topic_id: {entry.topic_id[:64]!r} is not known here")
+        if entry.partitions != topic.config.partitions:
+            raise StalePartitioning(
+                f"partitions: {entry.partitions}, topic {topic.name} has {topic.config.partitions}",
+                partitions=topic.config.partitions,
+            )
+        if hosted is None:
+            raise view.not_here(entry.topic_id, entry.partition)
+        return hosted, topic
+
+
+def check_batch(data: memoryview, topic: TopicMeta) -> BatchHeader:
+    """Everything a broker can say about a batch without decoding it. Raises CorruptBatch, RecordTooLarge or
+    InvalidArgument, all definite."""
+    size = len(data)
+    if size > BATCH_BYTES_MAX:
+        raise RecordTooLarge(f"batch: {size} bytes is over the limit of {BATCH_BYTES_MAX}", limit=BATCH_BYTES_MAX)
+    header = read_header(data)
+    if header.size != size:
+        raise CorruptBatch(f"batch_length: {header.size} bytes are announced, {size} were sent")
+    if header.is_control:
+        raise InvalidArgument("attributes: control batches are the broker's own", field="attributes")
+    if header.producer_id < NO_PRODUCER:
+        raise InvalidArgument(f"producer_id: {header.producer_id} is negative", field="producer_id")
+    if header.producer_id != NO_PRODUCER and (header.producer_epoch < 0 or header.base_sequence < 0):
+        raise InvalidArgument(
+            f"producer_epoch {header.producer_epoch} and base_sequence {header.base_sequence} must not be negative",
+            field="base_sequence",
+        )
+    check_crc(data, header)
+    limit = topic.config.max_record_bytes
+    if size > limit + _RECORD_OVERHEAD_BYTES:
+        _check_records(data, header, limit)
+    return header
+
+
+def _check_records(data: memoryview, header: BatchHeader, limit: int) -> None:
+    """Refuse a batch with a record over the topic's limit. Only batches larger than the limit come here.
+
+    Records of an uncompressed batch carry their length in front, so this hops over them. A compressed batch cannot be
+    looked into without decoding it, which is the clients' part; what it takes packed must not exceed the limit unless
+    it holds several records.
+    """
+    if header.codec != "none":
+        if header.record_count == 1:
+            raise RecordTooLarge(f"record: {len(data)} packed bytes are over the limit of {limit}", limit=limit)
+        return
+    at, end = HEADER_BYTES, len(data)
+    for _ in range(header.record_count):
+        length = shift = 0
+        while True:
+            if at >= end or shift > 35:
+                raise CorruptBatch("records: a length is cut off")
+            byte = data[at]
+            at += 1
+            length |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                break
+            shift += 7
+        size = (length >> 1) ^ -(length & 1)
+        if size < 0 or at + size > end:
+            raise CorruptBatch("records: a record is longer than its batch")
+        if size > limit + _RECORD_OVERHEAD_BYTES:
+            raise RecordTooLarge(f"record: {size} bytes is over the limit of {limit}", limit=limit)
+        at += size

@@ -1,0 +1,211 @@
+"""What a broker does beside its traffic, in slices short enough for the loop: checkpoints, retention, scrubbing, free
+space, removal of deleted replicas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from time import perf_counter
+
+from ferryline.protocol.errors import StorageFailed, StorageFull
+from ferryline.protocol.messages import RECORDS, STATE
+from ferryline_broker.clock import now_ms, wall_ms
+from ferryline_broker.config import BrokerConfig
+from ferryline_broker.core import events as ev
+from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.node_store import NodeStore
+from ferryline_broker.log.scrubber import Scrubber
+from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.node_driver import NodeDriver
+from ferryline_service.logs import get_logger
+
+_log = get_logger()
+_SLICE_S = 0.01  # of work between two turns of the loop
+_TICK_S = 0.05
+_CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages cannot be believed (rule L11)
+_SCRUB_STEP_BYTES = 1024 * 1024
+
+
+class Upkeep:
+    """One task for all of it. ``disk_full`` follows the free space, with a little distance between on and off."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        store: NodeStore,
+        partitions: PartitionDriver,
+        node: NodeDriver,
+        metrics: BrokerMetrics,
+    ) -> None:
+        self.disk_full = False
+        self._config = config
+        self._store = store
+        self._partitions = partitions
+        self._node = node
+        self._metrics = metrics
+        self._budget = 0  # bytes that may be appended before free space is looked at again
+        self._reserve = 0
+        self._clock_distance = wall_ms() - now_ms()
+        self._retention_told = False
+        self._scrubbers: dict[tuple[ev.Key, int], Scrubber] = {}
+        self._task: asyncio.Task[None] | None = None
+        partitions.on_appended = self._appended
+        self.check_disk()
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        config = self._config
+        due = dict.fromkeys(("checkpoint", "disk", "retention", "scrub"), now_ms())
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = now_ms()
+            try:
+                if now >= due["disk"]:
+                    due["disk"] = now + config.disk_check_ms
+                    self.check_disk()
+                    self._store.purge_step()
+                if now >= due["checkpoint"]:
+                    due["checkpoint"] = now + config.checkpoint_ms // 2
+                    await self._in_slices(self._checkpoints())
+                if now >= due["retention"]:
+                    due["retention"] = now + config.retention_ms
+                    await self._in_slices(self._retention())
+                if now >= due["scrub"]:
+                    due["scrub"] = now + 1000
+                    await self._in_slices(self._scrub(config.scrub_bytes_per_s))
+            except (StorageFailed, StorageFull) as error:
+                _log.error("upkeep failed", error=str(error))
+
+    async def _in_slices(self, steps: Iterator[None]) -> None:
+        """Run ``steps``, giving the loop a turn whenever a slice of time is used up."""
+        began = perf_counter()
+        for _ in steps:
+            if perf_counter() - began > _SLICE_S:
+                await asyncio.sleep(0)
+                began = perf_counter()
+
+    def _hosted(self) -> Iterator[HostedReplica]:
+        for hosted in list(self._partitions.replicas.values()):
+            if not hosted.broken and hosted.core.role != "stopped":
+                yield hosted
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def _checkpoints(self) -> Iterator[None]:
+        for hosted in self._hosted():
+            if not hosted.unsaved:
+                continue
+            hosted.unsaved = False
+            try:
+                self.checkpoint(hosted)
+            except StorageFull as error:
+                hosted.unsaved = True
+                _log.warning("checkpoint has to wait", partition=hosted.name, error=str(error))
+            except StorageFailed as error:
+                self._partitions.storage_failed(hosted, RECORDS, error)
+            yield
+
+    def checkpoint(self, hosted: HostedReplica) -> None:
+        """Record what is flushed and committed. Between two events, so that core and log agree: a snapshot of the
+        dedupe table that knows more than the log would make a lost batch look like a duplicate."""
+        core = hosted.core
+        hosted.store.write_checkpoint(core.high_watermark[RECORDS], core.high_watermark[STATE])
+        if hosted.store.snapshot_due:
+            hosted.store.write_producer_snapshot(core.replica.producers.snapshot())
+
+    # -- retention ----------------------------------------------------------------------------------
+
+    def _retention(self) -> Iterator[None]:
+        drift = abs(wall_ms() - now_ms() - self._clock_distance)
+        if drift > _CLOCK_DRIFT_MAX_MS:
+            if not self._retention_told:
+                _log.error("the wall clock jumped; nothing is deleted by age until restart", drift_ms=drift)
+                self._retention_told = True
+            return
+        now = wall_ms()
+        for hosted in self._hosted():
+            if hosted.core.primary is None:
+                continue  # a secondary follows its primary's log start
+            log = hosted.logs[RECORDS]
+            candidates = log.retention_candidates(now, hosted.core.retention_limit())
+            if candidates:
+                self._advance(hosted, candidates[-1].end)
+            yield
+
+    def _advance(self, hosted: HostedReplica, offset: int) -> None:
+        log = hosted.logs[RECORDS]
+        before = log.log_start
+        try:
+            start = log.advance_start(offset)
+        except StorageFull as error:
+            _log.warning("retention has to wait", partition=hosted.name, error=str(error))
+            return
+        except StorageFailed as error:
+            self._partitions.storage_failed(hosted, RECORDS, error)
+            return
+        if start > before:
+            hosted.unsaved = True
+            _log.info("retention", partition=hosted.name, log_start=start)
+            self._partitions.feed(hosted, ev.LogStartAdvanced(RECORDS, start))
+
+    # -- scrubbing ----------------------------------------------------------------------------------
+
+    def _scrub(self, budget: int) -> Iterator[None]:
+        """Read ``budget`` bytes of sealed segments, fairly over all logs."""
+        if budget <= 0:
+            return
+        alive = {(hosted.key, number) for hosted in self._hosted() for number in (RECORDS, STATE)}
+        for gone in [key for key in self._scrubbers if key not in alive]:
+            del self._scrubbers[gone]
+        share = max(_SCRUB_STEP_BYTES, budget // max(1, len(alive)))
+        for key, number in sorted(alive, key=lambda item: self._rounds(*item)):
+            if budget <= 0:
+                return
+            hosted = self._partitions.replicas.get(key)
+            if hosted is None:
+                continue
+            log = hosted.logs[number]
+            if not any(segment.seal is not None for segment in log.segments):
+                continue
+            scrubber = self._scrubbers.get((key, number))
+            if scrubber is None or scrubber.log is not log:
+                scrubber = self._scrubbers[key, number] = Scrubber(log)
+            finding = scrubber.step(min(_SCRUB_STEP_BYTES, share))
+            budget -= _SCRUB_STEP_BYTES
+            if finding is not None:
+                _log.error("scrubber found damage", partition=hosted.name, segment=finding.segment, why=finding.reason)
+                hosted.store.mark_damaged(finding.reason)
+                self._partitions.storage_failed(hosted, number, StorageFailed(f"damaged: {finding.reason}"))
+            yield
+
+    def _rounds(self, key: ev.Key, number: int) -> int:
+        scrubber = self._scrubbers.get((key, number))
+        return scrubber.rounds if scrubber is not None else -1
+
+    # -- free space ---------------------------------------------------------------------------------
+
+    def _appended(self, size: int) -> None:
+        self._budget -= size
+        if self._budget < 0:
+            self.check_disk()
+
+    def check_disk(self) -> None:
+        """Compare free space with the reserve and tell the cores when the answer changed (rule L12)."""
+        config = self._config
+        free, total = self._store.usage()
+        reserve = max(config.disk_reserve_bytes, int(total * config.disk_reserve_percent / 100))
+        self._metrics.disk_free_bytes = free
+        # Half of what is left above the reserve: appends come in bursts, and other programs write too.
+        self._budget = max(_SCRUB_STEP_BYTES, (free - reserve) // 2)
+        full = free < (reserve + reserve // 20 if self.disk_full else reserve)
+        if full != self.disk_full:
+            self.disk_full = self._metrics.disk_full = full
+            _log.warning("disk", full=full, free_bytes=free, reserve_bytes=reserve)
+            self._node.node_event(ev.NodeDiskFull(full))
