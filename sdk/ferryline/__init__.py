@@ -1,0 +1,75 @@
+"""Ferryline: keyed messages in order, on replicated partition logs, over HTTPS.
+
+::
+
+    import ferryline as fl
+
+    async with fl.connect("https://localhost:8443") as client:
+        async with client.producer() as producer:
+            await producer.send("orders", b"...", key="customer-1")
+        async with client.consumer("orders", group="billing") as consumer:
+            async for message in consumer:
+                ...
+
+Names are loaded when they are first used: the services import ``ferryline.protocol`` and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ferryline.admin import Admin as Admin
+    from ferryline.client import Client as Client
+    from ferryline.client import connect as connect
+    from ferryline.consumer import Consumer as Consumer
+    from ferryline.message import At as At
+    from ferryline.message import Headers as Headers
+    from ferryline.message import Message as Message
+    from ferryline.message import RecordMetadata as RecordMetadata
+    from ferryline.message import TopicPartition as TopicPartition
+    from ferryline.message import at as at
+    from ferryline.producer import Producer as Producer
+    from ferryline.protocol.errors import FerrylineError as FerrylineError
+    from ferryline.protocol.errors import OutcomeUnknown as OutcomeUnknown
+    from ferryline.serializers import Serializer as Serializer
+    from ferryline.tuning import tune_process as tune_process
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Admin": "ferryline.admin",
+    "At": "ferryline.message",
+    "Client": "ferryline.client",
+    "Consumer": "ferryline.consumer",
+    "Headers": "ferryline.message",
+    "Message": "ferryline.message",
+    "Producer": "ferryline.producer",
+    "RecordMetadata": "ferryline.message",
+    "Serializer": "ferryline.serializers",
+    "TopicPartition": "ferryline.message",
+    "at": "ferryline.message",
+    "connect": "ferryline.client",
+    "tune_process": "ferryline.tuning",
+}
+_SUBMODULES = ("errors", "simple", "sync")
+
+__all__ = [*_MODULES, "FerrylineError", "OutcomeUnknown", "errors", "simple", "sync"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module("ferryline.protocol.errors" if name == "errors" else f"ferryline.{name}")
+    else:  # errors may be named at the top: fl.UnknownTopic
+        value = getattr(importlib.import_module("ferryline.protocol.errors"), name, None)
+        if not (isinstance(value, type) and issubclass(value, Exception)):
+            raise AttributeError(f"module 'ferryline' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,283 @@
+"""When batches are opened and closed: linger, size, room in the window, and topics that change under way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ferryline.accumulator import Accumulator, Batch, Record, TopicBuffer
+from ferryline.protocol.errors import BufferFull, ClientClosed, DeadlineExceeded, FerrylineError, UnknownTopic
+from ferryline.protocol.limits import check_name
+from ferryline.protocol.partitioner import partition_of
+from ferryline.protocol.records import BatchBuilder
+from ferryline.sender import Sender
+
+if TYPE_CHECKING:
+    from ferryline.client import Client
+
+_EARLY_S = 0.0005  # a timer may fire a hair before its time
+
+
+class Batching:
+    """Accumulators of a producer, by topic, and the bytes they hold.
+
+    ``buffered`` counts every record from `send` to its last word; the producer adds, this class subtracts.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        linger_s: float,
+        batch_bytes: int,
+        buffer_bytes: int,
+        compression: str,
+        delivery_ms: int,
+        request_ms: int,
+    ) -> None:
+        self.topics: dict[str, TopicBuffer] = {}
+        self.buffered = 0
+        self.closed = False
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._linger_s = linger_s
+        self._batch_bytes = batch_bytes
+        self._buffer_bytes = buffer_bytes
+        self._compression = compression
+        self._delivery_ms = delivery_ms
+        self._sender = Sender(client, request_timeout_ms=request_ms, left=self._left, returned=self._returned)
+        self._numbers = 0
+        self._lingering: deque[tuple[float, TopicBuffer, Accumulator, BatchBuilder]] = deque()
+        self._timer: asyncio.Handle | None = None
+        self._space: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._moved = asyncio.Event()
+        self._flushes: list[tuple[int, asyncio.Future[None]]] = []
+        client.watch.on_change.append(self._metadata_changed)
+
+    # -- topics ------------------------------------------------------------------------------------
+
+    def topic(self, name: str) -> TopicBuffer:
+        """The buffer of a topic. Raises UnknownTopic if the metadata has no such topic, ClientClosed when closed."""
+        if self.closed:
+            raise ClientClosed("the producer is closed")
+        buffer = self.topics.get(name)
+        if buffer is None:
+            check_name(name)
+            meta = self._client.routing.topic(name)
+            if meta is None:
+                self._client.watch.refresh()
+                raise UnknownTopic(f"topic: {name!r} does not exist", field="topic", topic=name)
+            buffer = self.topics[name] = TopicBuffer(meta)
+            self._sender.tell_routes(buffer)
+        return buffer
+
+    def _metadata_changed(self) -> None:
+        topics = self._client.routing.cluster.topics
+        for name, buffer in list(self.topics.items()):
+            meta = topics.get(buffer.id)
+            if meta is None:  # deleted, or made again under another id
+                del self.topics[name]
+                self._close_topic(buffer)
+                self._moved.set()
+                self._fail_parked(buffer, UnknownTopic(f"topic {name} was deleted", topic=name))
+            elif meta.config.partitions != buffer.partitions and not buffer.moving:
+                buffer.moving = True
+                self._close_topic(buffer)
+            else:
+                buffer.max_record_bytes = meta.config.max_record_bytes
+            self._sender.tell_routes(buffer)
+            self._move_if_settled(buffer)
+
+    def _returned(self, batch: Batch) -> None:
+        buffer = batch.topic
+        buffer.unsettled -= 1
+        buffer.returned.append(batch)
+        self._move_if_settled(buffer)
+
+    def _move_if_settled(self, old: TopicBuffer) -> None:
+        """All that was hashed with the old partition count is settled or back: route the rest with the new one."""
+        if not old.moving or old.unsettled or self.topics.get(old.name) is not old:
+            return
+        meta = self._client.routing.cluster.topics.get(old.id)
+        if meta is None:
+            return
+        old.moving = False
+        self._moved.set()
+        new = self.topics[old.name] = TopicBuffer(meta)
+        self._sender.tell_routes(new)
+        for batch in old.returned:  # in order within each old partition, hence for each key
+            for record in batch.records():
+                self.place(new, record)
+        for record, partition in old.parked:
+            self.place(new, record, partition)
+        self._sender.dispatch()
+
+    def _fail_parked(self, buffer: TopicBuffer, error: FerrylineError) -> None:
+        for (*_, size, future), _ in buffer.parked:
+            self.buffered -= size
+            if not future.done():
+                future.set_exception(error)
+        buffer.parked.clear()
+
+    # -- records -----------------------------------------------------------------------------------
+
+    def place(self, buffer: TopicBuffer, record: Record, partition: int | None = None) -> None:
+        """Put a record where it belongs; the common path of the producer does the same inline."""
+        if buffer.moving:
+            buffer.parked.append((record, partition))
+        elif partition is not None:
+            self.append(buffer, buffer.accumulators[partition], record, keyed=False)
+        elif record[1] is None:
+            self.append(buffer, buffer.accumulators[buffer.turn], record, keyed=False)
+        else:
+            self.append(buffer, buffer.accumulators[partition_of(record[1], buffer.partitions)], record, keyed=True)
+
+    def append(self, buffer: TopicBuffer, accumulator: Accumulator, record: Record, *, keyed: bool) -> None:
+        """Append to an accumulator that may be empty or full."""
+        timestamp_ms, key, value, pairs, size, future = record
+        builder = accumulator.builder
+        if builder is None or not builder.append(timestamp_ms, key, value, pairs):
+            if builder is not None:
+                self._close(buffer, accumulator)
+                self._sender.dispatch()
+            builder = accumulator.builder = BatchBuilder(self._batch_bytes, self._compression)
+            builder.append(timestamp_ms, key, value, pairs)
+            accumulator.opened_ms = self._sender.now_ms()
+            self._linger(buffer, accumulator, builder)
+        accumulator.futures.append(future)
+        accumulator.bytes += size
+        accumulator.keyed = accumulator.keyed or keyed
+
+    # -- closing batches ---------------------------------------------------------------------------
+
+    def _linger(self, buffer: TopicBuffer, accumulator: Accumulator, builder: BatchBuilder) -> None:
+        due = self._loop.time() + self._linger_s
+        self._lingering.append((due, buffer, accumulator, builder))
+        if self._timer is None:
+            # With linger 0, what is sent in one turn of the loop still shares a batch.
+            self._timer = (
+                self._loop.call_at(due, self._lingered) if self._linger_s else self._loop.call_soon(self._lingered)
+            )
+
+    def _lingered(self) -> None:
+        self._timer = None
+        now = self._loop.time() + _EARLY_S
+        queue = self._lingering
+        while queue and queue[0][0] <= now:
+            _, buffer, accumulator, builder = queue.popleft()
+            if accumulator.builder is not builder:
+                continue  # it was closed by size
+            if self._sender.room(accumulator.key):
+                self._close(buffer, accumulator)
+            else:
+                accumulator.waiting = True  # sending could not begin now anyway: let it grow
+        if queue:
+            self._timer = self._loop.call_at(queue[0][0], self._lingered)
+        self._sender.dispatch()
+
+    def close_open(self) -> None:
+        """Close every open batch now."""
+        for buffer in list(self.topics.values()):
+            self._close_topic(buffer)
+        self._lingering.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._sender.dispatch()
+
+    def _close_topic(self, buffer: TopicBuffer) -> None:
+        for accumulator in buffer.accumulators:
+            if accumulator.builder is not None:
+                self._close(buffer, accumulator)
+
+    def _close(self, buffer: TopicBuffer, accumulator: Accumulator) -> None:
+        """Hand the open batch of a partition to the sender."""
+        builder = accumulator.builder
+        assert builder is not None
+        self._numbers += 1
+        batch = Batch(self._numbers, buffer, accumulator, builder)
+        buffer.unsettled += 1
+        if accumulator.key[1] == buffer.turn:
+            buffer.turn = (buffer.turn + 1) % buffer.partitions
+        accumulator.builder = None
+        accumulator.futures = []
+        accumulator.bytes = 0
+        accumulator.keyed = accumulator.waiting = False
+        self._sender.add(batch, accumulator.opened_ms + self._delivery_ms)
+
+    # -- when batches leave ------------------------------------------------------------------------
+
+    def _left(self, batch: Batch) -> None:
+        """A batch has had its last word: whoever waited for that goes on."""
+        buffer = batch.topic
+        buffer.unsettled -= 1
+        self.buffered -= batch.bytes
+        accumulator = buffer.accumulators[batch.key[1]]
+        if accumulator.waiting and self._sender.room(accumulator.key):
+            self._close(buffer, accumulator)
+        self._move_if_settled(buffer)
+        if self._space:
+            self._let_in()
+        if self._flushes:
+            self._wake_flushes()
+
+    def _let_in(self) -> None:
+        room = self._buffer_bytes - self.buffered
+        while self._space and (self._space[0][1].done() or self._space[0][0] <= room):
+            size, waiter = self._space.popleft()
+            if not waiter.done():
+                room -= size
+                waiter.set_result(None)
+
+    async def room(self, size: int) -> None:
+        """Wait until ``size`` bytes fit, in the order of arrival. Raises DeadlineExceeded."""
+        if size > self._buffer_bytes:
+            raise BufferFull(f"a record of {size} bytes never fits buffer_bytes = {self._buffer_bytes}", size=size)
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._space.append((size, waiter))
+        try:
+            async with asyncio.timeout(self._delivery_ms / 1000):
+                await waiter
+        except TimeoutError:
+            raise DeadlineExceeded("the buffer stayed full until the deadline") from None
+
+    async def flush(self, timeout: float) -> None:
+        """Close what is open and wait until everything sent so far is settled. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(timeout):
+                while any(buffer.moving for buffer in self.topics.values()):  # then records are parked
+                    self._moved.clear()
+                    await self._moved.wait()
+                self.close_open()
+                if self._sender.oldest() is not None:
+                    waiter: asyncio.Future[None] = self._loop.create_future()
+                    self._flushes.append((self._numbers, waiter))
+                    await waiter
+        except TimeoutError:
+            raise DeadlineExceeded(f"flush: {self.buffered} bytes are unsettled after {timeout:g} s") from None
+
+    def _wake_flushes(self) -> None:
+        oldest = self._sender.oldest()
+        for upto, waiter in list(self._flushes):
+            if oldest is None or oldest > upto or waiter.done():
+                self._flushes.remove((upto, waiter))
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def give_up(self) -> None:
+        """Fail whatever has had no last word."""
+        self.closed = True
+        self._client.watch.on_change.remove(self._metadata_changed)
+        if self._timer is not None:
+            self._timer.cancel()
+        closed: FerrylineError = ClientClosed("the producer was closed")
+        for buffer in self.topics.values():
+            self._close_topic(buffer)
+            for batch in buffer.returned:
+                batch.fail(closed)
+            self._fail_parked(buffer, closed)
+        self._sender.give_up()
+        for _, waiter in self._space:
+            if not waiter.done():
+                waiter.set_exception(closed)

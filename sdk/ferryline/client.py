@@ -1,0 +1,163 @@
+"""The client: one connection to a cluster, shared by its producers and consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ferryline.connections import Connections, MetadataWatch
+from ferryline.core.metadata import Routing
+from ferryline.protocol.errors import ClientClosed, InvalidArgument, UnknownTopic
+from ferryline.protocol.limits import check_name
+from ferryline.protocol.metadata import TopicMeta
+from ferryline.transport import Connector, check_url
+
+if TYPE_CHECKING:
+    from ferryline.admin import Admin
+    from ferryline.consumer import Consumer
+    from ferryline.heartbeats import HeartbeatThread
+    from ferryline.producer import Producer
+
+log = logging.getLogger("ferryline.client")
+
+URL_DEFAULT = "https://localhost:8443"
+
+
+class _Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+def connect(
+    urls: str | Sequence[str] | None = None,
+    *,
+    ca: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    timeout: float = 30.0,
+    name: str = "",
+) -> Client:
+    """A client for a cluster; nothing is sent before ``async with`` or ``await client.start()``.
+
+    ``urls``: one or several, of coordinators or brokers, also separated by commas; default FERRYLINE_URL. ``ca``: path
+    of the CA's certificate, default FERRYLINE_CA, else what the system trusts. ``token``: default FERRYLINE_TOKEN.
+    ``timeout``: seconds that a call without a deadline of its own may take. ``name`` is for the logs of the services.
+
+    Raises InvalidArgument for a bad URL or CA.
+    """
+    if urls is None:
+        urls = os.environ.get("FERRYLINE_URL") or URL_DEFAULT
+    if isinstance(urls, str):
+        urls = [url.strip() for url in urls.split(",") if url.strip()]
+    if not urls:
+        raise InvalidArgument("urls: at least one is needed", field="urls")
+    if not 0 < timeout <= 3600:
+        raise InvalidArgument(f"timeout: {timeout} s is outside (0, 3600]", field="timeout")
+    ca_path = os.fspath(ca) if ca is not None else os.environ.get("FERRYLINE_CA") or None
+    return Client(
+        [check_url(url) for url in urls],
+        ca=ca_path,
+        token=token if token is not None else os.environ.get("FERRYLINE_TOKEN") or None,
+        timeout=timeout,
+        name=name,
+    )
+
+
+class Client:
+    """One connection to a cluster. Made by `connect`; use it with ``async with``. For one event loop."""
+
+    def __init__(self, urls: list[str], *, ca: str | None, token: str | None, timeout: float, name: str) -> None:
+        self.urls = urls
+        self.ca = ca
+        self.token = token
+        self.timeout = timeout
+        self.name = name or f"ferryline-py/{os.getpid()}"
+        self.routing = Routing()
+        self.connector = Connector(ca=ca, token=token, client=self.name)
+        self.connections = Connections(self.connector, self.routing)
+        self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
+        self.closables: list[_Closable] = []  # producers and consumers, closed with the client
+        self._heartbeats: HeartbeatThread | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Client:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Learn the cluster from the first address that answers. Raises ConnectionFailed when none does in time."""
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        self.watch.start()
+        await self.watch.ready(timeout=self.timeout)
+
+    async def close(self) -> None:
+        """Close producers and consumers (they finish what they can), then every connection."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.closables:
+                results = await asyncio.gather(*(item.close() for item in self.closables), return_exceptions=True)
+                for result in results:
+                    if isinstance(result, Exception):
+                        log.warning("closing: %s", result)
+        finally:
+            if self._heartbeats is not None:
+                await self._heartbeats.close()
+            await self.watch.close()
+            await self.connections.close()
+            await self.connector.close()
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def producer(self, **options: Any) -> Producer:
+        """A producer; options as of `Producer`."""
+        from ferryline.producer import Producer
+
+        return Producer(self, **options)
+
+    def consumer(self, topics: str | Sequence[str], **options: Any) -> Consumer[Any]:
+        """A consumer of one or several topics; options as of `Consumer`."""
+        from ferryline.consumer import Consumer
+
+        return Consumer(self, topics, **options)
+
+    @property
+    def admin(self) -> Admin:
+        """Topics, groups and brokers: what the coordinator decides."""
+        from ferryline.admin import Admin
+
+        return Admin(self)
+
+    @property
+    def heartbeats(self) -> HeartbeatThread:
+        """The thread that keeps the group memberships of this client alive."""
+        from ferryline.heartbeats import HeartbeatThread
+
+        if self._heartbeats is None:
+            self._heartbeats = HeartbeatThread(self)
+        return self._heartbeats
+
+    # -- topics ------------------------------------------------------------------------------------
+
+    async def learn_topic(self, name: str, *, timeout: float | None = None) -> TopicMeta:
+        """The metadata of a topic, fetched if it is not known. Raises UnknownTopic if nobody knows it."""
+        check_name(name)
+        meta = self.routing.topic(name)
+        if meta is None:
+            limit = self.timeout if timeout is None else timeout
+            await self.watch.ready(timeout=limit)
+            meta = self.routing.topic(name)
+            if meta is None:
+                await self.watch.ask(timeout=limit)
+                meta = self.routing.topic(name)
+        if meta is None:
+            raise UnknownTopic(f"topic: {name!r} does not exist", field="topic", topic=name)
+        return meta

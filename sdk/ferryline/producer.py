@@ -1,0 +1,353 @@
+"""The producer: checks records, routes them by key, and tells of each what became of it.
+
+The way of a record: `Producer.send_nowait` -> accumulator of its partition -> linger or size closes the batch
+(`Batching`) -> `Sender` and its core -> PRODUCE frame to the primary -> answer -> the futures of the batch, one loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import time_ns
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from ferryline.accumulator import RECORD_OVERHEAD, Pairs, RecordFuture, TopicBuffer
+from ferryline.batching import Batching
+from ferryline.message import RecordMetadata
+from ferryline.protocol.errors import (
+    BufferFull,
+    ClientClosed,
+    FerrylineError,
+    InvalidArgument,
+    RecordTooLarge,
+    SerializationFailed,
+    UnknownPartition,
+)
+from ferryline.protocol.limits import (
+    BATCH_BYTES_DEFAULT,
+    BATCH_BYTES_MAX,
+    HEADER_NAME_BYTES_MAX,
+    HEADERS_MAX,
+    OFFSET_MAX,
+    check_name,
+    check_range,
+)
+from ferryline.protocol.records import CODECS
+from ferryline.serializers import CONTENT_TYPE, Encoded, Serializer, encode
+
+if TYPE_CHECKING:
+    from ferryline.client import Client
+
+log = logging.getLogger("ferryline.producer")
+
+BUFFER_BYTES_DEFAULT = 64 * 1024 * 1024
+_NO_HEADERS: Pairs = []
+
+HeadersLike = Mapping[str, str | bytes | None] | Sequence[tuple[str, str | bytes | None]]
+
+
+class Producer:
+    """Sends records. Made by ``client.producer()``; use it with ``async with``, or call `start` and `close`.
+
+    Acknowledged means committed on every in-sync replica. Records of one partition are stored in the order of the
+    calls, each at most once. For use from one event loop.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        linger: float = 0.005,
+        batch_bytes: int = BATCH_BYTES_DEFAULT,
+        buffer_bytes: int = BUFFER_BYTES_DEFAULT,
+        compression: str = "none",
+        delivery_timeout: float = 120.0,
+        request_timeout: float = 30.0,
+        serializer: Serializer | None = None,
+    ) -> None:
+        if compression not in CODECS:
+            raise InvalidArgument(
+                f"compression: {compression!r} is not one of {', '.join(CODECS)}", field="compression"
+            )
+        check_range(batch_bytes, "batch_bytes", 1024, BATCH_BYTES_MAX)
+        check_range(buffer_bytes, "buffer_bytes", batch_bytes, 2**40)
+        self._client = client
+        self._options: dict[str, Any] = {
+            "linger_s": check_seconds(linger, "linger", 0.0, 60.0),
+            "batch_bytes": batch_bytes,
+            "buffer_bytes": buffer_bytes,
+            "compression": compression,
+            "delivery_ms": int(check_seconds(delivery_timeout, "delivery_timeout", 0.001, 86_400.0) * 1000),
+            "request_ms": int(check_seconds(request_timeout, "request_timeout", 0.001, 600.0) * 1000),
+        }
+        self._buffer_bytes = buffer_bytes
+        self._encode: Callable[[Any], Encoded] = encode if serializer is None else _checked(serializer)
+        self._batching: Batching | None = None
+        self._topics: dict[str, TopicBuffer] = {}  # the dict of `Batching`
+        self._new_future: Callable[[], RecordFuture] = _not_started
+        self._closed = False
+
+    # -- life --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Producer:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Connect the client if it is not connected yet. Raises ConnectionFailed when nobody answers in time."""
+        if self._closed:
+            raise ClientClosed("the producer is closed")
+        if self._batching is not None:
+            return
+        await self._client.start()
+        self._batching = Batching(self._client, **self._options)
+        self._topics = self._batching.topics
+        self._new_future = asyncio.get_running_loop().create_future
+        self._client.closables.append(self)
+
+    async def close(self, timeout: float = 30.0) -> None:
+        """Send what is buffered, wait for the answers at most ``timeout`` seconds, then fail what is left."""
+        batching, started = self._batching, not self._closed
+        self._closed = True
+        self._new_future = _closed
+        if batching is None or not started:
+            return
+        try:
+            await batching.flush(timeout)
+        except FerrylineError as error:
+            log.warning("closing: %s", error)
+        finally:
+            self._client.closables.remove(self)
+            batching.give_up()
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        topic: str,
+        value: Any,
+        key: str | bytes | None = None,
+        headers: HeadersLike | None = None,
+        *,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> RecordMetadata:
+        """Send one record and wait until it is committed. Waits for room when the buffer is full.
+
+        Raises before anything is sent: UnknownTopic, RecordTooLarge, SerializationFailed, InvalidArgument. Afterwards:
+        DeadlineExceeded (surely not stored), OutcomeUnknown (perhaps stored), or the refusal of the broker.
+        """
+        if topic not in self._topics:
+            await self._learn(topic)
+        while True:
+            try:
+                future = self.send_nowait(topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms)
+            except BufferFull as full:
+                await self._running().room(full.details["size"])
+            else:
+                return await future
+
+    def send_nowait(
+        self,
+        topic: str,
+        value: Any,
+        key: str | bytes | None = None,
+        headers: HeadersLike | None = None,
+        *,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+    ) -> RecordFuture:
+        """Buffer one record; the future tells where it was stored, or why not. Raises BufferFull instead of waiting.
+
+        The topic must be known (`start` learns all topics): UnknownTopic otherwise. Let the loop run now and then:
+        answers are read only while it does.
+        """
+        pairs = _NO_HEADERS if headers is None else _pairs(headers)
+        if type(value) is bytes:
+            size = len(value)
+        else:
+            value, content_type = self._encode(value)
+            size = len(value) if value is not None else 0
+            if content_type is not None:
+                pairs = [*pairs, (CONTENT_TYPE, content_type)]
+        if key is not None:
+            if type(key) is str:
+                key = key.encode()
+            elif type(key) is not bytes:
+                raise InvalidArgument(f"key: {type(key).__name__} is none of bytes, str, None", field="key")
+            size += len(key)
+        if pairs:
+            for name, data in pairs:
+                size += len(name) + (len(data) if data is not None else 0)
+        buffer = self._topics.get(topic)
+        if buffer is None:
+            buffer = self._running().topic(topic)
+        if size > buffer.max_record_bytes:
+            raise _too_large(buffer, value, key, size)
+        batching = self._batching
+        size += RECORD_OVERHEAD
+        if batching.buffered + size > self._buffer_bytes:  # type: ignore[union-attr]
+            raise self._full(size)
+        if timestamp_ms is None:
+            timestamp_ms = time_ns() // 1_000_000
+        elif timestamp_ms.__class__ is not int or not 0 <= timestamp_ms < OFFSET_MAX:
+            raise InvalidArgument(f"timestamp_ms: {timestamp_ms!r} is not a time in ms", field="timestamp_ms")
+        if partition is not None:
+            _check_partition(buffer, partition)
+        future = self._new_future()
+        batching.buffered += size  # type: ignore[union-attr]
+        if key is not None and partition is None and not buffer.moving:
+            # The common path: one lookup, one append.
+            accumulator = buffer.accumulators[crc32(key) % buffer.partitions]  # as partitioner.partition_of
+            builder = accumulator.builder
+            if builder is not None and builder.append(timestamp_ms, key, value, pairs):
+                accumulator.futures.append(future)
+                accumulator.bytes += size
+                accumulator.keyed = True
+                return future
+        batching.place(buffer, (timestamp_ms, key, value, pairs, size, future), partition)  # type: ignore[union-attr]
+        return future
+
+    async def send_many(
+        self, topic: str, records: Iterable[Any], *, headers: HeadersLike | None = None
+    ) -> list[RecordMetadata | FerrylineError]:
+        """Send records, each a value or a tuple (key, value); one result or error for each, in order."""
+        if topic not in self._topics:
+            await self._learn(topic)
+        outcomes: list[RecordFuture | FerrylineError] = []
+        for record in records:
+            key, value = record if type(record) is tuple and len(record) == 2 else (None, record)
+            while True:
+                try:
+                    outcomes.append(self.send_nowait(topic, value, key, headers))
+                except BufferFull as full:
+                    try:
+                        await self._running().room(full.details["size"])
+                        continue
+                    except FerrylineError as error:
+                        outcomes.append(error)
+                except FerrylineError as error:
+                    outcomes.append(error)
+                break
+        self._running().close_open()
+        results: list[RecordMetadata | FerrylineError] = []
+        for outcome in outcomes:
+            try:
+                results.append(outcome if isinstance(outcome, FerrylineError) else await outcome)
+            except FerrylineError as error:
+                results.append(error)
+        return results
+
+    async def flush(self, timeout: float = 120.0) -> None:
+        """Send everything buffered now and wait until each of these records is settled, one way or the other.
+
+        Raises DeadlineExceeded after ``timeout`` seconds; sending goes on.
+        """
+        if self._batching is not None and not self._closed:
+            await self._batching.flush(timeout)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What counts against ``buffer_bytes``: all records that have had no last word."""
+        return self._batching.buffered if self._batching is not None else 0
+
+    # -- off the common path -----------------------------------------------------------------------
+
+    def _running(self) -> Batching:
+        if self._closed:
+            raise ClientClosed("the producer is closed")
+        if self._batching is None:
+            raise ClientClosed("the producer was not started: use `async with`, or await start()")
+        return self._batching
+
+    async def _learn(self, topic: str) -> None:
+        """Make sure that a topic is known. Raises UnknownTopic if nobody knows it."""
+        check_name(topic)
+        if self._closed:
+            raise ClientClosed("the producer is closed")
+        await self.start()
+        await self._client.learn_topic(topic)
+
+    def _full(self, size: int) -> BufferFull:
+        return BufferFull(
+            f"buffer_bytes: {self.buffered_bytes} of {self._buffer_bytes} bytes wait for acknowledgement",
+            field="buffer_bytes",
+            limit=self._buffer_bytes,
+            size=size,
+        )
+
+
+def _not_started() -> RecordFuture:
+    raise ClientClosed("the producer was not started: use `async with`, or await start()")
+
+
+def _closed() -> RecordFuture:
+    raise ClientClosed("the producer is closed")
+
+
+def check_seconds(value: object, what: str, low: float, high: float) -> float:
+    """Return ``value`` if it is a number of seconds in [low, high]; otherwise raise InvalidArgument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InvalidArgument(f"{what}: {value!r} is not a number of seconds in {low:g}..{high:g}", field=what)
+    return float(value)
+
+
+def _check_partition(buffer: TopicBuffer, partition: object) -> None:
+    if isinstance(partition, bool) or not isinstance(partition, int) or not 0 <= partition < buffer.partitions:
+        raise UnknownPartition(
+            f"partition: {partition!r} is not in 0..{buffer.partitions - 1} of topic {buffer.name}", field="partition"
+        )
+
+
+def _pairs(headers: HeadersLike) -> Pairs:
+    """Headers as the codec wants them. Raises InvalidArgument, naming the header and the limit."""
+    items = headers.items() if isinstance(headers, Mapping) else headers
+    pairs: Pairs = []
+    for name, value in items:
+        if type(name) is not str or not name or len(name.encode()) > HEADER_NAME_BYTES_MAX:
+            raise InvalidArgument(
+                f"headers: a name is text of 1..{HEADER_NAME_BYTES_MAX} bytes, not {name!r:.80}", field="headers"
+            )
+        if type(value) is str:
+            value = value.encode()
+        elif value is not None and type(value) is not bytes:
+            raise InvalidArgument(
+                f"headers: {name} is {type(value).__name__}, none of bytes, str, None", field="headers"
+            )
+        pairs.append((name, value))
+    if len(pairs) > HEADERS_MAX:
+        raise InvalidArgument(f"headers: {len(pairs)} is over the limit of {HEADERS_MAX}", field="headers")
+    return pairs
+
+
+def _too_large(buffer: TopicBuffer, value: bytes | None, key: bytes | None, size: int) -> RecordTooLarge:
+    parts = {"value": len(value or b""), "key": len(key or b"")}
+    parts["headers"] = size - sum(parts.values())
+    field = max(parts, key=lambda name: parts[name])
+    limit = buffer.max_record_bytes
+    return RecordTooLarge(
+        f"{field}: the record takes {size} bytes ({field} {parts[field]}), topic {buffer.name} allows {limit}",
+        field=field,
+        limit=limit,
+        size=size,
+    )
+
+
+def _checked(serializer: Serializer) -> Callable[[Any], Encoded]:
+    """A user's serializer: what it raises, and what it returns wrongly, is SerializationFailed."""
+
+    def encode_value(value: Any) -> Encoded:
+        try:
+            data, content_type = serializer.encode(value)
+        except Exception as error:
+            raise SerializationFailed(f"value: {str(error)[:300]}", field="value") from error
+        if data is not None and type(data) is not bytes:
+            raise SerializationFailed(f"value: the serializer returned {type(data).__name__}, not bytes", field="value")
+        return data, content_type
+
+    return encode_value

@@ -1,0 +1,371 @@
+"""Sessions of a client: one WebSocket per broker, many requests at once, and no way to hang.
+
+A request ends in its answer, in an error answer, in ConnectionLost when the session ends (the request may have been
+applied) or in RequestTimedOut at its deadline. A session that the peer has silently left (half-open connection,
+stopped process) is found by pings: no pong within ``PING_S`` * 1.5 ends it.
+
+Everything here belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+import types
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+from aiohttp import WSMsgType
+
+from ferryline.protocol.errors import (
+    BadCredentials,
+    ClientClosed,
+    ConnectionFailed,
+    ConnectionLost,
+    ErrorInfo,
+    FerrylineError,
+    Forbidden,
+    InvalidArgument,
+    MalformedRequest,
+    RequestTimedOut,
+    from_info,
+)
+from ferryline.protocol.frames import (
+    FLAG_ERROR,
+    FLAG_MORE,
+    PREFIX,
+    Frame,
+    Kind,
+    decode_frame,
+    decode_header,
+    encode_frame,
+    encode_frame_parts,
+)
+from ferryline.protocol.limits import FRAME_BYTES_MAX
+from ferryline.protocol.messages import Hello, HelloOk
+
+PING_S = 4.0  # together with half of it for the pong: how long a half-open connection can go unnoticed
+CONNECT_S = 3.0  # TCP, TLS and HELLO together; a stopped process accepts connections and never answers
+CORRELATION_MAX = 2**32 - 1
+
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+OnAnswer = Callable[[Frame | None, FerrylineError | None], None]
+
+
+def check_url(url: str) -> str:
+    """The URL without a trailing slash. Raises InvalidArgument unless it is https, or http on the loopback."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise InvalidArgument(f"url: {url[:200]!r} is not https://host:port", field="url")
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
+        raise InvalidArgument(f"url: {url[:200]!r} would send in clear; use https", field="url")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Session:
+    """One open session. ``peer`` is the HELLO answer: which service, which broker, which cluster."""
+
+    def __init__(self, url: str, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.url = url
+        self.peer = HelloOk(0, "")
+        self.error: FerrylineError | None = None  # why it ended; None while it is open
+        self.on_lost: list[Callable[[Session], None]] = []
+        self._ws = ws
+        self._loop = asyncio.get_running_loop()
+        self._pending: dict[int, OnAnswer] = {}
+        self._correlation = 0
+        self._backlog: deque[bytes] = deque()
+        self._writer: asyncio.Task[None] | None = None  # present while the transport holds us back
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.error is None
+
+    @property
+    def unanswered(self) -> int:
+        return len(self._pending)
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def ask(self, kind: int, header: Any, parts: Sequence[Buffer], on_answer: OnAnswer) -> int:
+        """Send a request now; ``on_answer(frame, error)`` is called once for each answer, or once with an error.
+
+        Frames leave in the order of the calls. Raises ConnectionFailed when the session has ended: nothing was sent.
+        Returns the correlation, good for `forget`.
+        """
+        if self.error is not None:
+            raise ConnectionFailed(f"the session to {self.url} has ended: {self.error}")
+        correlation = self._next_correlation()
+        if parts:
+            frame = encode_frame_parts(kind, correlation, header, list(parts))
+        else:
+            frame = encode_frame(kind, correlation, header)
+        if len(frame) > FRAME_BYTES_MAX:
+            raise InvalidArgument(f"frame: {len(frame)} bytes is over the limit of {FRAME_BYTES_MAX}")
+        self._pending[correlation] = on_answer
+        self._write(frame)
+        return correlation
+
+    def forget(self, correlation: int) -> None:
+        """Ignore whatever still comes for this request."""
+        self._pending.pop(correlation, None)
+
+    async def request(
+        self, kind: int, header: Any, answer: type[T], *, timeout: float, parts: Sequence[Buffer] = ()
+    ) -> tuple[T, memoryview]:
+        """Ask and wait for the one answer: its header and payload.
+
+        Raises the error that was answered, ConnectionLost, or RequestTimedOut after ``timeout`` seconds.
+        """
+        future: asyncio.Future[Frame] = self._loop.create_future()
+
+        def on_answer(frame: Frame | None, error: FerrylineError | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            elif frame is not None:
+                future.set_result(frame)
+
+        correlation = self.ask(kind, header, parts, on_answer)
+        try:
+            async with asyncio.timeout(timeout):
+                frame = await future
+        except TimeoutError:
+            raise RequestTimedOut(f"no answer from {self.url} within {timeout:g} s") from None
+        finally:
+            self.forget(correlation)
+        return decode_header(frame.header, answer), frame.payload
+
+    def _next_correlation(self) -> int:
+        correlation = self._correlation
+        while True:
+            correlation = correlation + 1 if correlation < CORRELATION_MAX else 1
+            if correlation not in self._pending:
+                break
+        self._correlation = correlation
+        return correlation
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _write(self, frame: bytes) -> None:
+        """Write now if the transport takes it, else keep the order in a backlog.
+
+        The first step of aiohttp's send runs here, without a task: an uncongested send ends in that step, and a
+        round trip of one small record would otherwise pay for a trip round the loop first.
+        """
+        if self._writer is not None:
+            self._backlog.append(frame)
+            return
+        sending = self._ws.send_bytes(frame)
+        try:
+            held_by = sending.send(None)
+        except StopIteration:
+            return
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            # Told through the loop: the caller has not yet noted what it sent.
+            self._loop.call_soon(self._end, ConnectionLost(f"{self.url}: {error or type(error).__name__}"))
+            return
+        self._writer = self._loop.create_task(self._drain(_resume(sending, held_by)))
+
+    async def _drain(self, first: Awaitable[None]) -> None:
+        try:
+            await first
+            while self._backlog:
+                await self._ws.send_bytes(self._backlog.popleft())
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            self._end(ConnectionLost(f"{self.url}: {error or type(error).__name__}"))
+        finally:
+            self._writer = None
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def start_reading(self) -> None:
+        self._reader = self._loop.create_task(self._read())
+
+    async def _read(self) -> None:
+        ws, pending, binary = self._ws, self._pending, WSMsgType.BINARY  # `_pending` is replaced only at the end
+        error: FerrylineError
+        try:
+            while True:
+                message = await ws.receive()
+                if message.type is not binary:
+                    if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR):
+                        error = ConnectionLost(f"the session to {self.url} ended: {_ending(ws)}")
+                        break
+                    continue
+                frame = decode_frame(message.data)
+                on_answer = pending.get(frame.correlation)
+                if on_answer is None:
+                    continue
+                if frame.flags & (FLAG_MORE | FLAG_ERROR) != FLAG_MORE:  # else the request stays open
+                    del pending[frame.correlation]
+                if frame.flags & FLAG_ERROR:
+                    on_answer(None, from_info(decode_header(frame.header, ErrorInfo)))
+                else:
+                    on_answer(frame, None)
+        except MalformedRequest as malformed:
+            error = ConnectionLost(f"{self.url} sent what is not a frame: {malformed}")
+        except (OSError, RuntimeError, aiohttp.ClientError) as failed:
+            error = ConnectionLost(f"{self.url}: {failed or type(failed).__name__}")
+        self._end(error)
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def _end(self, error: FerrylineError) -> None:
+        if self.error is not None:
+            return
+        self.error = error
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._reader.cancel()
+        self._backlog.clear()
+        pending, self._pending = self._pending, {}
+        for on_answer in pending.values():
+            on_answer(None, error)
+        callbacks, self.on_lost = self.on_lost, []
+        for callback in callbacks:
+            callback(self)
+        response = getattr(self._ws, "_response", None)
+        if response is not None:
+            response.close()  # drop the socket at once: a closing handshake with a dead peer would only wait
+
+    async def close(self) -> None:
+        """Say goodbye (at most a second) and end; whatever is unanswered fails with ClientClosed."""
+        if self.error is not None:
+            return
+        writer = self._writer
+        try:
+            async with asyncio.timeout(1.0):
+                if writer is not None:
+                    await asyncio.wait([writer])
+                if self._reader is not None:
+                    self._reader.cancel()
+                    await asyncio.wait([self._reader])
+                await self._ws.close()
+        except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError):
+            pass
+        self._end(ClientClosed("the client was closed"))
+
+
+@types.coroutine
+def _resume(sending: Coroutine[Any, Any, None], held_by: Any) -> Generator[Any, Any, None]:
+    """Await a coroutine whose first step has already run and yielded ``held_by``."""
+    while True:
+        try:
+            value = yield held_by
+        except BaseException as thrown:
+            try:
+                held_by = sending.throw(thrown)
+            except StopIteration:
+                return
+        else:
+            try:
+                held_by = sending.send(value)
+            except StopIteration:
+                return
+
+
+def _ending(ws: aiohttp.ClientWebSocketResponse) -> str:
+    cause = ws.exception()
+    if cause is not None:
+        return str(cause) or type(cause).__name__
+    return f"closed by the other side ({ws.close_code})"
+
+
+class Connector:
+    """Opens sessions with the client's TLS settings and credentials. One per event loop.
+
+    ``ca``: path of the CA's certificate; None trusts what the system trusts.
+    """
+
+    def __init__(
+        self, *, ca: str | None = None, token: str | None = None, client: str = "", connect_timeout: float = CONNECT_S
+    ) -> None:
+        self.client = client
+        self.connect_timeout = connect_timeout
+        self._ssl = ssl_context(ca)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The HTTP client for REST calls, with TLS and credentials set."""
+        if self._http is None or self._http.closed:
+            self._http = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl, keepalive_timeout=30),
+                headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._http
+
+    async def open(self, url: str, cluster_id: str = "", *, timeout: float | None = None) -> Session:
+        """An open, greeted session. Raises ConnectionFailed (nothing was sent) or what the service refused with."""
+        limit = self.connect_timeout if timeout is None else min(timeout, self.connect_timeout)
+        try:
+            async with asyncio.timeout(limit):
+                ws = await self.http.ws_connect(
+                    f"{url}/v1/session",
+                    compress=0,
+                    max_msg_size=FRAME_BYTES_MAX + PREFIX.size,
+                    heartbeat=PING_S,
+                    autoclose=False,
+                )
+                try:
+                    return await self._greet(url, ws, cluster_id, limit)
+                except BaseException:
+                    ws._response.close()
+                    raise
+        except TimeoutError:
+            raise ConnectionFailed(f"{url}: no session within {limit:g} s", url=url) from None
+        except aiohttp.WSServerHandshakeError as error:
+            raise _handshake_error(url, error) from None
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ConnectionFailed(f"{url}: the certificate is not trusted: {error}", url=url) from None
+        except (OSError, aiohttp.ClientError, ValueError) as error:
+            raise ConnectionFailed(f"{url}: {error or type(error).__name__}", url=url) from None
+        except (ConnectionLost, RequestTimedOut) as error:
+            raise ConnectionFailed(f"{url}: {error.message}", url=url) from None
+
+    async def _greet(self, url: str, ws: aiohttp.ClientWebSocketResponse, cluster_id: str, timeout: float) -> Session:
+        session = Session(url, ws)
+        session.start_reading()
+        hello = Hello(cluster_id=cluster_id, client=self.client)
+        session.peer, _ = await session.request(Kind.HELLO, hello, HelloOk, timeout=timeout)
+        return session
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+
+def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> FerrylineError:
+    if error.status == 401:
+        return BadCredentials(f"{url}: the token was refused")
+    if error.status == 403:
+        return Forbidden(f"{url}: access denied")
+    return ConnectionFailed(f"{url}: answered {error.status} instead of a session", url=url)
+
+
+def ssl_context(ca: str | None) -> ssl.SSLContext:
+    """TLS 1.3 with verification of chain and host name. Raises InvalidArgument when the CA cannot be read."""
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidArgument(f"ca: {ca!r} is not a readable PEM certificate: {error}", field="ca") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
