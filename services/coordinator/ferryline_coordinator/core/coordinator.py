@@ -38,12 +38,14 @@ from ferryline_coordinator.core.events import (
 )
 from ferryline_coordinator.core.fencing import Fencing
 from ferryline_coordinator.core.groups import Groups
+from ferryline_coordinator.core.membership import Membership
 from ferryline_coordinator.core.moves import Moves
 from ferryline_coordinator.core.partitions import Partitions
 from ferryline_coordinator.core.polls import Polls
 from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord, TopicGone
 from ferryline_coordinator.core.recovery import Recovery, Reports
-from ferryline_coordinator.core.registry import Registry
+from ferryline_coordinator.core.registration import Registration
+from ferryline_coordinator.core.sessions import Sessions
 from ferryline_coordinator.core.state import CoordinatorState
 from ferryline_coordinator.core.topics import Topics
 
@@ -71,8 +73,10 @@ class CoordinatorCore:
         self.story: deque[tuple[int, Event]] = deque(maxlen=STORY_EVENTS)
         self.fencing = Fencing(self.config)
         self.reports = Reports()
-        self.registry = Registry(self.config, self.fencing, self.reports)
-        self.partitions = Partitions(self.registry)
+        self.sessions = Sessions()
+        self.registration = Registration(self.config, self.fencing, self.reports, self.sessions)
+        self.membership = Membership(self.config, self.fencing, self.reports, self.sessions)
+        self.partitions = Partitions(self.sessions, self.registration)
         self.topics = Topics(self.config)
         self.recovery = Recovery(self.config, self.reports)
         self.moves = Moves(self.config)
@@ -154,7 +158,7 @@ class CoordinatorCore:
             assert reply is not None, event
             change = Change(self.state, now_ms, self.coord_epoch)  # what was begun is dropped
             change.add(Refuse(reply, error.info()))
-        self.fencing.advance(change, self.registry)
+        self.fencing.advance(change, self.registration)
         self.moves.look(change)
         return self._finish(change)
 
@@ -188,19 +192,19 @@ class CoordinatorCore:
             case Tick():
                 self._tick(change)
             case HeartbeatReceived():
-                self.registry.heartbeat(change, event)
+                self.membership.heartbeat(change, event)
             case AlterIsrsReceived():
                 self.partitions.alter(change, event)
             case GroupHeartbeatReceived():
                 self.groups.heartbeat(change, event)
             case SessionOpened():
-                self.registry.session_opened(event.broker_id, event.session)
+                self.sessions.opened(event.broker_id, event.session)
             case SessionClosed():
-                self.registry.session_closed(change, event.broker_id, event.session)
+                self.membership.session_closed(change, event.broker_id, event.session)
             case ProbeEnded():
                 self.fencing.probe_ended(event)
             case RegisterReceived():
-                self.registry.register(change, event)
+                self.registration.register(change, event)
             case ResignReceived():
                 self.partitions.resign(change, event)
             case ReportReceived():
@@ -219,11 +223,11 @@ class CoordinatorCore:
             case TopicDeleted():
                 self.topics.delete(change, event)
             case DrainSet():
-                self.registry.drain(change, event)
+                self.membership.drain(change, event)
             case BrokerAdmitted():
-                self.registry.admit(change, event)
+                self.registration.admit(change, event)
             case BrokerForgotten():
-                self.registry.forget(change, event)
+                self.membership.forget(change, event)
             case RecoveryAsked():
                 self.recovery.asked(change, event)
             case GroupDeleted():

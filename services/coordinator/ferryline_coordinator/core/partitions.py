@@ -11,7 +11,8 @@ from ferryline_coordinator.core.elections import alter_isr, exclude, resign
 from ferryline_coordinator.core.events import AlterIsrsReceived, ReportReceived, ResignReceived
 from ferryline_coordinator.core.fencing import is_draining
 from ferryline_coordinator.core.records import PartRecord
-from ferryline_coordinator.core.registry import Registry
+from ferryline_coordinator.core.registration import Registration
+from ferryline_coordinator.core.sessions import Sessions
 from ferryline_coordinator.core.state import Key
 
 DAMAGED = "damaged"
@@ -20,8 +21,9 @@ DAMAGED = "damaged"
 class Partitions:
     """``_answered`` is soft: after a restart the coordinator's epoch refuses whatever was asked before it."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, sessions: Sessions, registration: Registration) -> None:
+        self._sessions = sessions
+        self._registration = registration
         self._answered: dict[Key, tuple[int, int]] = {}  # -> (broker epoch, highest request id answered)
 
     def alter(self, change: Change, event: AlterIsrsReceived) -> None:
@@ -57,7 +59,7 @@ class Partitions:
         if (
             broker is None
             or broker.meta.broker_epoch != proposal.broker_epoch
-            or not self._registry.speaks_for(proposal.broker_id, session)
+            or not self._sessions.speaks_for(proposal.broker_id, session)
         ):
             return "STALE_BROKER_EPOCH"
         # Each id is answered once. Otherwise a copy of a proposal that was refused could be accepted later, when its
@@ -103,7 +105,7 @@ class Partitions:
     def resign(self, change: Change, event: ResignReceived) -> None:
         """C10, and L10 for storage that failed. Entries that do not name the present primaryship change nothing."""
         message = event.message
-        self._registry.checked(change, message.broker_id, message.broker_epoch, event.session)
+        self._sessions.checked(change, message.broker_id, message.broker_epoch, event.session)
         for entry in message.entries[:FRAME_ENTRIES_MAX]:
             record = change.part((entry.topic_id, entry.partition))
             if record is None or record.meta.primary != message.broker_id or record.meta.epoch != entry.epoch:
@@ -130,8 +132,8 @@ class Partitions:
 
     def report(self, change: Change, event: ReportReceived) -> None:
         message = event.message
-        self._registry.checked(change, message.broker_id, message.broker_epoch, event.session)
-        self._registry.take_reports(change, message.broker_id, message.replicas[:FRAME_ENTRIES_MAX])
+        self._sessions.checked(change, message.broker_id, message.broker_epoch, event.session)
+        self._registration.take_reports(change, message.broker_id, message.replicas[:FRAME_ENTRIES_MAX])
         change.reply(event.reply, Done(change.coord_epoch))
 
     def forget(self, key: Key) -> None:

@@ -1,18 +1,15 @@
-"""Brokers: admission, registration (C2), heartbeats, unfencing (C5), leaving, draining."""
+"""Admission and registration of brokers (rule C2), and what they report of their replicas."""
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
 from ferryline.protocol.errors import (
-    Conflict,
     Fenced,
     InvalidArgument,
-    NotReady,
     StaleBrokerEpoch,
     StaleCoordinator,
     Throttled,
-    UnknownBroker,
     UnsupportedVersion,
 )
 from ferryline.protocol.messages import (
@@ -23,8 +20,6 @@ from ferryline.protocol.messages import (
     PROTOCOL_MIN,
     RESTART_FOREIGN,
     RESTART_OS_CRASH,
-    Heartbeat,
-    HeartbeatOk,
     Register,
     RegisterOk,
     ReplicaReport,
@@ -32,19 +27,17 @@ from ferryline.protocol.messages import (
 from ferryline.protocol.metadata import FLUSH_FSYNC, BrokerMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
-from ferryline_coordinator.core.elections import can_elect, elect, exclude
+from ferryline_coordinator.core.elections import exclude
 from ferryline_coordinator.core.events import (
     Admitted,
     BrokerAdmitted,
-    BrokerForgotten,
-    DrainSet,
-    HeartbeatReceived,
     Recampaign,
     RegisterReceived,
 )
-from ferryline_coordinator.core.fencing import REGISTERING, STOPPING, Fencing, is_draining
-from ferryline_coordinator.core.records import BrokerRecord, broker_key
+from ferryline_coordinator.core.fencing import REGISTERING, Fencing, is_draining
+from ferryline_coordinator.core.records import BrokerRecord
 from ferryline_coordinator.core.recovery import Reports
+from ferryline_coordinator.core.sessions import Sessions
 
 INCOMPLETE_LOGS = (LOG_DAMAGED, LOG_TRUNCATED, LOG_CONFLICT)
 URL_BYTES_MAX = 500
@@ -57,30 +50,14 @@ def check_url(value: str, what: str) -> str:
     return value
 
 
-class Registry:
-    """Which session speaks for which broker is soft; everything else is in the records."""
+class Registration:
+    """Gives out broker ids and broker epochs; a new life of a broker is fenced first."""
 
-    def __init__(self, config: CoreConfig, fencing: Fencing, reports: Reports) -> None:
+    def __init__(self, config: CoreConfig, fencing: Fencing, reports: Reports, sessions: Sessions) -> None:
         self._config = config
         self._fencing = fencing
         self._reports = reports
-        self.sessions: dict[int, int] = {}  # broker -> its latest open session
-
-    # -- sessions -----------------------------------------------------------------------------------
-
-    def session_opened(self, broker_id: int, session: int) -> None:
-        if session > self.sessions.get(broker_id, 0):
-            self.sessions[broker_id] = session
-
-    def session_closed(self, change: Change, broker_id: int, session: int) -> None:
-        if self.sessions.get(broker_id) == session:
-            del self.sessions[broker_id]
-            self._fencing.session_closed(change, broker_id)
-
-    def speaks_for(self, broker_id: int, session: int) -> bool:
-        """Whether this is the broker's latest session; one that was opened before it cannot speak any more."""
-        latest = self.sessions.get(broker_id)
-        return latest is None or session >= latest
+        self._sessions = sessions
 
     # -- admission ----------------------------------------------------------------------------------
 
@@ -111,9 +88,9 @@ class Registry:
         message = self._identified(change, event.message)
         event = replace(event, message=message)
         broker_id = message.broker_id
-        if not self.speaks_for(broker_id, event.session):
+        if not self._sessions.speaks_for(broker_id, event.session):
             raise StaleBrokerEpoch(f"broker {broker_id} has a later session")
-        self.session_opened(broker_id, event.session)
+        self._sessions.opened(broker_id, event.session)
         if self._regressed(change, event):
             return None
         known = change.broker(broker_id)
@@ -310,107 +287,3 @@ class Registry:
         if after is not record.meta:
             change.put_part(after)
             change.note("excluded", "warning", topic_id=key[0], partition=key[1], broker=broker_id)
-
-    # -- heartbeats ---------------------------------------------------------------------------------
-
-    def checked(self, change: Change, broker_id: int, broker_epoch: int, session: int) -> BrokerRecord:
-        """The record of a broker that may speak: known, present broker epoch, latest session."""
-        record = change.broker(broker_id)
-        if record is None:
-            raise UnknownBroker(f"broker {broker_id} is not registered", broker_id=broker_id)
-        if not record.meta.broker_epoch or record.meta.broker_epoch != broker_epoch:
-            raise StaleBrokerEpoch(
-                f"broker {broker_id}: epoch {broker_epoch} is not the present one, {record.meta.broker_epoch}"
-            )
-        if not self.speaks_for(broker_id, session):
-            raise StaleBrokerEpoch(f"broker {broker_id} has a later session")
-        return record
-
-    def heartbeat(self, change: Change, event: HeartbeatReceived) -> None:
-        message = event.message
-        broker_id = message.broker_id
-        record = self.checked(change, broker_id, message.broker_epoch, event.session)
-        if self._reports.wants(broker_id):
-            # Registering again is idempotent and brings fresh reports of all replicas.
-            raise StaleBrokerEpoch("register again: recovery needs a report of your replicas")
-        self._fencing.heard(broker_id, change.now_ms)
-        if message.want == "stop":
-            self._stopping(change, record)
-        elif record.meta.fenced and self._caught_up(change, message):
-            self._unfence(change, record)
-        current = change.broker(broker_id)
-        assert current is not None
-        meta = current.meta
-        change.reply(
-            event.reply,
-            HeartbeatOk(
-                meta.fenced,
-                change.coord_epoch,
-                change.next_revision(),
-                stop_allowed=meta.stopping and meta.fenced and not self._leads(change, broker_id),
-            ),
-        )
-
-    def _caught_up(self, change: Change, message: Heartbeat) -> bool:
-        gate = self._fencing.gate.get(message.broker_id, 0)
-        record = change.broker(message.broker_id)
-        return (
-            message.coord_epoch == change.coord_epoch
-            and message.revision >= gate
-            and message.broker_id not in self._fencing.suspects
-            and record is not None
-            and not record.meta.stopping
-        )
-
-    def _unfence(self, change: Change, record: BrokerRecord) -> None:
-        """C5: it knows the present picture. Partitions that waited for it get their primary."""
-        broker_id = record.meta.id
-        change.put_broker(replace(record, meta=replace(record.meta, fenced=False)))
-        change.note("unfenced", broker=broker_id)
-        for part in change.parts_held(broker_id):
-            if can_elect(part.meta, change.electable) and not part.frozen:
-                stored = change.put_part(elect(part.meta, change.electable, lambda b: is_draining(change, b)))
-                change.note(
-                    "elected",
-                    topic_id=stored.topic_id,
-                    partition=stored.partition,
-                    primary=stored.primary,
-                    epoch=stored.epoch,
-                )
-
-    def _stopping(self, change: Change, record: BrokerRecord) -> None:
-        """A broker wants to leave: no primaries for it from now on; it is fenced once it leads nothing any more."""
-        meta = record.meta
-        if not meta.stopping:
-            change.put_broker(replace(record, meta=replace(meta, stopping=True)))
-            change.note("stopping", broker=meta.id)
-        if not meta.fenced and not self._leads(change, meta.id):
-            self._fencing.suspect(change, meta.id, STOPPING)
-
-    def _leads(self, change: Change, broker_id: int) -> bool:
-        return any(record.meta.primary == broker_id for record in change.parts_held(broker_id))
-
-    # -- commands of operators ----------------------------------------------------------------------
-
-    def drain(self, change: Change, event: DrainSet) -> None:
-        record = self._known(change, event.broker_id)
-        if record.meta.draining != event.draining:
-            record = replace(record, meta=replace(record.meta, draining=event.draining))
-            change.put_broker(record)
-        change.reply(event.reply, record.meta)
-
-    def forget(self, change: Change, event: BrokerForgotten) -> None:
-        record = self._known(change, event.broker_id)
-        held = len(change.parts_held(event.broker_id))
-        if held:
-            raise Conflict(f"broker {event.broker_id} still holds {held} replicas: drain it first", replicas=held)
-        if not record.meta.fenced:
-            raise NotReady(f"broker {event.broker_id} is serving: stop it first")
-        change.delete(broker_key(event.broker_id))
-        change.reply(event.reply, record.meta)
-
-    def _known(self, change: Change, broker_id: int) -> BrokerRecord:
-        record = change.broker(broker_id)
-        if record is None:
-            raise UnknownBroker(f"broker {broker_id} is not registered", broker_id=broker_id)
-        return record
