@@ -156,8 +156,8 @@ def _report(account: Account, plan: Plan, total_s: float, output: Output) -> Non
         "at another offset": verdict.moved + stored.moved,
     }
     rows.update({name: value for name, value in unusual.items() if value})
-    if account.errors:
-        rows["errors"] = account.errors
+    if account.send_errors or account.read_errors:
+        rows["errors"] = {**account.send_errors, **account.read_errors}
     output.one(rows)
     if account.good:
         say("\nNothing that was acknowledged was lost, and every key stayed in order.")

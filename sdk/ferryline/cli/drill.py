@@ -10,24 +10,24 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ferryline.cli.checker import Gaps, Ledger, Verdict
-from ferryline.protocol.errors import BufferFull, FerrylineError
+from ferryline.cli.checker import Verdict
+from ferryline.cli.traffic import Traffic, count, keys_by_victim
+from ferryline.protocol.partitioner import partition_of
 
 if TYPE_CHECKING:
     from ferryline.client import Client
-    from ferryline.consumer import Consumer
-    from ferryline.message import Message
     from ferryline.producer import Producer
+    from ferryline.protocol.metadata import PartitionMeta
 
 TOPIC, GROUP = "drill", "drill"
 YIELD_EVERY = 200  # records between two turns of the loop: acknowledgements and consumers go on meanwhile
-DRAIN_S = 30.0  # how long consumers may take for what is left once everything was sent
 RECOVERY_S = 60.0
 
 
@@ -38,8 +38,6 @@ class Patient(Protocol):
     def urls(self) -> list[str]: ...
     @property
     def ca(self) -> Path: ...
-    @property
-    def brokers(self) -> list[str]: ...
     def name_of(self, broker_id: int) -> str: ...
     async def kill(self, name: str) -> None: ...
     async def kill_all(self) -> None: ...
@@ -49,10 +47,11 @@ class Patient(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a drill does. ``fault``: kill, terminate, kill-all or none."""
+    """What a drill does. ``fault``: kill, terminate, kill-all or none; the victim is primary of the most keys."""
 
     records: int = 300_000
     keys: int = 5_000
+    victim_share: float | None = None  # choose keys so that this share of them is hit; None: as they fall
     partitions: int = 12
     replication: int = 2
     min_isr: int = 1
@@ -67,17 +66,16 @@ class Plan:
 class Account:
     """How it went. Times in seconds; rates in records a second."""
 
-    verdict: Verdict
-    stored: Verdict  # the same question asked of the log itself
+    verdict: Verdict  # as the group's consumers saw it
+    stored: Verdict  # as the logs have it
     seconds: float
     send_rate: float
     failover_s: float  # longest gap between acknowledgements of a partition, from the fault on
-    failover_by_key_s: float  # the same by key; larger where keys are rarely sent
     healed_s: float | None  # from the return of the broker until every partition has all its copies; None: never
-    rebalanced_duplicates: int
     in_flight_at_fault: int  # delivered and not yet committed
     killed: str
-    errors: dict[str, int] = field(default_factory=dict)
+    send_errors: dict[str, int] = field(default_factory=dict)
+    read_errors: dict[str, int] = field(default_factory=dict)
 
     @property
     def lost(self) -> int:
@@ -112,17 +110,10 @@ class Drill:
         self.plan = plan
         self._patient = patient
         self._progress = progress or (lambda *_: None)
-        self._ledger = Ledger(plan.keys)
-        self._stored = self._ledger.second_reader()
-        self._by_partition = Gaps(plan.partitions)
-        self._by_key = Gaps(plan.keys)
-        self._errors: dict[str, int] = {}
-        self._chance = random.Random(plan.seed)
-        self._uncommitted = 0
+        self._traffic = Traffic(TOPIC, [], plan.partitions, group=GROUP)
         self._in_flight_at_fault = 0
         self._killed = ""
         self._phase = "starting"
-        self._pad = b"." * max(0, plan.value_bytes - 24)
 
     async def run(self) -> Account:
         """Send, break, mend, drain, judge. Raises what the client raises when the cluster cannot be used at all."""
@@ -134,8 +125,9 @@ class Drill:
             await client.admin.create_topic(
                 TOPIC, partitions=plan.partitions, replication=plan.replication, min_isr=plan.min_isr
             )
-            await self._healed(client, RECOVERY_S)
-            tasks = [asyncio.create_task(self._consume(reading)) for _ in range(plan.consumers)]
+            await healed(client, TOPIC, plan.partitions, plan.replication, RECOVERY_S)
+            traffic = self._traffic = self._make_traffic(client)
+            tasks = [asyncio.create_task(traffic.consume(reading)) for _ in range(plan.consumers)]
             ticker = asyncio.create_task(self._tick())
             try:
                 started = time.perf_counter()
@@ -144,193 +136,112 @@ class Drill:
                     await producer.flush()
                 seconds = time.perf_counter() - started
                 healed_s = await self._mend(client)
-                await self._drain(tasks)
+                self._phase = "receiving the rest"
+                await traffic.drain()
             finally:
                 for task in (*tasks, ticker):
                     task.cancel()
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
             for result in ended:
                 if isinstance(result, Exception):
-                    self._count(result)
-            await self._read_log(client)
+                    count(traffic.read_errors, result)
+            self._phase = "reading the log"
+            await traffic.read_log(client)
         return Account(
-            self._ledger.verdict(),
-            self._stored.verdict(),
+            traffic.ledger.verdict(),
+            traffic.stored.verdict(),
             seconds,
-            self._ledger.acknowledged / seconds,
-            self._by_partition.worst(),
-            self._by_key.worst(),
+            traffic.ledger.acknowledged / seconds,
+            traffic.by_partition.worst(),
             healed_s,
-            self._ledger.verdict().redelivered,
             self._in_flight_at_fault,
             self._killed,
-            dict(sorted(self._errors.items())),
+            dict(sorted(traffic.send_errors.items())),
+            dict(sorted(traffic.read_errors.items())),
         )
 
-    # -- sending -------------------------------------------------------------------------------------
+    def _make_traffic(self, client: Client) -> Traffic:
+        plan = self.plan
+        keys = [b"key-%d" % number for number in range(plan.keys)]
+        if plan.victim_share is not None:
+            parts = partitions_of(client, TOPIC)
+            victim = Counter(part.primary for part in parts).most_common(1)[0][0]
+            hit = {part.partition for part in parts if part.primary == victim}
+            keys = keys_by_victim(plan.keys, plan.victim_share, plan.partitions, hit)
+        return Traffic(TOPIC, keys, plan.partitions, group=GROUP, value_bytes=plan.value_bytes)
 
     async def _send_all(self, client: Client, producer: Producer) -> None:
-        plan, ledger = self.plan, self._ledger
+        plan, send = self.plan, self._traffic.send
+        draw = random.Random(plan.seed).randrange
         half = plan.records // 2
-        draw = self._chance.randrange
         fault: asyncio.Task[None] | None = None
         started = time.perf_counter()
         self._phase = "sending"
         for number in range(plan.records):
             if number == half and plan.fault != "none":
                 fault = asyncio.create_task(self._break(client))
-            key = draw(plan.keys)
-            n = ledger.next_n(key)
-            value = b"%d:%d:%s" % (key, n, self._pad)
-            future = await self._send(producer, b"key-%d" % key, value)
-            if future is not None:
-                future.add_done_callback(partial(self._settled, key, n))
+            await send(producer, draw(plan.keys))
             if not number % YIELD_EVERY:
-                await asyncio.sleep(self._pause(number, started))
+                due = started + number / plan.rate if plan.rate else 0.0
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
         if fault is not None:
             await fault
-
-    def _pause(self, number: int, started: float) -> float:
-        if not self.plan.rate:
-            return 0.0
-        return max(0.0, started + number / self.plan.rate - time.perf_counter())
-
-    async def _send(self, producer: Producer, key: bytes, value: bytes) -> Any:
-        """Hand over one record, waiting for room. None: refused for certain, and noted."""
-        while True:
-            try:
-                return producer.send_nowait(TOPIC, value, key)
-            except BufferFull:
-                await asyncio.sleep(0.002)
-
-    def _settled(self, key: int, n: int, future: asyncio.Future[Any]) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is None:
-            meta = future.result()
-            now = time.perf_counter()
-            self._ledger.acked(key, n, meta.offset)
-            self._by_partition.acknowledged(meta.partition, now)
-            self._by_key.acknowledged(key, now)
-            return
-        self._count(error)
-        if isinstance(error, FerrylineError) and error.definite:
-            self._ledger.refused_for_certain(key, n)
-
-    def _count(self, error: BaseException) -> None:
-        name = error.code if isinstance(error, FerrylineError) else type(error).__name__
-        self._errors[name] = self._errors.get(name, 0) + 1
-
-    # -- receiving -----------------------------------------------------------------------------------
-
-    async def _consume(self, client: Client) -> None:
-        """Receive, note, commit; after a typed error, as an application would, go on with a new consumer."""
-        while True:
-            try:
-                async with client.consumer(TOPIC, group=GROUP) as consumer:
-                    async for batch in consumer.batches(max_records=2_000, max_wait=0.1):
-                        self._note(self._ledger, batch)
-                        self._uncommitted += len(batch)
-                        try:
-                            await consumer.commit()
-                        finally:
-                            self._uncommitted -= len(batch)
-            except FerrylineError as error:
-                self._count(error)
-                await asyncio.sleep(0.2)
-
-    @staticmethod
-    def _note(ledger: Ledger, batch: list[Message[Any]]) -> None:
-        received = ledger.received
-        for message in batch:
-            raw = message.raw or b""
-            try:
-                key, n, _ = raw.split(b":", 2)
-                received(int(key), int(n), message.offset)
-            except ValueError:
-                ledger.stranger(f"{message.partition}@{message.offset}: {raw[:40]!r}")
-
-    async def _drain(self, tasks: list[asyncio.Task[None]]) -> None:
-        """Wait until every acknowledged record was received, or nothing more comes."""
-        self._phase = "receiving"
-        end = time.monotonic() + DRAIN_S
-        while time.monotonic() < end and self._ledger.missing():
-            if all(task.done() for task in tasks):
-                return
-            await asyncio.sleep(0.1)
-
-    async def _read_log(self, client: Client) -> None:
-        """Everything that is stored, partition by partition, by a reader that was not there when it happened."""
-        self._phase = "reading the log"
-        async with client.consumer(TOPIC, start="start") as consumer:
-            await self._read_to_the_end(consumer)
-
-    async def _read_to_the_end(self, consumer: Consumer[Any]) -> None:
-        end = time.monotonic() + DRAIN_S
-        while time.monotonic() < end:
-            batch = await consumer.fetch(max_records=10_000, max_wait=0.5)
-            self._note(self._stored, batch)
-            if not batch and not any((await consumer.lag()).values()):
-                return
 
     # -- breaking and mending ------------------------------------------------------------------------
 
     async def _break(self, client: Client) -> None:
-        self._in_flight_at_fault = self._uncommitted
+        self._in_flight_at_fault = self._traffic.uncommitted
         if self.plan.fault == "kill-all":
-            self._killed = "all processes"
-            self._mark()
+            self._mark("everything")
             await self._patient.kill_all()
             await self._patient.start()
             return
-        primaries = [part.primary for part in await self._partitions(client) if part.primary]
-        busiest = max(sorted(set(primaries)), key=primaries.count)
-        self._killed = self._patient.name_of(busiest)
-        self._mark()
+        primaries = {part.partition: part.primary for part in partitions_of(client, TOPIC)}
+        hits = Counter(primaries[partition_of(key, self.plan.partitions)] for key in self._traffic.keys)
+        victim = max(sorted(set(hits) - {0}), key=hits.__getitem__)
+        self._mark(self._patient.name_of(victim))
         if self.plan.fault == "terminate":
             await self._patient.terminate(self._killed)
         else:
             await self._patient.kill(self._killed)
 
-    def _mark(self) -> None:
-        self._phase = f"{self._killed} is gone"
-        now = time.perf_counter()
-        self._by_partition.start(now)
-        self._by_key.start(now)
+    def _mark(self, killed: str) -> None:
+        self._killed = killed
+        self._phase = f"{killed} is gone"
+        self._traffic.mark()
 
     async def _mend(self, client: Client) -> float | None:
         """Bring back what is down; seconds until every partition has all its copies again, None if it never had."""
         self._phase = f"{self._killed} returns"
         started = time.perf_counter()
         await self._patient.start()
-        return time.perf_counter() - started if await self._healed(client, RECOVERY_S) else None
-
-    async def _healed(self, client: Client, within_s: float) -> bool:
-        end = time.monotonic() + within_s
-        while time.monotonic() < end:
-            parts = await self._partitions(client)
-            if len(parts) == self.plan.partitions and all(
-                part.primary and len(part.isr) >= self.plan.replication for part in parts
-            ):
-                return True
-            await asyncio.sleep(0.05)
-        return False
-
-    async def _partitions(self, client: Client) -> list[Any]:
-        """The topic's partitions as the client knows them now."""
-        return list((await client.admin.describe_topic(TOPIC)).partitions)
+        done = await healed(client, TOPIC, self.plan.partitions, self.plan.replication, RECOVERY_S)
+        return time.perf_counter() - started if done else None
 
     async def _tick(self) -> None:
         while True:
-            ledger = self._ledger
+            ledger = self._traffic.ledger
             self._progress(self._phase, ledger.sent, ledger.acknowledged, ledger.deliveries)
             await asyncio.sleep(0.1)
+
+
+def partitions_of(client: Client, topic: str) -> list[PartitionMeta]:
+    """The topic's partitions as the client knows them now."""
+    meta = client.routing.topic(topic)
+    return client.routing.cluster.partitions_of(meta.id) if meta is not None else []
+
+
+async def healed(client: Client, topic: str, partitions: int, replication: int, within_s: float) -> bool:
+    """Wait until every partition has a primary and all its copies in sync."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        parts = partitions_of(client, topic)
+        if len(parts) == partitions and all(part.primary and len(part.isr) >= replication for part in parts):
+            return True
+        await asyncio.sleep(0.05)
+    return False
 
 
 async def run_drill(plan: Plan, patient: Patient, progress: Progress | None = None) -> Account:
     """Run one drill against a cluster that is up."""
     return await Drill(plan, patient, progress).run()
-
-
-Runner = Callable[[Plan, Patient], Awaitable[Account]]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,9 +157,9 @@ async def _produce(settings: Settings, target: Target, form: InputForm, files: l
 
 
 async def _pump(producer: Producer, target: Target, form: InputForm, files: list[Path], tally: Tally) -> None:
-    """Read and send. Reading happens on a thread: a terminal or a slow pipe must not stop acknowledgements."""
-    pieces = read(open_all(files), form)
-    while chunk := await asyncio.to_thread(_take, pieces):
+    """Read and send, a piece as soon as it is there."""
+    feed = Feed(read(open_all(files), form))
+    while chunk := await feed.take():
         for piece in chunk:
             if isinstance(piece, BadInput):
                 tally.fail("BAD_INPUT", str(piece))
@@ -166,16 +169,46 @@ async def _pump(producer: Producer, target: Target, form: InputForm, files: list
                 await asyncio.sleep(0)
 
 
-def _take(pieces: Iterator[Parsed | BadInput]) -> list[Parsed | BadInput]:
-    """What there is, up to a chunk, without waiting for a full one: the first piece is waited for, later ones only
-    within its own read."""
-    chunk: list[Parsed | BadInput] = []
-    started = time.monotonic()
-    for piece in pieces:
-        chunk.append(piece)
-        if len(chunk) >= YIELD_EVERY or time.monotonic() - started > 0.02 or sys.stdin.isatty():
-            break
-    return chunk
+class Feed:
+    """Input on a thread of its own: a terminal or a slow pipe stops neither acknowledgements nor what came before."""
+
+    def __init__(self, pieces: Iterator[Parsed | BadInput]) -> None:
+        self._pieces = pieces
+        self._queue: queue.Queue[Parsed | BadInput] = queue.Queue(maxsize=4 * YIELD_EVERY)
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._ended = False
+        self._error: BaseException | None = None
+        # A daemon: a thread that waits for a terminal cannot be ended otherwise.
+        threading.Thread(target=self._read, name="input", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for piece in self._pieces:
+                self._queue.put(piece)
+                if not self._news.is_set():
+                    self._loop.call_soon_threadsafe(self._news.set)
+        except BaseException as error:
+            self._error = error
+        self._ended = True
+        with suppress(RuntimeError):  # the loop is gone: nobody waits any more
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    async def take(self) -> list[Parsed | BadInput]:
+        """What has arrived, at least one piece; nothing at the end. Raises what reading raised."""
+        while True:
+            ended = self._ended  # asked before the queue, so that nothing slips in between
+            self._news.clear()
+            chunk: list[Parsed | BadInput] = []
+            while len(chunk) < YIELD_EVERY and not self._queue.empty():
+                chunk.append(self._queue.get_nowait())
+            if chunk:
+                return chunk
+            if ended:
+                if self._error is not None:
+                    raise self._error
+                return []
+            await self._news.wait()
 
 
 async def _send(producer: Producer, target: Target, piece: Parsed, tally: Tally) -> None:
