@@ -1,0 +1,292 @@
+"""Disks of brokers: what is written, what is synced, and what a crash leaves of it.
+
+`FastDisk` keeps batches in lists and knows for each log how far it was synced; that is quick enough for thousands of
+seeds. `real_disk.RealDisk` has the same face over the product's own log code on its `MemoryStorage`.
+
+A disk outlives the processes that use it. Everything except appends to the logs is durable when the call returns, as the
+effects of the cores demand.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+from ferryline.protocol.errors import FerrylineError, StorageFailed
+from ferryline.protocol.messages import (
+    LOG_DAMAGED,
+    LOG_OK,
+    RESTART_CLEAN,
+    RESTART_FOREIGN,
+    RESTART_OS_CRASH,
+    RESTART_PROCESS_CRASH,
+)
+from ferryline.protocol.records import BatchHeader, decode_batch
+from ferryline_broker.core.events import Bytes, Key
+from ferryline_broker.core.producers import ProducerTable
+from ferryline_broker.core.replica import LogOpened, OpenedReplica
+
+BOTH = (0, 1)
+
+
+class Stored:
+    """One batch on a disk. ``value``: of a state record, decoded when first asked for."""
+
+    __slots__ = ("data", "header", "value")
+
+    def __init__(self, header: BatchHeader, data: bytes) -> None:
+        self.header = header
+        self.data = data
+        self.value: bytes | None = None
+
+    @property
+    def state_value(self) -> bytes:
+        if self.value is None:
+            record = next(iter(decode_batch(self.data, self.header)))
+            self.value = record.value or b""
+        return self.value
+
+
+class ReplicaFiles(Protocol):
+    """One replica on a disk."""
+
+    def opened(self, fsync: bool) -> OpenedReplica: ...
+    def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None: ...
+    def sync(self, log: int, end: int) -> None: ...
+    def truncate(self, log: int, offset: int) -> None: ...
+    def reset(self, log: int, offset: int) -> None: ...
+    def advance_start(self, log: int, offset: int) -> int: ...
+    def persist_epoch(self, epoch: int) -> None: ...
+    def checkpoint(self, high_watermark: list[int]) -> None: ...
+    def read(self, log: int, start: int, below: int, bytes_max: int) -> tuple[bytes, list[tuple[int, BatchHeader]]]: ...
+    def state_entries(self) -> list[tuple[int, int, bytes]]: ...
+    def producers(self) -> ProducerTable: ...
+    def stored(self, log: int) -> list[tuple[int, int, int, int]]:
+        """(base, next, epoch, crc) of every batch, for the checks."""
+
+    def start(self, log: int) -> int: ...
+
+
+class FastLog:
+    """One log: ``batches[:synced]`` survive a power cut. ``start`` is its first offset."""
+
+    __slots__ = ("batches", "start", "synced")
+
+    def __init__(self) -> None:
+        self.batches: list[Stored] = []
+        self.start = 0
+        self.synced = 0
+
+    @property
+    def end(self) -> int:
+        return self.batches[-1].header.next_offset if self.batches else self.start
+
+    def find(self, offset: int) -> int:
+        """Index of the batch that holds ``offset``; len(batches) if none does."""
+        low, high = 0, len(self.batches)
+        while low < high:
+            middle = (low + high) // 2
+            if self.batches[middle].header.next_offset <= offset:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def epochs(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for batch in self.batches:
+            if not found or found[-1][0] != batch.header.epoch:
+                found.append((batch.header.epoch, batch.header.base_offset))
+        return found
+
+
+class FastReplica:
+    """A replica in memory. Its methods raise what the real one would."""
+
+    def __init__(self) -> None:
+        self.seen_epoch = 0
+        self.logs = (FastLog(), FastLog())
+        self.marked = [0, 0]  # high watermarks as last checkpointed
+        self.log_state = LOG_OK
+        self.repairing = False
+
+    def opened(self, fsync: bool) -> OpenedReplica:
+        """Recovery: what is found is synced before anybody builds on it."""
+        for log in self.logs:
+            log.synced = len(log.batches)
+        opened = tuple(
+            LogOpened(log.start, log.end, log.epochs(), max(log.start, min(self.marked[number], log.end)))
+            for number, log in enumerate(self.logs)
+        )
+        return OpenedReplica(
+            self.seen_epoch, (opened[0], opened[1]), self.producers(), self.log_state, self.repairing
+        )
+
+    def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
+        target = self.logs[log]
+        for at, header in headers:
+            assert header.base_offset == target.end, (log, header, target.end)
+            target.batches.append(Stored(header, bytes(data[at : at + header.size])))
+
+    def sync(self, log: int, end: int) -> None:
+        target = self.logs[log]
+        target.synced = max(target.synced, min(target.find(end), len(target.batches)))
+
+    def truncate(self, log: int, offset: int) -> None:
+        target = self.logs[log]
+        at = target.find(offset)
+        if at < len(target.batches) and target.batches[at].header.base_offset < offset:
+            raise AssertionError(f"truncation at {offset} cuts the batch at {target.batches[at].header.base_offset}")
+        del target.batches[at:]
+        target.synced = min(target.synced, len(target.batches))  # the cut is durable; what stands below may not be
+
+    def reset(self, log: int, offset: int) -> None:
+        target = self.logs[log]
+        target.batches.clear()
+        target.start = offset
+        target.synced = 0
+
+    def advance_start(self, log: int, offset: int) -> int:
+        """Whole segments only: here one batch is a segment. Returns the new start."""
+        target = self.logs[log]
+        at = target.find(offset)
+        if at < len(target.batches):
+            offset = min(offset, target.batches[at].header.base_offset)
+        if offset <= target.start:
+            return target.start
+        del target.batches[:at]
+        target.synced = max(0, target.synced - at)
+        target.start = offset
+        return offset
+
+    def persist_epoch(self, epoch: int) -> None:
+        assert epoch >= self.seen_epoch, (epoch, self.seen_epoch)
+        self.seen_epoch = epoch
+
+    def checkpoint(self, high_watermark: list[int]) -> None:
+        self.marked = list(high_watermark)
+
+    def read(self, log: int, start: int, below: int, bytes_max: int) -> tuple[bytes, list[tuple[int, BatchHeader]]]:
+        """Whole batches from the one that holds ``start``, all below ``below``; at least one, if there is any."""
+        target = self.logs[log]
+        parts: list[bytes] = []
+        headers: list[tuple[int, BatchHeader]] = []
+        size = 0
+        for batch in target.batches[target.find(start) :]:
+            if batch.header.next_offset > below or (parts and size + batch.header.size > bytes_max):
+                break
+            headers.append((size, batch.header))
+            parts.append(batch.data)
+            size += batch.header.size
+        return b"".join(parts), headers
+
+    def state_entries(self) -> list[tuple[int, int, bytes]]:
+        return [
+            (batch.header.base_offset, batch.header.epoch, batch.state_value)
+            for batch in self.logs[1].batches
+            if not batch.header.is_control
+        ]
+
+    def producers(self) -> ProducerTable:
+        table = ProducerTable()
+        for batch in self.logs[0].batches:
+            table.observe(batch.header)
+        return table
+
+    def stored(self, log: int) -> list[tuple[int, int, int, int]]:
+        return [(b.header.base_offset, b.header.next_offset, b.header.epoch, b.header.crc) for b in self.logs[log].batches]
+
+    def start(self, log: int) -> int:
+        return self.logs[log].start
+
+    def lose_unsynced(self, rng: random.Random) -> bool:
+        """A power cut. Of what was not synced any prefix survives. Returns whether anything was lost."""
+        lost = False
+        for log in self.logs:
+            kept = rng.randint(log.synced, len(log.batches))
+            lost = lost or kept < len(log.batches)
+            del log.batches[kept:]
+        return lost
+
+
+class BrokerFiles:
+    """Everything of one broker that is not a log. All of it durable at once.
+
+    Invariants: incarnation rises with every start; lossy_pending is set by a lossy start and cleared only when a
+    registration is confirmed.
+    """
+
+    def __init__(self, storage_id: str) -> None:
+        self.storage_id = storage_id
+        self.broker_id = 0
+        self.cluster_id = ""
+        self.incarnation = 0
+        self.seen_coord_epoch = 0
+        self.lossy_pending = ""  # restart class that is still to be told
+        self.clean_incarnation = -1  # of the clean-stop marker
+        self.boot = 0  # boot id of the kernel that ran last time
+        self.confirmed_storage = storage_id
+
+
+class FastDisk:
+    """The disk of one broker. ``boot`` counts kernels: a power cut begins another."""
+
+    def __init__(self, storage_id: str) -> None:
+        self.files = BrokerFiles(storage_id)
+        self.boot = 1
+        self.replicas: dict[Key, FastReplica] = {}
+        self.failed = ""  # set by an error of the medium: every further use of this process fails
+
+    def start(self) -> str:
+        """A process starts: returns its restart class. The incarnation is raised, durably."""
+        files = self.files
+        self.failed = ""
+        if files.storage_id != files.confirmed_storage:
+            found = RESTART_FOREIGN
+        elif files.clean_incarnation == files.incarnation and files.incarnation > 0:
+            found = RESTART_CLEAN
+        elif files.boot in (0, self.boot):
+            found = RESTART_PROCESS_CRASH
+        else:
+            found = RESTART_OS_CRASH
+        files.clean_incarnation = -1
+        if found in (RESTART_OS_CRASH, RESTART_FOREIGN):
+            files.lossy_pending = found
+        files.boot = self.boot
+        files.incarnation += 1
+        return files.lossy_pending or found
+
+    def confirmed(self, broker_id: int, cluster_id: str, coord_epoch: int) -> None:
+        files = self.files
+        files.broker_id, files.cluster_id = broker_id, cluster_id
+        files.seen_coord_epoch = max(files.seen_coord_epoch, coord_epoch)
+        files.lossy_pending = ""
+        files.confirmed_storage = files.storage_id
+
+    def open(self, key: Key, *, quarantine: bool) -> FastReplica:
+        replica = self.replicas.get(key)
+        if replica is None or quarantine:
+            seen = replica.seen_epoch if replica is not None else 0
+            replica = self.replicas[key] = FastReplica()
+            replica.seen_epoch = seen
+            replica.repairing = quarantine
+        return replica
+
+    def delete(self, key: Key) -> None:
+        self.replicas.pop(key, None)
+
+    def process_died(self) -> None:
+        """kill -9: the page cache stays. After an error of the medium it is not what the platters hold."""
+
+    def power_cut(self, rng: random.Random) -> list[Key]:
+        """Returns the replicas that lost something."""
+        self.boot += 1
+        return [key for key, replica in sorted(self.replicas.items()) if replica.lose_unsynced(rng)]
+
+    def rot(self, key: Key) -> None:
+        """Recovery will find this replica damaged."""
+        self.replicas[key].log_state = LOG_DAMAGED
+
+
+def medium_error(what: str) -> FerrylineError:
+    return StorageFailed(f"{what}: Input/output error")

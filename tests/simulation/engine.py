@@ -1,0 +1,96 @@
+"""Virtual time: one heap of events, one source of randomness, one story.
+
+Rules: nothing in the simulation reads a real clock or draws a number anywhere else; two events of the same microsecond
+run in an order drawn from the seed; every event that is carried out enters the trace hash.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+MS = 1000  # microseconds in a millisecond
+STORY_EVENTS = 400
+
+_mix_encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: type(value).__name__)
+
+
+class SimulationStuck(Exception):
+    """More events than a run can need: something spins without time passing."""
+
+
+class Engine:
+    """The heap and the clock. ``at`` and ``after`` take global virtual time; hosts translate to their own clocks."""
+
+    def __init__(self, seed: int, *, events_max: int = 400_000) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)  # noqa: S311 - reproducible on purpose
+        self.now_us = 0
+        self.steps = 0
+        self.events_max = events_max
+        self.trace: Callable[[str], None] | None = None
+        self.hash = 0
+        self.story: deque[tuple[int, str, Any]] = deque(maxlen=STORY_EVENTS)
+        self._heap: list[tuple[int, float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._count = 0
+
+    @property
+    def now_ms(self) -> int:
+        return self.now_us // MS
+
+    def at(self, when_us: int, fn: Callable[..., None], *args: Any) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (max(when_us, self.now_us), self.rng.random(), self._count, fn, args))
+
+    def after(self, delay_us: int, fn: Callable[..., None], *args: Any) -> None:
+        self.at(self.now_us + delay_us, fn, *args)
+
+    def run_until(self, until_us: int, done: Callable[[], bool] | None = None) -> bool:
+        """Carry out events up to ``until_us``; stops early, and returns True, when ``done()`` holds after one."""
+        heap = self._heap
+        while heap and heap[0][0] <= until_us:
+            when_us, _tie, _count, fn, args = heapq.heappop(heap)
+            self.now_us = when_us
+            self.steps += 1
+            if self.steps > self.events_max:
+                raise SimulationStuck(f"over {self.events_max} events at {self.now_ms} virtual ms")
+            fn(*args)
+            if done is not None and done():
+                return True
+        self.now_us = max(self.now_us, until_us)
+        return False
+
+    def note(self, who: str, what: Any) -> None:
+        """Put ``what`` into the story and the trace hash. Cheap: it is printed only when somebody reads it."""
+        self.story.append((self.now_us, who, what))
+        self.hash = hash((self.hash, self.now_us, who, _mix_encoder.encode(what)))
+        if self.trace is not None:
+            self.trace(render(self.story[-1]))
+
+    # -- drawing -----------------------------------------------------------------------------------
+
+    def chance(self, probability: float) -> bool:
+        return probability > 0 and self.rng.random() < probability
+
+    def between(self, low: int, high: int) -> int:
+        return low + int(self.rng.random() * (high - low + 1))
+
+    def pick(self, items: list[Any]) -> Any:
+        return items[int(self.rng.random() * len(items))]
+
+
+def render(entry: tuple[int, str, Any]) -> str:
+    """One line of the story; long byte strings are cut."""
+    when_us, who, what = entry
+    text = what if isinstance(what, str) else _short(what)
+    return f"{when_us / MS:12.3f} {who:<6} {text}"
+
+
+def _short(what: Any) -> str:
+    text = repr(what)
+    return text if len(text) <= 600 else text[:597] + "..."

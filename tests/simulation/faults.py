@@ -1,0 +1,314 @@
+"""The nemesis: at intervals drawn from the seed it breaks something, and mends it later.
+
+Every action draws its victims and its duration itself. `heal` ends all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tests.simulation.broker import Broker
+from tests.simulation.coordinator import Coordinator
+from tests.simulation.engine import MS
+from ferryline_broker.core import events as ev
+from ferryline_coordinator.core import events as ce
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Faults:
+    """Invariant: after `heal` nothing is broken, and nothing breaks any more."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine = world.engine
+        self.over = False
+        self.disks_lost = 0
+        weights = world.weather.weights
+        self._names = [name for name in weights if weights[name] > 0]
+        self._weights = [weights[name] for name in self._names]
+        self._mends: list[Callable[[], None]] = []
+
+    def begin(self) -> None:
+        if self._names:
+            self._next()
+
+    def _next(self) -> None:
+        gap_us = int(self.engine.rng.random() * 2 * self.world.weather.fault_gap_ms * MS) + 1
+        self.engine.after(gap_us, self._strike)
+
+    def _strike(self) -> None:
+        if self.over:
+            return
+        name = self.engine.rng.choices(self._names, self._weights)[0]
+        self.world.count(f"fault {name}")
+        self.engine.note("fault", name)
+        getattr(self, f"_{name}")()
+        self._next()
+
+    def _for_a_while(self, mend: Callable[[], None]) -> None:
+        """``mend`` runs later, or with `heal`; running twice must not hurt."""
+        self._mends.append(mend)
+        self.engine.after(int((0.1 + self.engine.rng.random() * 1.9) * self.world.weather.fault_ms * MS), mend)
+
+    def heal(self) -> None:
+        self.over = True
+        for mend in self._mends:
+            mend()
+        self._mends.clear()
+        world = self.world
+        world.network.heal_all()
+        world.network.calm = True
+        world.calm = True
+        for broker in world.brokers:
+            broker.steps_to_death = -1
+            broker.slow_disk = broker.write_error = broker.sync_error = False
+            broker.host.resume()
+            self._restart(broker)
+        world.coordinator.steps_to_death = -1
+        world.coordinator.probes_lie_until_us = 0
+        world.coordinator.host.resume()
+        self._restart_coordinator()
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _broker(self) -> Broker | None:
+        alive = [broker for broker in self.world.brokers if broker.host.alive]
+        return self.engine.pick(alive) if alive else None
+
+    def _restart(self, broker: Broker) -> None:
+        if not broker.host.alive and broker.wanted:
+            broker.start()
+
+    def _restart_later(self, broker: Broker) -> None:
+        self._for_a_while(lambda: self._restart(broker))
+
+    def kill_now(self, broker: Broker) -> None:
+        self.world.count("killed")
+        broker.die("kill -9")
+        self._restart_later(broker)
+
+    def _kill(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            self.kill_now(broker)
+
+    def _kill_mid_step(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            broker.steps_to_death = self.engine.between(0, 40)
+
+    def _cut_power(self, broker: Broker) -> None:
+        self.world.count("power cuts")
+        broker.die("power cut", power=True)
+        if broker.disk.power_cut(self.engine.rng):
+            self.world.count("power cuts that lost something")
+        self.world.checks.disk_changed(broker, lossy=self.world.config.flush != "fsync")
+        self._restart_later(broker)
+
+    def _power_cut(self) -> None:
+        broker = self.engine.pick(self.world.brokers)
+        self._cut_power(broker)
+
+    def _power_cut_all(self) -> None:
+        for broker in self.world.brokers:
+            self._cut_power(broker)
+
+    def _kill_all(self) -> None:
+        for broker in self.world.brokers:
+            if broker.host.alive:
+                self.kill_now(broker)
+        if self.engine.chance(0.5):
+            self.kill_coordinator(self.world.coordinator)
+
+    def _pause(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            broker.host.pause()
+            self._for_a_while(broker.host.resume)
+
+    def _stop(self) -> None:
+        broker = self._broker()
+        if broker is not None and broker.joined and not broker.host.paused:
+            broker.stopping = True
+            broker.node_event(ev.StopAsked())
+            self._restart_later(broker)
+
+    # -- network -----------------------------------------------------------------------------------
+
+    def _names_of_nodes(self) -> list[str]:
+        return [broker.host.name for broker in self.world.brokers] + [self.world.coordinator.host.name]
+
+    def _cut(self, pairs: list[tuple[str, str]]) -> None:
+        network = self.world.network
+        for source, target in pairs:
+            network.cut(source, target)
+        open_pairs = list(pairs)
+
+        def mend() -> None:
+            while open_pairs:
+                network.heal(*open_pairs.pop())
+
+        self._for_a_while(mend)
+
+    def _two(self) -> tuple[str, str]:
+        one, other = self.engine.rng.sample(self._names_of_nodes(), 2)
+        return one, other
+
+    def _cut_pair(self) -> None:
+        one, other = self._two()
+        self._cut([(one, other), (other, one)])
+
+    def _cut_one_way(self) -> None:
+        self._cut([self._two()])
+
+    def _isolate(self) -> None:
+        names = self._names_of_nodes()
+        lonely = self.engine.pick(names)
+        spared = self.engine.pick(names) if self.engine.chance(0.3) else ""
+        pairs = []
+        for other in names:
+            if other not in (lonely, spared):
+                pairs += [(lonely, other), (other, lonely)]
+        self._cut(pairs)
+
+    def _end_sessions(self) -> None:
+        for session in list(self.world.network.sessions.values()):
+            if self.engine.chance(0.3):
+                self.world.network.end(session)
+
+    # -- coordinator -------------------------------------------------------------------------------
+
+    def _false_probe(self) -> None:
+        coordinator = self.world.coordinator
+        coordinator.probes_lie_until_us = self.engine.now_us + 1_500 * MS
+        broker = self._broker()
+        if broker is not None and broker.coordinator is not None:
+            self.world.network.end(broker.coordinator)
+
+    def kill_coordinator(self, coordinator: Coordinator) -> None:
+        self.world.count("coordinator killed")
+        coordinator.die("kill -9")
+        if coordinator is self.world.coordinator:
+            self._for_a_while(self._restart_coordinator)
+
+    def _restart_coordinator(self) -> None:
+        if not self.world.coordinator.host.alive:
+            self.world.coordinator.start()
+
+    def _coordinator_kill(self) -> None:
+        coordinator = self.world.coordinator
+        if not coordinator.host.alive:
+            return
+        if self.engine.chance(0.5):
+            coordinator.steps_to_death = self.engine.between(0, 30)
+        else:
+            self.kill_coordinator(coordinator)
+
+    def _coordinator_pause(self) -> None:
+        coordinator = self.world.coordinator
+        if coordinator.host.alive:
+            coordinator.host.pause()
+            self._for_a_while(coordinator.host.resume)
+
+    def _zombie(self) -> None:
+        """The active coordinator stands still, a successor campaigns, then the old one goes on as if nothing was."""
+        old = self.world.coordinator
+        if not old.host.alive or old.host.paused:
+            return
+        old.host.pause()
+        self.world.replace_coordinator()
+
+        def mend() -> None:
+            old.host.resume()
+
+        self._for_a_while(mend)
+
+    # -- disks -------------------------------------------------------------------------------------
+
+    def _lose_disk(self) -> None:
+        if self.disks_lost:
+            return  # more than one would leave nothing to check
+        self.disks_lost += 1
+        broker = self.engine.pick(self.world.brokers)
+        broker.die("disk destroyed", power=True)
+        self.world.replace_disk(broker, same_id=False)
+        self._restart_later(broker)
+
+    def _foreign_disk(self) -> None:
+        if self.disks_lost:
+            return
+        self.disks_lost += 1
+        broker = self.engine.pick(self.world.brokers)
+        if not broker.id:
+            return
+        broker.die("disk exchanged", power=True)
+        self.world.replace_disk(broker, same_id=True)
+        self._restart_later(broker)
+
+    def _write_error(self) -> None:
+        self._disk_error("write_error")
+
+    def _sync_error(self) -> None:
+        self._disk_error("sync_error")
+
+    def _disk_error(self, kind: str) -> None:
+        broker = self._broker()
+        if broker is None:
+            return
+        setattr(broker, kind, True)
+
+        def mend() -> None:
+            if getattr(broker, kind):
+                setattr(broker, kind, False)
+                if broker.host.alive:  # somebody looks at the broker that stopped serving
+                    broker.die("restarted after disk errors")
+            self._restart(broker)
+
+        self._for_a_while(mend)
+
+    def _disk_full(self) -> None:
+        broker = self._broker()
+        if broker is None or not broker.joined:
+            return
+        broker.disk_full(True)
+        self._for_a_while(lambda: broker.disk_full(False))
+
+    def _slow_disk(self) -> None:
+        broker = self.engine.pick(self.world.brokers)
+        broker.slow_disk = True
+
+        def mend() -> None:
+            broker.slow_disk = False
+
+        self._for_a_while(mend)
+
+    # -- operators ---------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        self.world.grow()
+
+    def _move(self) -> None:
+        """Replicas move when a broker is drained; here at once, and back."""
+        self._drain()
+
+    def _drain(self) -> None:
+        broker = self.engine.pick(self.world.brokers)
+        if broker.id:
+            broker_id = broker.id
+            self.world.command(lambda reply: ce.DrainSet(reply, broker_id, True))
+            self._for_a_while(lambda: self.world.command(lambda reply: ce.DrainSet(reply, broker_id, False)))
+
+    def _add_broker(self) -> None:
+        if len(self.world.brokers) < 6:
+            self.world.add_broker().start()
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    def _consumer_dies(self) -> None:
+        self.world.end_member()
+
+    def _consumer_joins(self) -> None:
+        self.world.add_member()

@@ -1,0 +1,235 @@
+"""The shell of a simulated broker: requests of clients in, answers of the cores out.
+
+It makes the same checks, in the same order, as the broker's own handlers (`produce.py`, `fetch.py`, `view.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ferryline.protocol.errors import (
+    BY_CODE,
+    ErrorInfo,
+    FerrylineError,
+    Forbidden,
+    InternalError,
+    NotPrimary,
+    PrimaryNotAvailable,
+    StalePartitioning,
+    UnknownPartition,
+    UnknownTopic,
+)
+from ferryline.protocol.messages import RECORDS, STATE
+from ferryline.protocol.metadata import NO_BROKER
+from ferryline.protocol.records import check_crc, read_header
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.events import Key
+from ferryline_broker.core.partition import PartitionCore
+from ferryline_service.claims import claim_token_valid
+from tests.simulation.engine import MS
+from tests.simulation.network import Session
+
+if TYPE_CHECKING:
+    from tests.simulation.broker import Broker
+
+READ_BYTES_MAX = 4096
+
+
+class Waiter:
+    """Who waits for a token, and what the checks must know about the question."""
+
+    __slots__ = ("asked_us", "correlation", "event", "key", "session", "state_end")
+
+    def __init__(self, session: Session, correlation: int, key: Key, event: ev.Event, asked_us: int) -> None:
+        self.session = session
+        self.correlation = correlation
+        self.key = key
+        self.event = event
+        self.asked_us = asked_us
+        self.state_end = -1  # of the state log: behind the entry of this question, or as it was if there is none
+
+
+class Read:
+    """A parked read."""
+
+    __slots__ = ("correlation", "done", "key", "offset", "offset_epoch", "secondary", "session")
+
+    def __init__(self, session: Session, correlation: int, key: Key, offset: int, epoch: int, secondary: bool) -> None:
+        self.session, self.correlation, self.key = session, correlation, key
+        self.offset, self.offset_epoch, self.secondary = offset, epoch, secondary
+        self.done = False
+
+
+def info_of(refuse: ev.Refuse) -> ErrorInfo:
+    """A core's refusal as it travels."""
+    cls = BY_CODE.get(refuse.code, InternalError)
+    details = {"primary": refuse.primary, "epoch": refuse.epoch} if refuse.primary else {}
+    return ErrorInfo(refuse.code, refuse.message, cls.retriable, cls.definite, details)
+
+
+class Serving:
+    """Waiters and parked reads of one process life."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.world = broker.world
+        self.waiters: dict[int, Waiter] = {}
+        self.reads: dict[Key, list[Read]] = {}
+
+    def clear(self) -> None:
+        self.waiters.clear()
+        self.reads.clear()
+
+    def session_ended(self, session: Session) -> None:
+        for reads in self.reads.values():
+            reads[:] = [read for read in reads if read.session is not session]
+
+    def frame_received(self, session: Session, frame: Any) -> None:
+        kind, correlation = frame[0], frame[1]
+        try:
+            if kind == "produce":
+                self._produce(session, *frame[1:])
+            elif kind == "read":
+                self._read(session, *frame[1:])
+            elif kind == "metadata":
+                self._answer(session, ("cluster", correlation, self.broker.node.metadata.answer()))
+            else:
+                self._group(session, *frame)
+        except FerrylineError as error:
+            answer = {"produce": "produced", "read": "records"}.get(kind, "group")
+            nothing = (-1, 0) if kind == "produce" else (None,)
+            self._answer(session, (answer, correlation, *nothing, error.info()))
+
+    def _answer(self, session: Session, frame: Any) -> None:
+        self.world.network.send(session, self.broker, frame)
+
+    def _not_here(self, key: Key) -> FerrylineError:
+        metadata = self.broker.node.metadata
+        if key[0] not in metadata.topics:
+            return UnknownTopic("not known here")
+        part = metadata.partition(*key)
+        if part is None:
+            return UnknownPartition("no such partition")
+        if part.primary == NO_BROKER:
+            return PrimaryNotAvailable("no primary", epoch=part.epoch)
+        return NotPrimary("elsewhere", primary=part.primary, epoch=part.epoch)
+
+    def _ask(self, session: Session, correlation: int, key: Key, event: Any) -> None:
+        waiter = Waiter(session, correlation, key, event, self.world.engine.now_us)
+        self.waiters[event.token] = waiter
+        waiter.state_end = self.broker.parts[key].core.log_end[STATE]
+        self.broker.asking = waiter
+        self.broker.part_event(key, event)
+        self.broker.asking = None
+
+    # -- produce -----------------------------------------------------------------------------------
+
+    def _produce(
+        self, session: Session, correlation: int, key: Key, partitions: int, data: bytearray, timeout_ms: int
+    ) -> None:
+        topic = self.broker.node.metadata.topics.get(key[0])
+        if topic is None:
+            raise UnknownTopic("not known here")
+        if topic.config.partitions != partitions:
+            raise StalePartitioning("another count", partitions=topic.config.partitions)
+        if key not in self.broker.parts:
+            raise self._not_here(key)
+        header = read_header(data)
+        check_crc(data, header)
+        event = ev.Produced(self.world.token(), bytearray(data), header, timeout_ms)
+        self._ask(session, correlation, key, event)
+
+    # -- groups ------------------------------------------------------------------------------------
+
+    def _group(self, session: Session, kind: str, correlation: int, key: Key, group: str, *rest: Any) -> None:
+        if key not in self.broker.parts:
+            raise self._not_here(key)
+        token = self.world.token()
+        event: ev.Event
+        if kind == "claim":
+            member, generation, mac = rest
+            if not claim_token_valid(mac, self.broker.claim_key, group, *key, member, generation):
+                raise Forbidden("claim token")
+            event = ev.Claimed(token, group, member, generation, 5_000)
+        elif kind == "commit":
+            member, generation, offset = rest
+            event = ev.CommitAsked(token, group, member, generation, offset, "", False, 5_000)
+        else:
+            event = ev.CommittedAsked(token, group, 5_000)
+        self._ask(session, correlation, key, event)
+
+    def answer(self, key: Key, core: PartitionCore, effect: ev.Effect) -> None:
+        """Carry out AnswerProduce, AnswerGroup, AnswerBarrier and Refuse."""
+        token: int = effect.token  # type: ignore[attr-defined]
+        waiter = self.waiters.pop(token, None)
+        assert waiter is not None, f"{self.broker}: token {token} is answered twice or unknown: {effect!r}"
+        checks = self.world.checks
+        if isinstance(effect, ev.AnswerProduce):
+            checks.produce_answered(self.broker, key, core, waiter, effect)
+            self._answer(waiter.session, ("produced", waiter.correlation, effect.base_offset, effect.epoch, None))
+        elif isinstance(effect, ev.AnswerGroup):
+            checks.group_answered(self.broker, key, core, waiter, effect)
+            self._answer(waiter.session, ("group", waiter.correlation, effect.state, None))
+        elif isinstance(effect, ev.Refuse):
+            self.world.count(f"refused {effect.code}")
+            checks.refused(waiter, effect)
+            info = info_of(effect)
+            if isinstance(waiter.event, ev.Produced):
+                self._answer(waiter.session, ("produced", waiter.correlation, -1, 0, info))
+            else:
+                self._answer(waiter.session, ("group", waiter.correlation, None, info))
+
+    # -- reads -------------------------------------------------------------------------------------
+
+    def _read(
+        self, session: Session, correlation: int, key: Key, offset: int, epoch: int, secondary: bool, wait_ms: int
+    ) -> None:
+        if key not in self.broker.parts:
+            raise self._not_here(key)
+        read = Read(session, correlation, key, offset, epoch, secondary)
+        if not self._serve(read):
+            self.reads.setdefault(key, []).append(read)
+            self.broker.host.deliver_after(wait_ms * MS, self._expire, read)
+
+    def _expire(self, read: Read) -> None:
+        waiting = self.reads.get(read.key, [])
+        if not read.done and read in waiting:
+            waiting.remove(read)
+            read.done = True
+            self._answer(read.session, ("records", read.correlation, (b"", []), None))
+
+    def wake(self, key: Key) -> None:
+        waiting = self.reads.get(key)
+        if waiting:
+            self.reads[key] = [read for read in waiting if not self._serve(read)]
+
+    def drop(self, key: Key) -> None:
+        self.reads.pop(key, None)
+        for token, waiter in list(self.waiters.items()):
+            if waiter.key == key:
+                del self.waiters[token]
+                refusal = ev.Refuse(token, "NOT_PRIMARY", "this broker does not hold the partition any more")
+                kind = "produced" if isinstance(waiter.event, ev.Produced) else "group"
+                nothing = (-1, 0) if kind == "produced" else (None,)
+                self._answer(waiter.session, (kind, waiter.correlation, *nothing, info_of(refusal)))
+
+    def _serve(self, read: Read) -> bool:
+        """Answer if there is anything to say."""
+        hosted = self.broker.parts.get(read.key)
+        if hosted is None:
+            return True
+        verdict = hosted.core.check_read(read.offset, read.offset_epoch, read.secondary)
+        if verdict.code:
+            cls = BY_CODE.get(verdict.code, InternalError)
+            details = {"safe_offset": verdict.safe_offset, "log_start": hosted.core.log_start[RECORDS]}
+            error = ErrorInfo(verdict.code, verdict.message, cls.retriable, cls.definite, details)
+            self._answer(read.session, ("records", read.correlation, None, error))
+        elif read.offset < verdict.below:
+            data, headers = hosted.files.read(RECORDS, read.offset, verdict.below, READ_BYTES_MAX)
+            if not headers:
+                return False
+            self._answer(read.session, ("records", read.correlation, (data, headers), None))
+        else:
+            return False
+        read.done = True
+        return True

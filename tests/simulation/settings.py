@@ -1,0 +1,162 @@
+"""What a run looks like: the configuration that is asked for, and the weather that its seed draws.
+
+Swarm testing: every seed switches whole classes of faults off and draws its own rates and times for the others, so that
+rare combinations get seeds in which nothing else hides them.
+"""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+
+from ferryline.protocol.metadata import FLUSH_FSYNC, FLUSH_REPLICATED
+
+
+class Config(msgspec.Struct, frozen=True):
+    """One row of the matrix, written ``2/1/fsync``."""
+
+    replication: int
+    min_isr: int
+    flush: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.replication}/{self.min_isr}/{self.flush}"
+
+
+ALL = tuple(
+    Config(replication, min_isr, flush)
+    for replication, min_isr in ((2, 1), (2, 2), (3, 2))
+    for flush in (FLUSH_FSYNC, FLUSH_REPLICATED)
+)
+
+
+def parse_configs(text: str) -> list[Config]:
+    """``all``, or names separated by commas. Raises ValueError naming what is unknown."""
+    if text == "all":
+        return list(ALL)
+    known = {config.name: config for config in ALL}
+    found = []
+    for name in text.split(","):
+        if name not in known:
+            raise ValueError(f"configuration {name!r} is none of {', '.join(known)}")
+        found.append(known[name])
+    return found
+
+
+FAULTS = (
+    "kill",  # kill -9: what was written stays
+    "kill_mid_step",  # the same between two effects of one step
+    "power_cut",  # what was not synced is lost, wholly or in part
+    "power_cut_all",  # of all brokers at the same moment
+    "kill_all",
+    "pause",  # SIGSTOP, SIGCONT
+    "stop",  # SIGTERM: hand over, then leave; started again later
+    "cut_pair",  # no frames between two hosts
+    "cut_one_way",
+    "isolate",  # one host from all others
+    "end_sessions",  # resets
+    "false_probe",  # the coordinator takes a healthy broker for dead
+    "coordinator_kill",  # between any two effects, so before or after a commit
+    "coordinator_pause",
+    "zombie",  # the coordinator stands still while a successor takes over, then goes on
+    "lose_disk",  # a broker comes back with an empty disk
+    "foreign_disk",  # a broker comes back under its number with another disk
+    "write_error",
+    "sync_error",
+    "disk_full",
+    "slow_disk",
+    "grow",  # more partitions
+    "move",  # replicas of a partition go elsewhere
+    "drain",  # a broker is asked to give everything up; later it is not any more
+    "add_broker",
+    "consumer_dies",
+    "consumer_joins",
+)
+
+
+class Weather(msgspec.Struct):
+    """What one seed draws. Times in ms unless the name says otherwise; probabilities are per frame or per event."""
+
+    brokers: int
+    partitions: int
+    producers: int
+    members: int
+    produce_gap_ms: int
+    duration_ms: int
+    # network
+    ordered: dict[str, bool]
+    loss: float
+    double: float
+    session_loss: float
+    delay_us: int
+    slow: float
+    slow_us: int
+    late_us: int
+    session_patience_ms: int
+    drift: float
+    # disks
+    flush_us: int
+    slow_flush: float
+    slow_flush_us: int
+    real_log: bool
+    # times of the product
+    lag_max_ms: int
+    fence_ms: int
+    handover_ms: int
+    fetch_wait_ms: int
+    metadata_wait_ms: int
+    snapshot_bytes: int
+    # faults
+    fault_gap_ms: int
+    fault_ms: int
+    weights: dict[str, float]
+
+
+def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weather:
+    """The weather of a seed."""
+
+    def some(*choices: int) -> int:
+        return choices[int(rng.random() * len(choices))]
+
+    def maybe(probability: float, value: float) -> float:
+        return value if rng.random() < probability else 0.0
+
+    weights = {name: rng.random() ** 2 if rng.random() < 0.55 else 0.0 for name in FAULTS}
+    for common in ("kill", "power_cut", "pause", "cut_pair", "cut_one_way"):
+        weights[common] *= 3
+    for rare in ("power_cut_all", "kill_all", "lose_disk", "foreign_disk", "grow", "move", "drain", "add_broker"):
+        weights[rare] *= 0.4
+    lossy = rng.random() < 0.75
+    return Weather(
+        brokers=config.replication + some(0, 0, 0, 1, 1, 2),
+        partitions=some(1, 1, 1, 2),
+        producers=some(1, 2, 2, 3),
+        members=some(0, 0, 1, 2, 3),
+        produce_gap_ms=some(40, 100, 250, 600),
+        duration_ms=some(20_000, 40_000, 60_000),
+        ordered={"replica": rng.random() < 0.4, "coordinator": rng.random() < 0.5},
+        loss=0.05 if lossy else 0.0,
+        double=0.05 if lossy else 0.0,
+        session_loss=maybe(0.6, 0.01 * rng.random()),
+        delay_us=some(200, 1_000, 3_000, 20_000),
+        slow=maybe(0.7, 0.15 * rng.random()),
+        slow_us=some(5_000, 50_000, 500_000),
+        late_us=some(5_000, 100_000, 2_000_000),
+        session_patience_ms=some(1_000, 3_000, 10_000),
+        drift=0.01,
+        flush_us=some(200, 1_000, 8_000),
+        slow_flush=maybe(0.6, 0.2 * rng.random()),
+        slow_flush_us=some(20_000, 200_000, 3_000_000),
+        real_log=real_log,
+        lag_max_ms=some(1_500, 4_000, 10_000),
+        fence_ms=some(1_500, 3_000, 3_000),
+        handover_ms=some(100, 300, 1_000),
+        fetch_wait_ms=some(500, 2_000, 5_000),
+        metadata_wait_ms=some(1_000, 5_000, 30_000),
+        snapshot_bytes=some(600, 4_000, 1 << 20),
+        fault_gap_ms=some(300, 800, 2_000, 5_000),
+        fault_ms=some(400, 1_500, 4_000, 12_000),
+        weights=weights,
+    )

@@ -1,0 +1,334 @@
+"""A cluster with its clients, its weather and its nemesis: one run of one seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from msgspec.structs import replace
+
+from ferryline.protocol.errors import ErrorInfo
+from ferryline.protocol.messages import RECORDS, STATE, Register, ReplicaReport
+from ferryline.protocol.metadata import NO_BROKER
+from ferryline.protocol.records import decode_batch
+from ferryline_broker.core.events import Key
+from ferryline_broker.core.partition import ReplicaConfig
+from ferryline_coordinator.core import events as ce
+from tests.simulation.broker import Broker
+from tests.simulation.checks import Checks
+from tests.simulation.clients import Member, Producer, Reader
+from tests.simulation.coordinator import Coordinator, Store, config_of
+from tests.simulation.disks import FastDisk
+from tests.simulation.engine import MS, Engine
+from tests.simulation.faults import Faults
+from tests.simulation.ghost import Copy, Truth, Violation
+from tests.simulation.history import OPEN, History, Poll
+from tests.simulation.network import Network
+from tests.simulation.settings import Config, Weather, draw
+
+TOPIC = "orders"
+GROUP = "billing"
+SETTLE_MS = 120_000  # virtual; after the last fault everything must be well again within this
+
+
+class World:
+    """`run` is the whole story: found, break, heal, check."""
+
+    def __init__(self, config: Config, seed: int, *, real_log: bool = False) -> None:
+        self.config = config
+        self.engine = Engine(seed)
+        self.weather: Weather = draw(self.engine.rng, config, real_log=real_log)
+        self.calm = False
+        self.counts: Counter[str] = Counter()
+        self.topic = TOPIC
+        self.topic_id = f"{self.engine.rng.getrandbits(128):032x}"
+        self.history = History()
+        self.store = Store()
+        self.network = Network(self.engine, self.weather)
+        self.core_config = config_of(self.weather.fence_ms)
+        self.replica_config = ReplicaConfig(
+            fetch_bytes_max=2_000,
+            fetch_wait_ms=self.weather.fetch_wait_ms,
+            fetch_retry_ms=self.weather.fetch_wait_ms + 500,
+            lag_max_ms=self.weather.lag_max_ms,
+            commit_stall_ms=2 * self.weather.lag_max_ms,
+            alter_retry_ms=500,
+            handover_ms=self.weather.handover_ms,
+            snapshot_bytes=self.weather.snapshot_bytes,
+        )
+        self._truths: dict[Key, tuple[Truth, Truth]] = {}
+        self._copies: dict[tuple[int, Key], tuple[Copy, Copy]] = {}
+        self._ids: dict[int, Broker] = {}
+        self.destroyed: set[int] = set()
+        self._tokens = 0
+        self._names = 0
+        self.conflicts: list[str] = []
+        self.checks = Checks(self)
+        self.brokers: list[Broker] = []
+        self.coordinator = Coordinator(self, "c0")
+        self.coordinators = [self.coordinator]
+        self.producers: list[Producer] = []
+        self.members: list[Member] = []
+        self.readers: list[Reader] = []
+        self.faults = Faults(self)
+
+    # -- look-ups ----------------------------------------------------------------------------------
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+
+    def drift(self) -> float:
+        return (self.engine.rng.random() * 2 - 1) * self.weather.drift
+
+    def token(self) -> int:
+        self._tokens += 1
+        return self._tokens
+
+    def truth(self, key: Key) -> tuple[Truth, Truth]:
+        found = self._truths.get(key)
+        if found is None:
+            found = self._truths[key] = (Truth(key, RECORDS), Truth(key, STATE))
+        return found
+
+    def copies(self, broker: Broker, key: Key) -> tuple[Copy, Copy]:
+        found = self._copies.get((broker.number, key))
+        if found is None:
+            truths, name = self.truth(key), broker.host.name
+            found = self._copies[broker.number, key] = (Copy(truths[RECORDS], name), Copy(truths[STATE], name))
+        return found
+
+    def all_copies(self) -> list[tuple[tuple[int, Key], tuple[Copy, Copy]]]:
+        return list(self._copies.items())
+
+    def broker_by_id(self, broker_id: int) -> Broker | None:
+        return self._ids.get(broker_id)
+
+    def broker_by_host(self, name: str) -> Broker | None:
+        return next((broker for broker in self.brokers if broker.host.name == name), None)
+
+    def joined(self, broker: Broker) -> None:
+        self._ids[broker.id] = broker
+
+    def coordinator_address(self) -> Coordinator:
+        return self.coordinator
+
+    def any_node(self) -> Any:
+        nodes: list[Any] = [broker for broker in self.brokers if broker.at_work]
+        return self.engine.pick([*nodes, self.coordinator])
+
+    def with_reports(self, register: Register, reports: list[ReplicaReport]) -> Register:
+        return replace(register, replicas=reports)
+
+    def stopped(self, broker: Broker, key: Key, reason: str) -> None:
+        """A replica stopped itself. Failed storage may do that; contradicting logs never without a declared loss."""
+        if not reason.startswith(("storage", "damaged")):
+            raise Violation("no replica ever contradicts another", f"{broker} {key}: {reason}")
+
+    def picture(self) -> str:
+        """The cluster as it stands, for a failed run."""
+        lines = [f"virtual {self.engine.now_ms} ms, cuts {sorted(self.network.cuts)}"]
+        for broker_id, record in sorted(self.checks.brokers.items()):
+            meta = record.meta
+            lines.append(f"record of broker {broker_id}: epoch {meta.broker_epoch} fenced {meta.fenced} "
+                         f"stopping {meta.stopping} draining {meta.draining} incarnation {meta.incarnation}")  # fmt: skip
+        lines += [f"record {record.meta} frozen {record.frozen}" for _, record in sorted(self.checks.parts.items())]
+        for broker in self.brokers:
+            lines.append(f"{broker}: alive {broker.host.alive} paused {broker.host.paused}")
+            for key, hosted in sorted(broker.parts.items()):
+                core = hosted.core
+                lines.append(f"  {key[1]}: {core.role} epoch {core.epoch} isr {core.isr} maximal "
+                             f"{sorted(core.maximal_isr)} {core.stopped}")  # fmt: skip
+            for (number, key), copies in self.all_copies():
+                if number == broker.number:
+                    lines += [f"    {key[1]}.{log}: {copy}" for log, copy in enumerate(copies)]
+        return "\n".join(lines)
+
+    # -- members -----------------------------------------------------------------------------------
+
+    def poll(self, consumer: str, key: Key, offset: int) -> Poll:
+        poll = Poll(consumer, key, offset)
+        self.history.polls.append(poll)
+        return poll
+
+    def processed(self, group: str, key: Key, offsets: list[int]) -> None:
+        seen = self.history.processed.setdefault((group, key), {})
+        for offset in offsets:
+            seen[offset] = seen.get(offset, 0) + 1
+
+    def add_member(self) -> None:
+        if self.weather.members == 0 or len(self.members) >= 5:
+            return
+        self._names += 1
+        member = Member(self, GROUP, self._names)
+        self.members.append(member)
+        member.start()
+
+    def end_member(self) -> None:
+        if len(self.members) > 1:
+            self.members.pop(self.engine.between(0, len(self.members) - 1)).stop()
+
+    def add_broker(self) -> Broker:
+        broker = Broker(self, len(self.brokers))
+        self.brokers.append(broker)
+        return broker
+
+    def replace_disk(self, broker: Broker, *, same_id: bool) -> None:
+        old = broker.disk.files
+        fresh = FastDisk(f"{old.storage_id}x")
+        if same_id:
+            fresh.files.broker_id, fresh.files.cluster_id = old.broker_id, old.cluster_id
+            fresh.files.seen_coord_epoch = old.seen_coord_epoch
+            fresh.files.confirmed_storage = old.storage_id
+        elif old.broker_id:
+            self.destroyed.add(old.broker_id)
+            del self._ids[old.broker_id]
+        broker.disk = fresh
+        self.checks.disk_changed(broker, lossy=same_id)
+
+    def replace_coordinator(self) -> None:
+        self.coordinator = Coordinator(self, f"c{len(self.coordinators)}")
+        self.coordinators.append(self.coordinator)
+        self.coordinator.start()
+
+    # -- commands ----------------------------------------------------------------------------------
+
+    def command(self, event: Callable[[int], ce.Event], done: Callable[[Any, ErrorInfo | None], None] | None = None) -> None:
+        """An operator's command to the coordinator; without answer if it dies meanwhile."""
+        coordinator = self.coordinator
+        if coordinator.host.alive and not coordinator.host.paused:
+            coordinator.event(event(coordinator.expect(done or (lambda _message, _error: None))))
+
+    def _create_topic(self) -> None:
+        if self.checks.parts:
+            return
+        settings = {
+            "partitions": self.weather.partitions,
+            "replication": self.config.replication,
+            "min_isr": self.config.min_isr,
+            "flush": self.config.flush,
+        }
+        self.command(lambda reply: ce.TopicCreated(reply, TOPIC, self.topic_id, settings))
+        self.engine.after(100 * MS, self._create_topic)
+
+    def grow(self) -> None:
+        count = len(self.checks.parts)
+        if 0 < count < 4:
+            self.command(lambda reply: ce.PartitionsAdded(reply, TOPIC, count + 1, True))
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Raises Violation, or AssertionError of a core, or SimulationStuck."""
+        self.coordinator.start()
+        for _ in range(self.weather.brokers):
+            self.add_broker().start()
+        self._create_topic()
+        self.engine.run_until(30_000 * MS, self._founded)
+        if not self._founded():
+            raise Violation("liveness", "the topic was not created in 30 s without faults")
+        for number in range(self.weather.producers):
+            self.producers.append(Producer(self, number))
+            self.producers[-1].start()
+        for _ in range(self.weather.members):
+            self.add_member()
+        self.readers.append(Reader(self, 0))
+        self.readers[0].start()
+        self.faults.begin()
+        self.engine.run_until(self.engine.now_us + self.weather.duration_ms * MS)
+        self._heal()
+
+    def _founded(self) -> bool:
+        return any(record.meta.primary for record in self.checks.parts.values())
+
+    def _heal(self) -> None:
+        for producer in self.producers:
+            producer.quiet = True
+        self.faults.heal()
+        self.engine.note("world", "healed")
+        until_us = self.engine.now_us + SETTLE_MS * MS
+        while self.engine.now_us < until_us:
+            if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
+                break
+            self._recover()
+        trouble = self._well()
+        if trouble is not None:
+            raise Violation("D1.12 liveness after healing", trouble)
+        self._check_end()
+
+    def _recover(self) -> None:
+        """What an operator does: partitions that no candidate is left for are recovered, if possible without force."""
+        for key, record in sorted(self.checks.parts.items()):
+            part = record.meta
+            if part.primary != NO_BROKER and not record.frozen:
+                continue
+            candidates = [b for b in (*part.isr, *part.elr) if b not in self.destroyed]
+            if candidates and not record.frozen:
+                continue  # it has to come back by itself
+            force = any(broker_id in self.destroyed for broker_id in part.replicas)
+            self.command(lambda reply, key=key, force=force: ce.RecoveryAsked(reply, TOPIC, key[1], force))
+
+    def _well(self) -> str | None:
+        """What is not yet as it should be, or None."""
+        for key, record in sorted(self.checks.parts.items()):
+            part = record.meta
+            if part.primary == NO_BROKER:
+                return f"{part} has no primary"
+            if set(part.isr) != set(part.replicas) or part.adding or part.removing:
+                return f"{part}: not all replicas are in sync"
+            if len(part.replicas) != self.config.replication:
+                return f"{part}: not {self.config.replication} replicas"
+            ends = []
+            for broker_id in part.replicas:
+                broker = self.broker_by_id(broker_id)
+                if broker is None or key not in broker.parts:
+                    return f"{part}: broker {broker_id} does not hold it"
+                copies = self.copies(broker, key)
+                ends.append([(copy.end, copy.watermark) for copy in copies])
+                if any(copy.end != copy.watermark for copy in copies):
+                    return f"{part}: {copies} not committed to the end"
+            if any(end != ends[0] for end in ends):
+                return f"{part}: replicas end at {ends}"
+        for producer in self.producers:
+            if producer.core.unsettled():
+                return f"{producer.host.name} still has unsettled batches"
+        return self._readers_done()
+
+    def _readers_done(self) -> str | None:
+        for key in self.checks.parts:
+            end = self.truth(key)[RECORDS].end
+            for reader in self.readers:
+                poll = reader.polls.get(key)
+                if poll is None or poll.next < end:
+                    return f"{reader.host.name} has not read {key} to its end {end}"
+            holders = [m.held[key] for m in self.members if key in m.held and m.held[key].claimed]
+            if self.members and (len(holders) != 1 or holders[0].committed < end):
+                return f"group {GROUP}: {key} held {len(holders)} times, {[h.committed for h in holders]} of {end}"
+        return None
+
+    def _check_end(self) -> None:
+        logs: dict[Key, list[tuple[str, list[tuple[int, bytes]]]]] = {}
+        lost: dict[Key, list[tuple[int, int]]] = {}
+        for key, record in sorted(self.checks.parts.items()):
+            lost[key] = self.truth(key)[RECORDS].lost
+            logs[key] = []
+            for broker_id in record.meta.replicas:
+                broker = self.broker_by_id(broker_id)
+                assert broker is not None
+                logs[key].append((broker.host.name, self._read_all(broker, key)))
+        for send in self.history.sends.values():
+            if send.outcome == OPEN:
+                raise Violation("liveness", f"{send.value!r} was never answered")
+        self.history.check(logs, lost)
+        if self.members and not any(lost.values()):
+            self.history.check_processed([GROUP], {key: found[0][1] for key, found in logs.items()})
+
+    def _read_all(self, broker: Broker, key: Key) -> list[tuple[int, bytes]]:
+        hosted = broker.parts[key]
+        data, headers = hosted.files.read(RECORDS, hosted.core.log_start[RECORDS], hosted.core.high_watermark[RECORDS], 1 << 60)
+        found = []
+        for at, header in headers:
+            if not header.is_control:
+                for record in decode_batch(data[at : at + header.size], header):
+                    found.append((record.offset, record.value or b""))
+        return found
