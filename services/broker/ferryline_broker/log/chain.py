@@ -103,7 +103,6 @@ class SegmentChain:
         active.write_seal()
         self.touch(active)
         self._settle()
-        self._storage.fsync_dir(self._path)
 
     def persist_index(self, flushed_position: int) -> tuple[int, int]:
         """Write new index entries of the active segment, as far as the log is flushed; (bytes, crc) of what is written.

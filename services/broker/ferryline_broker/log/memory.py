@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline_broker.log.interface import TEMP_SUFFIX, Bytes, FileHandle, Lock, name_of, parent_of, translated
-from ferryline_broker.log.memory_nodes import TRUNCATE, Change, Dir, Inode, apply_write, copied, cut_file, sync_tree
+from ferryline_broker.log.memory_nodes import TRUNCATE, Change, Dir, Inode, apply_write, copied, cut_file, settle_names, sync_tree
 
 
 class SimulatedStop(BaseException):
@@ -353,16 +353,18 @@ class MemoryStorage:
         return node
 
     def _cut_dir(self, directory: Dir, rng: random.Random, holes: bool) -> None:
-        for change in directory.queue[: rng.randint(0, len(directory.queue))]:
-            change.apply()
-        directory.queue.clear()
-        for name in sorted(directory.durable):
-            node = directory.durable[name]
+        """Settle names everywhere first: a rename may stand in the queues of two directories."""
+        settle_names(directory, rng)
+        self._settle_files(directory, rng, holes)
+
+    def _settle_files(self, directory: Dir, rng: random.Random, holes: bool) -> None:
+        directory.entries = dict(directory.durable)
+        for name in sorted(directory.entries):
+            node = directory.entries[name]
             if isinstance(node, Dir):
-                self._cut_dir(node, rng, holes)
+                self._settle_files(node, rng, holes)
             else:
                 cut_file(node, rng, holes)
-        directory.entries = dict(directory.durable)
 
     def _drop_dir(self, directory: Dir) -> None:
         directory.queue.clear()

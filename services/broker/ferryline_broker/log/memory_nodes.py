@@ -83,6 +83,17 @@ def copied(directory: Dir) -> Dir:
     return twin
 
 
+def settle_names(directory: Dir, rng: random.Random) -> None:
+    """A prefix of the pending changes of each directory reaches the medium, as ``rng`` decides."""
+    below = {id(node): node for node in (*directory.durable.values(), *directory.entries.values())}
+    for change in directory.queue[: rng.randint(0, len(directory.queue))]:
+        change.apply()
+    directory.queue.clear()
+    for node in below.values():
+        if isinstance(node, Dir):
+            settle_names(node, rng)
+
+
 def sync_tree(directory: Dir) -> None:
     """Everything pending below ``directory`` reaches the medium."""
     for change in directory.queue:

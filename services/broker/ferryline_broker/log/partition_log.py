@@ -160,7 +160,12 @@ class PartitionLog:
         segment = self._chain.active
         if segment is None or self._roll_due(segment, at, offset, now_ms):
             segment = self._next_segment()
-        self._write(segment, data)
+        try:
+            segment.write(data)
+        except FerrylineError as error:
+            if isinstance(error, StorageFull):
+                raise
+            raise self._fail(error) from error
         view = memoryview(data)
         for position, header in headers:
             self._tail.add(header.base_offset, segment.size)
@@ -231,6 +236,8 @@ class PartitionLog:
         self._chain.touch(segment)
         at = segment.locate(offset)
         end = max(at.offset, self.log_start)
+        if self._flushed_end < end or self._chain.dirty:
+            self.flush()  # the checkpoint that comes next must not promise more than is on disk
         lowered = LogCheckpoint(end, hw=end)
         if at.position:
             times = (at.max_timestamp, segment.created_ms, segment.appended_ms)
@@ -366,18 +373,6 @@ class PartitionLog:
         self.failure = f"failed: {error.message}"
         return error if isinstance(error, StorageFailed) else StorageFailed(error.message)
 
-    def _write(self, segment: Segment, data: Bytes) -> None:
-        try:
-            segment.file.pwrite(data, segment.size)
-        except StorageFull:
-            try:  # what was written in part must go, or a later shorter append would leave batches behind it: a hole
-                segment.file.truncate(segment.size)
-            except FerrylineError as error:
-                raise self._fail(error) from error
-            raise
-        except FerrylineError as error:
-            raise self._fail(error) from error
-
     def _roll_due(self, segment: Segment, more_bytes: int, next_offset: int, now_ms: int) -> bool:
         config = self.config
         return segment.size > 0 and (
@@ -398,9 +393,9 @@ class PartitionLog:
         self.flush()
         try:
             self._chain.seal_active()
-        except StorageFull:
-            raise
         except FerrylineError as error:
+            if isinstance(error, StorageFull):
+                raise
             raise self._fail(error) from error
         self._tail = Tail()
         self._flushed = self._present()

@@ -155,8 +155,10 @@ class Recovery:
                 yield from self._seal_again(segment)
             else:
                 yield from self._recover_tail(out, segment)
-                if segment.size == 0:
-                    break  # nothing in it: the next append begins it anew
+                if segment.size == 0:  # nothing of it survived; left behind, it would outlive a reset
+                    segment.remove()
+                    self.storage.fsync_dir(self.path)
+                    break
             if following is not None and segment.next_offset != following:
                 raise segment.damaged(segment.next_offset, f"a segment is missing before {following}")
             out.segments.append(segment)
@@ -180,7 +182,6 @@ class Recovery:
         if end.reason:
             raise segment.damaged(segment.next_offset, end.reason)
         segment.write_seal()
-        self.storage.fsync_dir(self.path)
 
     # -- the active segment -----------------------------------------------------------------------
 
@@ -213,7 +214,9 @@ class Recovery:
         if end.position < size:
             segment.file.truncate(end.position)
             rewriter.dirty = True
-        rewriter.finish()
+        if rewriter.dirty:
+            rewriter.finish()
+            self.storage.fsync_dir(self.path)  # after a process crash perhaps not even the file's name was synced
 
     def _judge(self, segment: Segment, end: ScanEnd, size: int) -> Generator[None, None, None]:
         """Torn tail or damage? Returns only for a torn tail."""
@@ -274,8 +277,7 @@ class _Rewriter:
             self._since_sync = 0
 
     def finish(self) -> None:
-        if self.dirty:
-            self._segment.file.fdatasync()
+        self._segment.file.fdatasync()
 
 
 def finish_reset(storage: Storage, path: str, out: Recovered, bases: list[int]) -> list[int]:

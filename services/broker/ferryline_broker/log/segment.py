@@ -15,12 +15,12 @@ import zlib
 
 import msgspec
 
-from ferryline.protocol.errors import CorruptBatch, FerrylineError
+from ferryline.protocol.errors import CorruptBatch, FerrylineError, StorageFull
 from ferryline.protocol.limits import BATCH_BYTES_MAX
 from ferryline.protocol.records import HEADER_BYTES, BatchHeader, check_crc, read_header
 from ferryline_broker.log.envelope import pack, unpack
 from ferryline_broker.log.index import INTERVAL_BYTES, NO_TIMESTAMP, SparseIndex
-from ferryline_broker.log.interface import FileHandle, LogDamaged, Storage
+from ferryline_broker.log.interface import Bytes, FileHandle, LogDamaged, Storage
 
 LOG, INDEX, SEAL = ".log", ".index", ".seal"
 SEAL_MAGIC = b"FLSL"
@@ -111,6 +111,15 @@ class Segment:
         self.next_offset = header.next_offset
         self.max_timestamp = max(self.max_timestamp, header.max_timestamp)
 
+    def write(self, data: Bytes) -> None:
+        """Put the bytes of whole batches at the end. Raises StorageFull: the file is as it was before."""
+        try:
+            self.file.pwrite(data, self.size)
+        except StorageFull:
+            # What was written in part must go, or a later, shorter append would leave batches behind it: a hole.
+            self.file.truncate(self.size)
+            raise
+
     def adopt(self, seal: Seal) -> None:
         """Take the picture from the seal instead of from the file."""
         self.size, self.next_offset, self.chain = seal.size, seal.next_offset, seal.chain
@@ -122,7 +131,7 @@ class Segment:
         self.trusted_from = seal.size
 
     def write_seal(self) -> None:
-        """Record that this segment is complete. Durable but for the names (the caller syncs the directory).
+        """Record that this segment is complete. Durable, names included.
 
         The index goes first: a seal promises that its index was written.
         """
