@@ -29,6 +29,7 @@ from ferryline_service.node import NodeConnection
 from ferryline_service.session import OnFrame, ServerSession, SessionEndpoint, websocket_prefix
 
 CLUSTER = "c-1"
+Eventually = Callable[..., Awaitable[object]]
 
 
 @asynccontextmanager
@@ -53,12 +54,6 @@ async def serving(on_frame: OnFrame, **options: object) -> AsyncIterator[tuple[S
     finally:
         await endpoint.close()
         await runner.cleanup()
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def echo(session: ServerSession, frame: Frame) -> None:
@@ -192,7 +187,7 @@ async def test_a_broken_or_oversized_frame_ends_only_its_own_session(raw: bytes,
         await other.request(Kind.FETCH, Done(), timeout_s=5)
 
 
-async def test_a_half_sent_frame_disturbs_nobody_and_its_session_is_forgotten() -> None:
+async def test_a_half_sent_frame_disturbs_nobody_and_its_session_is_forgotten(eventually: Eventually) -> None:
     async with serving(echo) as (endpoint, url), aiohttp.ClientSession() as http, connected(url) as other:
         ws = await greeted(http, url)
         transport = ws._conn.transport  # type: ignore[union-attr]
@@ -210,7 +205,7 @@ async def test_who_says_nothing_is_told_so_and_closed() -> None:
         assert decode_header(frame.header, ErrorInfo).code == RequestTimedOut.code
 
 
-async def test_a_peer_that_asks_and_does_not_read_is_cut_off() -> None:
+async def test_a_peer_that_asks_and_does_not_read_is_cut_off(eventually: Eventually) -> None:
     def flood(session: ServerSession, frame: Frame) -> None:
         for _ in range(64):
             session.answer(frame.kind, frame.correlation, Done(), [bytes(1 << 20)])
