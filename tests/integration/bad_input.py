@@ -10,11 +10,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.integration.cluster import Cluster
-from tests.integration.wire import Rest, Wire
-
 from ferryline.protocol.metadata import ClusterMetadata, PartitionMeta, TopicMeta
 from ferryline.protocol.records import decode_batch, encode_batch, split_batches
+from tests.integration.cluster import Cluster
+from tests.integration.wire import Rest, Wire
 
 TOPIC = "victim"
 PARTITIONS = 3

@@ -18,6 +18,7 @@ import docker
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
+
     from tests.integration.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]

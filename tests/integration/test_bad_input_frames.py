@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.integration.bad_input import PARTITIONS, Case, World, batch, case
-from tests.integration.process_driver import ProcessCluster
-from tests.integration.wire import CLOSED, Wire, code_of
 
 from ferryline.protocol import messages as m
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Kind, encode_frame
 from ferryline.protocol.limits import FRAME_BYTES_MAX, FRAME_ENTRIES_MAX, OFFSET_MAX
 from ferryline.protocol.records import HEADER_BYTES
+from tests.integration.bad_input import PARTITIONS, Case, World, batch, case
+from tests.integration.process_driver import ProcessCluster
+from tests.integration.wire import CLOSED, Wire, code_of
 
 pytestmark = pytest.mark.process
 

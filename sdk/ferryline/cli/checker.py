@@ -135,6 +135,9 @@ class Ledger:
 
     # -- judgement -----------------------------------------------------------------------------------
 
+    def acknowledged_by_key(self) -> list[int]:
+        return [entry.outcome.count(ACKED) for entry in self._keys]
+
     def missing(self) -> int:
         """How many acknowledged records have not been received yet."""
         return sum(self._missing_of(entry) for entry in self._keys)

@@ -1,0 +1,147 @@
+"""`ferryline cluster`: health, partitions and in-sync sets, from the metadata that every node serves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ferryline.cli.failures import FAILED, NOT_FOUND, Failed
+from ferryline.cli.invocation import of
+
+if TYPE_CHECKING:
+    from ferryline.cli.settings import Settings
+    from ferryline.protocol.metadata import ClusterMetadata, PartitionMeta
+
+app = typer.Typer(no_args_is_help=True, help="Health, partitions and in-sync sets.")
+
+ONLINE, UNDER_REPLICATED, READ_ONLY, OFFLINE = "online", "under-replicated", "read-only", "offline"
+PARTITION_COLUMNS = ["topic", "partition", "state", "primary", "epoch", "replicas", "in_sync", "out_of_sync"]
+
+
+async def metadata_of(settings: Settings) -> ClusterMetadata:
+    """The cluster's records as the first node that answers has them."""
+    from ferryline.cli.connection import connected
+
+    async with connected(settings) as client:
+        return client.routing.cluster
+
+
+def state_of(part: PartitionMeta) -> str:
+    """One word for how a partition does."""
+    if not part.primary:
+        return OFFLINE
+    if len(part.isr) < part.min_isr:
+        return READ_ONLY
+    return ONLINE if len(part.isr) >= len(part.replicas) else UNDER_REPLICATED
+
+
+def partition_row(part: PartitionMeta, topic: str) -> dict[str, Any]:
+    return {
+        "topic": topic,
+        "partition": part.partition,
+        "state": state_of(part),
+        "primary": part.primary or None,
+        "epoch": part.epoch,
+        "replicas": list(part.replicas),
+        "in_sync": list(part.isr),
+        "out_of_sync": [broker for broker in part.replicas if broker not in part.isr],
+        "min_isr": part.min_isr,
+        "adding": list(part.adding),
+        "removing": list(part.removing),
+    }
+
+
+def all_partitions(cluster: ClusterMetadata) -> list[dict[str, Any]]:
+    """Rows of all partitions, by topic name."""
+    topics = sorted(cluster.topics.values(), key=lambda topic: topic.name)
+    return [partition_row(part, topic.name) for topic in topics for part in cluster.partitions_of(topic.id)]
+
+
+@app.command()
+def health(ctx: typer.Context) -> None:
+    """One look: brokers, partitions, what is missing. Exit status 1 when records cannot be written everywhere."""
+    from ferryline.cli.connection import run
+
+    invocation = of(ctx)
+    cluster = run(metadata_of(invocation.settings))
+    states = [row["state"] for row in all_partitions(cluster)]
+    fenced = sorted(broker.id for broker in cluster.brokers.values() if broker.fenced)
+    broken = states.count(OFFLINE) + states.count(READ_ONLY)
+    degraded = states.count(UNDER_REPLICATED) + len(fenced)
+    invocation.output.one(
+        {
+            "health": "broken" if broken else "degraded" if degraded else "good",
+            "cluster": cluster.cluster_id,
+            "coordinators": list(cluster.coordinators),
+            "brokers": len(cluster.brokers),
+            "fenced_brokers": fenced,
+            "topics": len(cluster.topics),
+            "partitions": len(states),
+            "under_replicated": states.count(UNDER_REPLICATED),
+            "read_only": states.count(READ_ONLY),
+            "offline": states.count(OFFLINE),
+            "revision": cluster.revision,
+            "feature_level": cluster.feature_level,
+        }
+    )
+    if broken:
+        raise Failed(f"{broken} partitions refuse records", FAILED, remedy="ferryline doctor says more.")
+
+
+@app.command()
+def partitions(
+    ctx: typer.Context,
+    topic: Annotated[str | None, typer.Option(help="Only of this topic.")] = None,
+    troubled: Annotated[bool, typer.Option(help="Only those that are not fully in sync.")] = False,
+) -> None:
+    """Every partition with its primary, epoch and in-sync set.
+
+    Example: ferryline cluster partitions --troubled
+    """
+    from ferryline.cli.connection import run
+
+    invocation = of(ctx)
+    cluster = run(metadata_of(invocation.settings))
+    if topic is not None and cluster.topic(topic) is None:
+        raise Failed(f"topic {topic!r} does not exist", NOT_FOUND, code="UNKNOWN_TOPIC")
+    rows = [
+        row
+        for row in all_partitions(cluster)
+        if topic in (None, row["topic"]) and not (troubled and row["state"] == ONLINE)
+    ]
+    empty = "all partitions are fully in sync" if troubled else "no partitions"
+    invocation.output.rows(rows, columns=PARTITION_COLUMNS, empty=empty)
+
+
+@app.command("in-sync")
+def in_sync(ctx: typer.Context) -> None:
+    """Per broker: how many partitions it is primary of, replicates, and follows in sync."""
+    from ferryline.cli.connection import run
+
+    invocation = of(ctx)
+    cluster = run(metadata_of(invocation.settings))
+    parts = list(cluster.partitions.values())
+    invocation.output.rows(
+        (
+            {
+                "broker": broker.id,
+                "state": broker_state(broker),
+                "primary_of": sum(part.primary == broker.id for part in parts),
+                "replicas": sum(broker.id in part.replicas for part in parts),
+                "in_sync": sum(broker.id in part.isr for part in parts),
+                "behind": sum(broker.id in part.replicas and broker.id not in part.isr for part in parts),
+            }
+            for broker in sorted(cluster.brokers.values(), key=lambda broker: broker.id)
+        ),
+        empty="no brokers",
+    )
+
+
+def broker_state(broker: Any) -> str:
+    """One word for how a broker does."""
+    if broker.fenced:
+        return "fenced"
+    if broker.draining:
+        return "draining"
+    return "stopping" if broker.stopping else "running"

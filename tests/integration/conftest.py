@@ -1,0 +1,38 @@
+"""Clusters for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from ferryline.cli.driver import ProcessCluster
+
+LOG_LINES = 40
+Start = Callable[..., Awaitable[ProcessCluster]]
+
+
+@pytest.fixture
+async def start_cluster(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Start]:
+    """``await start_cluster(brokers=3)``: real processes, killed after the test, their logs shown if it failed."""
+    made: list[ProcessCluster] = []
+
+    async def start(**options: object) -> ProcessCluster:
+        cluster = ProcessCluster(tmp_path / f"cluster-{len(made)}", **options)  # type: ignore[arg-type]
+        made.append(cluster)
+        await cluster.start()
+        return cluster
+
+    yield start
+    for cluster in made:
+        await cluster.kill_all()
+        for name in cluster.local.services:
+            tail = cluster.logs(name).splitlines()[-LOG_LINES:]
+            request.node.add_report_section("call", f"log of {name}", "\n".join(tail))
+
+
+@pytest.fixture
+async def cluster(start_cluster: Start) -> ProcessCluster:
+    """A coordinator and three brokers."""
+    return await start_cluster(brokers=3)
