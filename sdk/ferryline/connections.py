@@ -19,7 +19,6 @@ from ferryline.protocol.errors import (
     DeadlineExceeded,
     FerrylineError,
     PrimaryNotAvailable,
-    UnknownBroker,
 )
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.metadata import MetadataAnswer
@@ -148,6 +147,19 @@ class MetadataWatch:
         for nudge in self._nudges:
             nudge.set()
 
+    def change(self) -> asyncio.Event:
+        """An event that is set at the next change of the metadata."""
+        return self._changed
+
+    async def wait_for(self, change: asyncio.Event, timeout: float) -> bool:
+        """Wait for a change, at most ``timeout`` seconds. Returns whether there was one."""
+        try:
+            async with asyncio.timeout(timeout):
+                await change.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def until(self, satisfied: Callable[[], bool], *, timeout: float) -> bool:
         """Wait until the metadata satisfies a condition. Returns whether it did in time."""
         try:
@@ -261,13 +273,3 @@ class MetadataWatch:
         self.connections.adopt(session)
         self._by_url[url] = session
         return session
-
-
-def require_broker(broker: int | None) -> int:
-    """A broker id, or PrimaryNotAvailable."""
-    if not broker:
-        raise PrimaryNotAvailable("the partition has no primary at the moment")
-    return broker
-
-
-__all__ = ["COORDINATOR", "Connections", "MetadataWatch", "UnknownBroker", "require_broker"]

@@ -10,7 +10,8 @@ Rules:
 * A partition is in ``owned`` of every heartbeat from the moment it was taken from an answer until it was released or
   lost. The coordinator gives it to nobody else meanwhile.
 * Answers count in the order of their heartbeats; one that was overtaken changes nothing. A generation that was given up
-  or fenced is never taken again.
+  is taken again only from an answer to a heartbeat that did not name it: the coordinator knew, and changed its mind.
+* UNKNOWN_MEMBER: the session ended and others own what we held. Everything is dropped, and the member joins anew.
 * No answer changes nothing: during a coordinator outage a member keeps what it has.
 """
 
@@ -33,9 +34,14 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class AssignmentReceived(Event, frozen=True):
-    """The coordinator answered heartbeat ``answer.sequence``."""
+    """The coordinator answered the heartbeat ``sent``."""
 
     answer: GroupAssignment
+    sent: GroupHeartbeat
+
+
+class MemberUnknown(Event, frozen=True):
+    """The coordinator does not know this member any more."""
 
 
 class ClaimAnswered(Event, frozen=True):
@@ -187,7 +193,11 @@ class MemberCore:
         before = self._declared()
         out: list[Effect] = []
         if isinstance(event, AssignmentReceived):
-            self._assignment(event.answer, out)
+            self._assignment(event.answer, event.sent, out)
+        elif isinstance(event, MemberUnknown):
+            for key in sorted(self._held):
+                out.append(DropPartition(key, self._held[key].generation))
+                self._give_up(key)
         elif isinstance(event, ClaimAnswered):
             self._claimed(event, now_ms, out)
         elif isinstance(event, Released):
@@ -213,12 +223,13 @@ class MemberCore:
     def _declared(self) -> list[tuple[PartitionKey, int]]:
         return sorted((key, held.generation) for key, held in self._held.items())
 
-    def _assignment(self, answer: GroupAssignment, out: list[Effect]) -> None:
+    def _assignment(self, answer: GroupAssignment, sent: GroupHeartbeat, out: list[Effect]) -> None:
         if answer.member != self.member or answer.sequence <= self._last_answer:
             return
         self._last_answer = answer.sequence
         self.heartbeat_ms = answer.heartbeat_ms
         assigned = {(item.topic_id, item.partition): item for item in answer.assigned}
+        named = {(item.topic_id, item.partition) for item in sent.owned}
         revoked = {(item.topic_id, item.partition) for item in answer.revoked}
         for key in sorted(self._held):
             if key in assigned:
@@ -232,14 +243,13 @@ class MemberCore:
                 self._give_up(key)
                 out.append(DropPartition(key, held.generation))
         for key, item in sorted(assigned.items()):
-            self._take(key, item, out)
+            if key not in named or item.generation > self._given_up.get(key, 0):
+                self._take(key, item, out)
 
     def _take(self, key: PartitionKey, item: GroupPartition, out: list[Effect]) -> None:
         held = self._held.get(key)
         if held is not None and held.generation >= item.generation:
             return
-        if item.generation <= self._given_up.get(key, 0):
-            return  # said before the coordinator heard that we gave it up
         if held is not None and held.state != CLAIMING:
             out.append(DropPartition(key, held.generation))  # others may have owned it in between: read its offset anew
         self._held[key] = _Held(item.generation, item.token)

@@ -1,0 +1,402 @@
+"""Fetching: keeps the buffers of a consumer's partitions filled, from whoever is their primary.
+
+Each partition is in at most one outstanding fetch; all idle partitions of a broker share the next one, which parks
+there until one of them has data. A fetch that was overtaken (seek, revocation, new primary) is told by its ticket and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+from ferryline.core.retry import Backoff, Jitter
+from ferryline.message import Message, Source
+from ferryline.protocol.errors import (
+    CorruptBatch,
+    FerrylineError,
+    LogTruncated,
+    OffsetOutOfRange,
+    UnknownTopic,
+    from_info,
+)
+from ferryline.protocol.frames import Kind
+from ferryline.protocol.limits import FRAME_ENTRIES_MAX
+from ferryline.protocol.messages import Fetch, FetchAnswer, FetchEntry, FetchResult
+from ferryline.protocol.metadata import NO_BROKER
+from ferryline.protocol.records import BatchHeader, check_crc, decode_batch, split_batches
+
+if TYPE_CHECKING:
+    from ferryline.client import Client
+
+log = logging.getLogger("ferryline.fetcher")
+
+Key = tuple[str, int]
+WAIT_MS = 5_000  # how long a fetch parks at the broker
+FRAME_BYTES = 8 * 1024 * 1024  # one answer, over all its partitions
+_BACKOFF = Backoff(10, 500)
+
+
+class Partition:
+    """One partition that is being read.
+
+    ``position``: the next offset to hand out; everything before it was handed out or skipped. ``processed``: what the
+    application has come back from. ``fetch_offset``: the next to fetch. processed <= position <= fetch_offset.
+    """
+
+    __slots__ = (
+        "batches",
+        "buffered",
+        "check",
+        "committed",
+        "count",
+        "error",
+        "failures",
+        "fetch_epoch",
+        "fetch_offset",
+        "generation",
+        "gone",
+        "high_watermark",
+        "index",
+        "key",
+        "log_start",
+        "messages",
+        "next_offset",
+        "paused",
+        "policy",
+        "position",
+        "processed",
+        "queued",
+        "retry_at",
+        "revoked",
+        "rewound",
+        "source",
+        "target",
+        "ticket",
+    )
+
+    def __init__(self, key: Key, source: Source, offset: int, offset_epoch: int = -1, *, check: bool = True) -> None:
+        self.key = key
+        self.source = source
+        self.check = check  # verify the CRC of batches
+        self.generation = 0
+        self.batches: deque[tuple[BatchHeader, memoryview]] = deque()
+        self.buffered = 0
+        self.messages: list[Message[Any]] = []  # of the batch that is being handed out
+        self.index = self.count = 0
+        self.next_offset = offset  # after that batch
+        self.position = self.processed = self.fetch_offset = offset
+        self.committed = -1
+        self.fetch_epoch = offset_epoch  # epoch of the record before fetch_offset, -1 unknown
+        self.high_watermark = self.log_start = -1
+        self.policy = False  # the offset came from the start policy, not from a commit or a seek
+        self.paused = self.revoked = self.gone = self.queued = False
+        self.rewound = False  # the next commit may go back
+        self.ticket = 0  # of the outstanding fetch, 0: none
+        self.target = (NO_BROKER, -1)  # whom it was sent to
+        self.retry_at = 0.0
+        self.failures = 0
+        self.error: FerrylineError | None = None
+
+    @property
+    def has_data(self) -> bool:
+        return self.index < self.count or bool(self.batches)
+
+    def jump(self, offset: int, offset_epoch: int = -1) -> None:
+        """Go on from another offset: drop what was fetched."""
+        self.drop()
+        self.position = self.processed = self.fetch_offset = self.next_offset = offset
+        self.fetch_epoch = offset_epoch
+        self.error = None
+        self.failures, self.retry_at = 0, 0.0
+
+    def drop(self) -> None:
+        """Forget what was fetched and not handed out, and the fetch that is on its way."""
+        self.batches.clear()
+        self.buffered = self.index = self.count = self.ticket = 0
+        self.messages = []
+        self.fetch_offset = self.next_offset = self.position
+
+    def load(self) -> bool:
+        """Decode the next batch that has records to hand out. Returns False when nothing is left.
+
+        Raises CorruptBatch; the position stays before the damaged batch.
+        """
+        while self.batches:
+            header, data = self.batches[0]
+            if header.is_control or header.next_offset <= self.position:
+                self.position = max(self.position, header.next_offset)
+            else:
+                if self.check:
+                    check_crc(data, header)
+                messages: list[Message[Any]] = list(map(Message, decode_batch(data, header), repeat(self.source)))
+                if header.base_offset < self.position:
+                    messages = [message for message in messages if message.offset >= self.position]
+                self.messages = messages
+                self.index, self.count = 0, len(messages)
+                self.next_offset = header.next_offset
+            self.batches.popleft()
+            self.buffered -= header.size
+            if self.index < self.count:
+                return True
+        return False
+
+    def take(self, limit: int) -> list[Message[Any]]:
+        """Up to ``limit`` records, in order; moves the position."""
+        if self.index >= self.count and not self.load():
+            return []
+        start, self.index = self.index, min(self.index + limit, self.count)
+        taken = self.messages[start : self.index]
+        if self.index == self.count:
+            self.position = self.next_offset
+            self.messages = []
+            self.index = self.count = 0
+        else:
+            self.position = taken[-1].offset + 1
+        return taken
+
+
+class Fetcher:
+    """Fills the buffers of ``partitions`` and keeps ``ready``, the queue of those that have data or an error."""
+
+    def __init__(self, client: Client, *, partition_bytes: int, buffer_bytes: int, wait_ms: int = WAIT_MS) -> None:
+        self.partitions: dict[Key, Partition] = {}
+        self.ready: deque[Partition] = deque()
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._partition_bytes = partition_bytes
+        self._buffer_bytes = buffer_bytes
+        self._wait_ms = wait_ms
+        self._tickets = 0
+        self._jitter = Jitter(id(self))
+        self._scheduled: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._news: asyncio.Future[bool] | None = None
+        self._closed = False
+        client.watch.on_change.append(self._metadata_changed)
+
+    # -- partitions --------------------------------------------------------------------------------
+
+    def add(self, partition: Partition) -> None:
+        self.partitions[partition.key] = partition
+        self.schedule()
+
+    def remove(self, key: Key) -> Partition | None:
+        partition = self.partitions.pop(key, None)
+        if partition is not None:
+            partition.gone = True
+            partition.drop()
+        return partition
+
+    def offer(self, partition: Partition) -> None:
+        """Queue a partition that may have something for the application."""
+        if not partition.queued and not partition.paused and (partition.has_data or partition.error is not None):
+            partition.queued = True
+            self.ready.append(partition)
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the application look again."""
+        if self._news is not None:
+            _resolve(self._news, True)
+
+    async def news(self, timeout: float | None) -> bool:
+        """Wait until something may have arrived. Returns False when ``timeout`` seconds passed without."""
+        if self.ready:
+            return True
+        if timeout is not None and timeout <= 0:
+            return False
+        future = self._news = self._loop.create_future()
+        timer = self._loop.call_later(timeout, _resolve, future, False) if timeout is not None else None
+        try:
+            return await future
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def close(self) -> None:
+        self._closed = True
+        self._client.watch.on_change.remove(self._metadata_changed)
+        for handle in (self._scheduled, self._timer):
+            if handle is not None:
+                handle.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self.wake()
+
+    # -- fetching ----------------------------------------------------------------------------------
+
+    def schedule(self) -> None:
+        """Look for partitions to fetch once the loop comes round."""
+        if self._scheduled is None and not self._closed:
+            self._scheduled = self._loop.call_soon(self._fetch_idle)
+
+    def _wants(self, partition: Partition, now: float, room: bool) -> bool:
+        if partition.ticket or partition.revoked or partition.paused or partition.error is not None:
+            return False
+        if partition.buffered and (not room or partition.buffered > self._partition_bytes // 2):
+            return False
+        return partition.retry_at <= now
+
+    def _fetch_idle(self) -> None:
+        self._scheduled = None
+        now = self._loop.time()
+        room = sum(partition.buffered for partition in self.partitions.values()) < self._buffer_bytes
+        by_broker: dict[int, list[Partition]] = {}
+        later = 0.0
+        for partition in self.partitions.values():
+            if partition.retry_at > now:
+                later = partition.retry_at if not later else min(later, partition.retry_at)
+            elif self._wants(partition, now, room):
+                route = self._client.routing.route(partition.key)
+                if route.broker == NO_BROKER:
+                    self._failed(partition, None)
+                    later = partition.retry_at if not later else min(later, partition.retry_at)
+                else:
+                    partition.target = (route.broker, route.epoch)
+                    by_broker.setdefault(route.broker, []).append(partition)
+        for broker, idle in by_broker.items():
+            for start in range(0, len(idle), FRAME_ENTRIES_MAX):
+                self._begin(broker, idle[start : start + FRAME_ENTRIES_MAX])
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if later:
+            self._timer = self._loop.call_at(later + 0.0005, self.schedule)
+
+    def _begin(self, broker: int, partitions: list[Partition]) -> None:
+        self._tickets += 1
+        entries = []
+        for partition in partitions:
+            partition.ticket = self._tickets
+            entries.append(
+                FetchEntry(*partition.key, partition.fetch_offset, partition.fetch_epoch, self._partition_bytes)
+            )
+        task = self._loop.create_task(self._fetch(broker, self._tickets, partitions, entries))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, broker: int, ticket: int, partitions: list[Partition], entries: list[FetchEntry]) -> None:
+        connections = self._client.connections
+        request = Fetch(self._wait_ms, FRAME_BYTES, entries)
+        try:
+            session = await connections.session(broker, timeout=connections.connector.connect_timeout + 1)
+            answer, payload = await session.request(
+                Kind.FETCH, request, FetchAnswer, timeout=self._wait_ms / 1000 + 5.0
+            )
+        except FerrylineError as error:
+            self._client.watch.refresh()
+            for partition in partitions:
+                if partition.ticket == ticket:
+                    partition.ticket = 0
+                    self._failed(partition, error)
+            self.schedule()
+            return
+        at = 0
+        for result in answer.results:
+            partition_or_none = self.partitions.get((result.topic_id, result.partition))
+            if partition_or_none is not None and partition_or_none.ticket == ticket:
+                self._arrived(partition_or_none, result, payload[at : at + result.size])
+            at += result.size
+        for partition in partitions:
+            if partition.ticket == ticket:
+                partition.ticket = 0
+        self.schedule()
+
+    def _arrived(self, partition: Partition, result: FetchResult, payload: memoryview) -> None:
+        partition.ticket = 0
+        if result.error is not None:
+            self._refused(partition, from_info(result.error))
+            return
+        partition.failures, partition.retry_at = 0, 0.0
+        partition.high_watermark = result.high_watermark
+        partition.log_start = result.log_start
+        if not payload:
+            return
+        try:
+            found = split_batches(payload, verify=False)
+        except CorruptBatch as error:
+            partition.error = located(error, partition)
+        else:
+            for at, header in found:
+                partition.batches.append((header, payload[at : at + header.size]))
+                partition.buffered += header.size
+            last = found[-1][1]
+            partition.fetch_offset = max(partition.fetch_offset, last.next_offset)
+            partition.fetch_epoch = last.epoch
+            self._skip_control(partition)
+        self.offer(partition)
+
+    def _skip_control(self, partition: Partition) -> None:
+        """Control records are nobody's data: step over them at once, so that position and lag tell the truth."""
+        if partition.index < partition.count:
+            return
+        while partition.batches and partition.batches[0][0].is_control:
+            header, _ = partition.batches.popleft()
+            partition.buffered -= header.size
+            idle = partition.processed == partition.position
+            partition.position = partition.next_offset = max(partition.position, header.next_offset)
+            if idle:
+                partition.processed = partition.position
+
+    def _refused(self, partition: Partition, error: FerrylineError) -> None:
+        if isinstance(error, OffsetOutOfRange) and partition.policy and "log_start" in error.details:
+            # Retention moved the start between the look and the fetch; nothing was consumed, so nothing is lost.
+            partition.jump(int(error.details["log_start"]))
+            partition.policy = True
+        elif isinstance(error, (OffsetOutOfRange, LogTruncated)):
+            partition.error = located(error, partition)
+            self.offer(partition)
+        elif error.retriable or error.refresh_metadata:
+            if "primary" in error.details and self._client.routing.hint(
+                partition.key, error.details.get("primary"), error.details.get("epoch")
+            ):
+                return  # fetch there at once
+            if not self._client.routing.exists(partition.key) and isinstance(error, UnknownTopic):
+                partition.error = located(error, partition)
+                self.offer(partition)
+                return
+            self._failed(partition, error)
+        else:
+            partition.error = located(error, partition)
+            self.offer(partition)
+
+    def _failed(self, partition: Partition, error: FerrylineError | None) -> None:
+        partition.failures += 1
+        delay_ms = _BACKOFF.delay_ms(partition.failures, self._jitter.next())
+        partition.retry_at = self._loop.time() + delay_ms / 1000
+        if error is None or error.refresh_metadata:
+            self._client.watch.refresh()
+
+    def _metadata_changed(self) -> None:
+        """Leave old primaries at once: a fetch parked at a paused broker would wait for its deadline."""
+        routing = self._client.routing
+        for partition in self.partitions.values():
+            route = routing.route(partition.key)
+            if (route.broker, route.epoch) != partition.target:
+                partition.ticket = 0
+                partition.retry_at = 0.0
+                partition.failures = 0
+                if not routing.exists(partition.key) and partition.error is None:
+                    name, number = partition.source.topic, partition.source.partition
+                    partition.error = UnknownTopic(f"topic {name} was deleted", topic=name, partition=number)
+                    self.offer(partition)
+        self.schedule()
+
+
+def located(error: FerrylineError, partition: Partition) -> FerrylineError:
+    """The same error, saying where: topic, partition and offset."""
+    topic, number = partition.source.topic, partition.source.partition
+    details = {**error.details, "topic": topic, "partition": number, "offset": partition.fetch_offset}
+    return type(error)(f"{topic}/{number} at offset {partition.fetch_offset}: {error.message}", **details)
+
+
+def _resolve(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)
