@@ -359,6 +359,24 @@ def test_a_replica_far_behind_begins_again_at_the_log_start() -> None:
     assert sorted(m.broker_id for m in pair.proposals()[-1].new_isr) == [1, 2]
 
 
+def test_a_copy_that_was_deleted_and_made_again_does_not_count_with_what_the_old_one_had() -> None:
+    pair = Pair((1, 2, 3))
+    three = (1, 2, 3)
+    pair.meta(part(1, 1, 1, (1,), replicas=three), 1, 3)
+    pair.produce(1, 1)
+    before = len(pair.proposals())
+    stale = pair.effects(ev.SendFetch, 3)[-1].fetch
+    pair.disks[3].logs, pair.cores[3] = [[], []], pair._core(3)
+    pair.cut = {3}
+    pair.meta(part(1, 1, 3, (1,), replicas=three), 1)  # away at version 2, back at 3; version 2 was overtaken
+    pair.tell(1, ev.FetchReceived(1, 3, pair.live[3], stale))
+    assert len(pair.proposals()) == before
+    pair.cut = set()
+    pair.meta(part(1, 1, 3, (1,), replicas=three), 3)
+    assert pair.disks[3].end(RECORDS) == pair.disks[1].end(RECORDS)
+    assert sorted(m.broker_id for m in pair.proposals()[-1].new_isr) == [1, 3]
+
+
 def test_a_full_disk_refuses_records_and_still_takes_commits() -> None:
     pair = started()
     pair.produce(1, 1)

@@ -257,7 +257,8 @@ class LogPosition(Message):
 class ReplicaFetch(Message):
     """S -> P, at most one outstanding per partition. ``positions``: one for RECORDS, one for STATE.
 
-    ``fetch_id`` rises per (secondary, partition) and is echoed.
+    ``fetch_id`` rises per (secondary, partition) and is echoed. ``version``: of the partition record that the secondary
+    knew; a copy that was deleted and made again is told apart by it.
     """
 
     topic_id: str
@@ -265,6 +266,7 @@ class ReplicaFetch(Message):
     epoch: int
     fetch_id: int
     positions: tuple[LogPosition, LogPosition]
+    version: int = 0
 
 
 class ReplicaFetches(Message):
@@ -280,6 +282,7 @@ class ReplicaProgress(Message):
     partition: int
     epoch: int
     flushed: tuple[int, int]
+    version: int = 0
 
 
 class ReplicaProgresses(Message):

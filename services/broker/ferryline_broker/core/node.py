@@ -33,7 +33,6 @@ from ferryline_broker.core.events import (
     NodeDiskFull,
     OpenReplica,
     PersistCoordEpoch,
-    RefreshMetadata,
     RegisterAnswered,
     Registered,
     ReplicaOpened,
@@ -125,8 +124,6 @@ class NodeCore:
                 self._heartbeat_answered(event, now_ms)
             case MetadataReceived():
                 self._metadata_received(event.answer, now_ms)
-            case RefreshMetadata():
-                pass  # the parked request answers as soon as there is anything newer
             case ReplicaOpened():
                 self._replica_opened(event)
             case NodeDiskFull():

@@ -298,6 +298,8 @@ class PartitionCore:
             self._become_idle(part, "no primary")
         elif self.secondary is None or self.secondary.epoch != part.epoch:
             self._become_secondary(part, now_ms)
+        else:
+            self.secondary.updated(now_ms)
 
     def _primary_meta(self, part: PartitionMeta, now_ms: int) -> None:
         replica = self.replica

@@ -69,11 +69,13 @@ class Member:
         "parked_ms",
         "session",
         "told_watermark",
+        "version",
     )
 
     def __init__(self, broker_epoch: int, now_ms: int) -> None:
         self.broker_epoch = broker_epoch
         self.session = -1
+        self.version = -1  # of the partition record that it knew when it fetched
         self.fetch_id = -1
         self.fetched = [-1, -1]
         self.flushed = [-1, -1]
@@ -327,9 +329,10 @@ class Primary:
             return
         if member is None or event.sender_epoch > member.broker_epoch:
             member = self.members[event.sender] = Member(event.sender_epoch, self.began_ms)
-        if fetch.fetch_id <= member.fetch_id:
-            return  # overtaken or doubled: ids rise over all sessions of one broker epoch
+        if (fetch.version, fetch.fetch_id) <= (member.version, member.fetch_id):
+            return  # overtaken or doubled; ids rise over all sessions, and begin again only with a new copy
         member.session = event.session
+        member.version = fetch.version
         member.fetch_id = fetch.fetch_id
         member.parked = None
         diverging: list[tuple[int, int] | None] = [self._divergence(log, fetch) for log in BOTH_LOGS]
@@ -360,7 +363,7 @@ class Primary:
         member, progress = self.members.get(event.sender), event.progress
         if member is None or event.session != member.session or event.sender_epoch != member.broker_epoch:
             return
-        if progress.epoch != self.epoch:
+        if progress.epoch != self.epoch or progress.version < member.version:
             return
         for log in BOTH_LOGS:
             if member.fetched[log] >= 0:
@@ -486,8 +489,16 @@ class Primary:
         return member.caught_up_ms + replica.config.lag_max_ms
 
     def _may_join(self, broker_id: int, now_ms: int) -> bool:
-        member, replica = self.members.get(broker_id), self.replica
-        if member is None or replica.live.get(broker_id) != member.broker_epoch or self._lagging(broker_id, now_ms):
+        """It has everything, in this epoch, in its present life, and it asked knowing the record we propose from.
+
+        Without the last, a replica that was moved away (and deleted) and moved back within one epoch would count with
+        what its earlier copy had.
+        """
+        member, replica, part = self.members.get(broker_id), self.replica, self.replica.part
+        assert part is not None
+        if member is None or replica.live.get(broker_id) != member.broker_epoch or member.version < part.version:
+            return False
+        if self._lagging(broker_id, now_ms):
             return False
         return all(
             self._progress(broker_id, log) >= max(replica.high_watermark[log], self.leso[log]) for log in BOTH_LOGS

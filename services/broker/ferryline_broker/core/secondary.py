@@ -66,13 +66,23 @@ class Secondary:
         self.outstanding = Outstanding(
             replica.fetch_id, positions, now_ms + replica.config.fetch_retry_ms, list(replica.flushed)
         )
-        fetch = ReplicaFetch(*replica.key, self.epoch, replica.fetch_id, positions)
+        fetch = ReplicaFetch(*replica.key, self.epoch, replica.fetch_id, positions, self._version())
         replica.out.append(SendFetch(self.primary, fetch))
 
     def tick(self, now_ms: int) -> None:
         deadline = self.next_deadline_ms()
         if deadline is not None and now_ms >= deadline:
             self.fetch(now_ms)
+
+    def updated(self, now_ms: int) -> None:
+        """A newer record of this epoch: whoever wants to join must ask again, knowing it (see Primary._may_join)."""
+        part = self.replica.part
+        assert part is not None
+        if self.replica.broker_id not in part.isr and not self.failed:
+            self.fetch(now_ms)
+
+    def _version(self) -> int:
+        return self.replica.part.version if self.replica.part else 0
 
     def peer_up(self, now_ms: int) -> None:
         """Whatever was outstanding went down with the old session."""
@@ -89,7 +99,7 @@ class Secondary:
         if out is None or self.failed or out.told == self.replica.flushed:
             return
         out.told = list(self.replica.flushed)
-        progress = ReplicaProgress(*self.replica.key, self.epoch, (out.told[RECORDS], out.told[STATE]))
+        progress = ReplicaProgress(*self.replica.key, self.epoch, (out.told[RECORDS], out.told[STATE]), self._version())
         self.replica.out.append(SendProgress(self.primary, progress))
 
     # -- hearing ------------------------------------------------------------------------------------
