@@ -1,0 +1,1 @@
+"""Where the coordinator's records live: `MetaStore` and its back-ends."""

@@ -1,12 +1,13 @@
-"""Where the coordinator keeps what must survive it: keys and values, guarded commits, one primary at a time.
+"""`MetaStore`: what the coordinator needs of a durable store, and nothing that only one back-end could give.
 
-Every back-end promises: a commit is whole, durable when OK is returned, and refused (LOST) for whoever campaigned
-before the last one. UNKNOWN means that nobody can say; then nothing is repaired in place: resign, campaign, load again.
+Rules (replication.md, section 12): a commit is whole or not at all; OK means durable; whoever campaigned last wins, and
+commits of everybody before are LOST; UNKNOWN means that nobody can tell, and then the only way on is to resign,
+campaign again and load again. Nothing is repaired in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -14,64 +15,70 @@ import msgspec
 
 
 class Outcome(Enum):
-    """What became of a commit."""
+    """How a commit ended."""
 
     OK = "ok"
     CONFLICT = "conflict"  # a guard did not hold; nothing was written
-    LOST = "lost"  # another coordinator has campaigned since; nothing was written
-    UNKNOWN = "unknown"  # it may or may not have been written
+    LOST = "lost"  # another coordinator campaigned since; nothing was written
+    UNKNOWN = "unknown"  # it may have been written or not
 
 
 class Primaryship(msgspec.Struct, frozen=True):
-    """The right to commit. ``coord_epoch`` is above every one given before."""
+    """The right to commit, until somebody else campaigns. ``revision``: of the store when it was won."""
 
     coord_epoch: int
+    revision: int
 
 
-class Row(msgspec.Struct, frozen=True):
-    """``version``: store revision of the last commit that wrote the key."""
+class Loaded(msgspec.Struct, frozen=True):
+    """All records as of ``revision``: key -> (value, version). The version of a key rises with each write of it."""
 
-    key: str
-    value: bytes
-    version: int
+    revision: int
+    records: dict[str, tuple[bytes, int]]
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """``revision`` is the store's after the commit, 0 unless OK."""
+    """``revision`` is the version of every key that this commit wrote; 0 unless OK."""
 
     outcome: Outcome
     revision: int = 0
 
 
-class StoreFailed(Exception):
-    """The store cannot be used any more (I/O error, corruption, full disk): the process must exit; brokers carry on."""
+class StoreUnusable(Exception):
+    """The store cannot be used: locked by another process, damaged, of an unknown format, or its disk failed.
+
+    The coordinator exits; brokers carry on without it.
+    """
 
 
 class MetaStore(Protocol):
-    """One coordinator's access to the store."""
+    """One back-end. Calls are made one at a time."""
 
-    async def campaign(self, floor: int = 0) -> Primaryship:
-        """Wait to become primary. The new coord_epoch is durable, and at least ``floor``, when this returns."""
+    async def campaign(self, at_least: int = 0) -> Primaryship:
+        """Win primaryship under a coordinator epoch above every earlier one and not below ``at_least``; waits for it.
+
+        Raises StoreUnusable.
+        """
         ...
 
-    async def load(self, at_least: int = 0) -> list[Row]:
-        """Everything, as of a revision not below ``at_least``."""
+    async def load(self, at_least: int) -> Loaded:
+        """All records, not older than revision ``at_least``."""
         ...
 
     async def commit(
-        self, puts: Mapping[str, bytes], deletes: Iterable[str] = (), guards: Iterable[tuple[str, int]] = ()
+        self, puts: Mapping[str, bytes], deletes: Sequence[str], guards: Sequence[tuple[str, int]] = ()
     ) -> Committed:
-        """Write all or nothing. A guard (key, version) holds if the key has that version (0: does not exist)."""
+        """Write all or nothing, if every guard (key, version) holds. Version 0: the key does not exist."""
         ...
 
     async def resign(self) -> None:
-        """Give up primaryship, if held. Nothing can be committed afterwards before the next campaign."""
+        """Give up primaryship; others need not wait for a time-out."""
         ...
 
-    async def changed(self, timeout_s: float) -> bool:
-        """Wait until the primaryship may have changed hands (a hint only), at most ``timeout_s`` seconds."""
+    async def watch(self) -> None:
+        """Return when somebody else may have campaigned. A hint only: LOST is the truth."""
         ...
 
     async def close(self) -> None:
-        """Resign and give back what is open."""
+        """Resign and let go of everything. Nothing is in flight any more when this returns."""
         ...

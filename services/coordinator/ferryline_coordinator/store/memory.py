@@ -1,74 +1,84 @@
-"""MetaStore in memory, for tests: shared by several coordinators, with outcomes that a test may spoil."""
+"""`MetaStore` in memory, shared by several coordinators of one test, with faults to inject."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from ferryline_coordinator.store.interface import Committed, Outcome, Primaryship, Row
+from ferryline_coordinator.store.interface import Committed, Loaded, Outcome, Primaryship
 
 
-class MemoryBacking:
-    """The durable side. ``spoil``: what happens to coming commits, in order: "ok", "unknown-written" or
-    "unknown-not-written"."""
+class Crashed(Exception):
+    """The process of this store's owner ended here."""
+
+
+class MemoryDisk:
+    """What survives: share one among the stores of successive (or rival) coordinators."""
 
     def __init__(self) -> None:
-        self.epoch = 0
+        self.records: dict[str, tuple[bytes, int]] = {}
         self.revision = 0
-        self.rows: dict[str, tuple[bytes, int]] = {}
-        self.spoil: deque[str] = deque()
+        self.coord_epoch = 0
         self.campaigned = asyncio.Event()
 
 
 class MemoryStore:
-    """One coordinator's access to a `MemoryBacking`. Campaigning takes primaryship away from whoever had it."""
+    """``fault``, asked before each commit, answers with one of
 
-    def __init__(self, backing: MemoryBacking | None = None) -> None:
-        self.backing = backing or MemoryBacking()
-        self._epoch = 0
+    ""                 nothing happens
+    "unknown-before"   outcome UNKNOWN, nothing was written
+    "unknown-after"    outcome UNKNOWN, all was written
+    "crash-before"     raises Crashed, nothing was written
+    "crash-after"      raises Crashed, all was written
+    """
 
-    async def campaign(self, floor: int = 0) -> Primaryship:
-        backing = self.backing
-        backing.epoch = self._epoch = max(backing.epoch + 1, floor)
-        backing.campaigned.set()
-        backing.campaigned = asyncio.Event()
-        return Primaryship(self._epoch)
+    def __init__(self, disk: MemoryDisk | None = None, fault: Callable[[], str] | None = None) -> None:
+        self.disk = disk if disk is not None else MemoryDisk()
+        self.fault = fault
+        self._coord_epoch = 0
 
-    async def load(self, at_least: int = 0) -> list[Row]:
-        assert self.backing.revision >= at_least
-        return [Row(key, value, version) for key, (value, version) in sorted(self.backing.rows.items())]
+    async def campaign(self, at_least: int = 0) -> Primaryship:
+        disk = self.disk
+        disk.coord_epoch = max(disk.coord_epoch + 1, at_least)
+        disk.revision += 1
+        self._coord_epoch = disk.coord_epoch
+        disk.campaigned.set()
+        disk.campaigned = asyncio.Event()
+        return Primaryship(disk.coord_epoch, disk.revision)
+
+    async def load(self, at_least: int) -> Loaded:
+        assert self.disk.revision >= at_least
+        return Loaded(self.disk.revision, dict(self.disk.records))
 
     async def commit(
-        self, puts: Mapping[str, bytes], deletes: Iterable[str] = (), guards: Iterable[tuple[str, int]] = ()
+        self, puts: Mapping[str, bytes], deletes: Sequence[str], guards: Sequence[tuple[str, int]] = ()
     ) -> Committed:
-        backing = self.backing
-        fate = backing.spoil.popleft() if backing.spoil else "ok"
-        if fate == "unknown-not-written":
+        await asyncio.sleep(0)  # as every real store, it lets others run
+        disk = self.disk
+        fault = self.fault() if self.fault is not None else ""
+        if fault == "crash-before":
+            raise Crashed
+        if fault == "unknown-before":
             return Committed(Outcome.UNKNOWN)
-        if not self._epoch or backing.epoch != self._epoch:
+        if self._coord_epoch != disk.coord_epoch or not self._coord_epoch:
             return Committed(Outcome.LOST)
-        for key, version in guards:
-            if backing.rows.get(key, (b"", 0))[1] != version:
-                return Committed(Outcome.CONFLICT)
-        backing.revision += 1
+        if any(disk.records.get(key, (b"", 0))[1] != version for key, version in guards):
+            return Committed(Outcome.CONFLICT)
+        disk.revision += 1
         for key in deletes:
-            backing.rows.pop(key, None)
+            disk.records.pop(key, None)
         for key, value in puts.items():
-            backing.rows[key] = (value, backing.revision)
-        if fate == "unknown-written":
-            return Committed(Outcome.UNKNOWN)
-        return Committed(Outcome.OK, backing.revision)
+            disk.records[key] = (bytes(value), disk.revision)
+        if fault == "crash-after":
+            raise Crashed
+        return Committed(Outcome.UNKNOWN) if fault == "unknown-after" else Committed(Outcome.OK, disk.revision)
 
     async def resign(self) -> None:
-        self._epoch = 0
+        self._coord_epoch = 0
 
-    async def changed(self, timeout_s: float) -> bool:
-        try:
-            await asyncio.wait_for(self.backing.campaigned.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+    async def watch(self) -> None:
+        while self._coord_epoch == self.disk.coord_epoch and self._coord_epoch:
+            await self.disk.campaigned.wait()
 
     async def close(self) -> None:
-        self._epoch = 0
+        await self.resign()
