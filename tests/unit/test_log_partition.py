@@ -19,7 +19,7 @@ from unit.log_builders import SMALL, ManualClock, append, batch, contents, fill,
 
 
 class LogAgainstList(RuleBasedStateMachine):
-    """The log must hold exactly the batches of ``model``, whatever happens, and after a power cut at least ``flushed``."""
+    """The log holds exactly the batches of ``model``, whatever happens, and after a power cut at least ``flushed``."""
 
     @initialize(segment_bytes=st.sampled_from([300, 700, 4000]))
     def create(self, segment_bytes: int) -> None:

@@ -25,7 +25,7 @@ _FRONT = _HEAD.size + _CRC.size
 VERSION = 1
 SLOT_BYTES = 4096  # apart by a page: a torn write of one slot cannot reach the other
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -62,22 +62,24 @@ class SlotFile:
     After a failed store the file is failed: later stores raise, because nobody knows what the medium holds.
     """
 
-    __slots__ = ("_failed", "_file", "_magic", "_sequence", "_unsynced", "existed", "path")
+    __slots__ = ("_failed", "_file", "_magic", "_sequence", "_unsynced", "path")
 
     def __init__(self, storage: Storage, path: str, magic: bytes) -> None:
         self.path = path
-        self.existed = storage.exists(path)  # False: the file was made now
         self._magic = magic
         self._file: FileHandle = storage.open(path, create=True)
-        if not self.existed:
-            storage.fsync_dir(parent_of(path))
+        storage.fsync_dir(parent_of(path))  # also for one that exists: its maker may have died before this
         self._file.set_idle(True)
         self._sequence = 0
         self._failed = False
         self._unsynced = False  # the newest record may not be on the medium yet
 
     def load(self, kind: type[T]) -> T | None:
-        """The newest undamaged record, None if there is none."""
+        """The newest undamaged record, None if there is none. It is durable when this returns.
+
+        So it is written again: a process that died between its write and its sync leaves a record that is only in the
+        page cache, and whoever reads it now will act on it.
+        """
         best: tuple[int, T] | None = None
         for slot in (0, 1):
             found = unpack(self._magic, self._file.pread(SLOT_BYTES, slot * SLOT_BYTES), kind)
@@ -86,6 +88,7 @@ class SlotFile:
         if best is None:
             return None
         self._sequence = best[0]
+        self.store(best[1])
         return best[1]
 
     def store(self, body: msgspec.Struct, *, sync: bool = True) -> None:

@@ -178,7 +178,7 @@ class FileStorage:
             try:
                 os.mkdir(self._full(made), 0o750)
             except FileExistsError:
-                continue
+                pass  # perhaps made by a process that died before it synced the name
             except OSError as error:
                 raise translated(error, f"make {made}") from error
             self.fsync_dir(parent)

@@ -21,7 +21,17 @@ from dataclasses import dataclass
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline_broker.log.interface import TEMP_SUFFIX, Bytes, FileHandle, Lock, name_of, parent_of, translated
-from ferryline_broker.log.memory_nodes import TRUNCATE, Change, Dir, Inode, apply_write, copied, cut_file, settle_names, sync_tree
+from ferryline_broker.log.memory_nodes import (
+    TRUNCATE,
+    Change,
+    Dir,
+    Inode,
+    apply_write,
+    copied,
+    cut_file,
+    settle_names,
+    sync_tree,
+)
 
 
 class SimulatedStop(BaseException):
@@ -202,9 +212,9 @@ class MemoryStorage:
                 self.before_change()
                 node = Dir()
                 self._link(directory, part, node)
-                self.fsync_dir(parent)
             if not isinstance(node, Dir):
                 raise translated(OSError(errno.ENOTDIR, "Not a directory"), f"make {path}")
+            self.fsync_dir(parent)
             directory = node
 
     def fsync_dir(self, path: str) -> None:

@@ -144,6 +144,7 @@ class NodeStore:
         )
         self._node_file.store_twice(self._state)
         storage.mkdirs(f"{root}/partitions")
+        storage.fsync_dir(f"{root}/partitions")  # a deletion that the last process did not live to sync
 
     # -- identity ---------------------------------------------------------------------------------
 

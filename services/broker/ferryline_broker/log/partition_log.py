@@ -12,11 +12,11 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from typing import NoReturn
+
+from msgspec.structs import replace
 
 from ferryline.protocol.errors import FerrylineError, OffsetOutOfRange, StorageFailed, StorageFull
 from ferryline.protocol.limits import BATCH_BYTES_MAX
-from ferryline.protocol.messages import LOG_DAMAGED
 from ferryline.protocol.records import BatchHeader, split_batches
 from ferryline_broker.log.chain import SegmentChain
 from ferryline_broker.log.epoch_starts import EpochStarts
@@ -28,6 +28,7 @@ from ferryline_broker.log.segment import CHAINED_BYTES, Segment
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.tail import Tail
 
+CLOSED = "closed"
 _CHECKED_BYTES = 1024 * 1024  # read at once by a walk that checks what it passes
 
 
@@ -146,8 +147,7 @@ class PartitionLog:
 
         Raises StorageFull: nothing was appended, the log goes on. StorageFailed: the log has failed.
         """
-        if self.failure or self.damage is not None:
-            self._refuse()
+        self._check_usable()
         offset, epoch, at = self._log_end, self._epochs.tail, 0
         for position, header in headers:
             assert position == at, f"{self.path}: a batch at {position} of the data, expected at {at}"
@@ -180,8 +180,7 @@ class PartitionLog:
         """Make everything appended durable; returns the new flushed end. Raises StorageFailed: the log has failed."""
         if not self.dirty:
             return self._flushed_end
-        if self.failure or self.damage is not None:
-            self._refuse()
+        self._check_usable()
         try:
             self._chain.sync()
         except FerrylineError as error:
@@ -192,7 +191,6 @@ class PartitionLog:
 
     @property
     def dirty(self) -> bool:
-        """Would `flush` have anything to do?"""
         return self._flushed_end != self._log_end or self._chain.dirty
 
     def flushed_by_group(self) -> None:
@@ -207,17 +205,7 @@ class PartitionLog:
         written = (0, 0)
         if active is not None and flushed.segment == active.base:
             written = self._chain.persist_index(flushed.position)
-        return LogCheckpoint(
-            flushed.offset,
-            flushed.segment,
-            flushed.position,
-            flushed.chain,
-            min(hw, self._log_end),
-            *written,
-            flushed.max_timestamp,
-            flushed.created_ms,
-            flushed.appended_ms,
-        )
+        return replace(flushed, hw=min(hw, self._log_end), index_bytes=written[0], index_crc=written[1])
 
     # -- cutting ----------------------------------------------------------------------------------
 
@@ -226,8 +214,7 @@ class PartitionLog:
 
         Durable when this returns.
         """
-        if self.failure or self.damage is not None:
-            self._refuse()
+        self._check_usable()
         if offset >= self._log_end:
             return self._log_end
         offset = max(offset, self.log_start)
@@ -253,8 +240,7 @@ class PartitionLog:
 
     def reset(self, offset: int, epoch: int = -1) -> None:
         """Empty the log and let it begin at ``offset``. Durable. ``epoch``: of the record before it, -1 unknown."""
-        if self.failure or self.damage is not None:
-            self._refuse()
+        self._check_usable()
         self._hooks.before_cut(LogCheckpoint(offset, hw=offset), self.log_state)
         out = Recovered(self._start_file, LogStart(offset, epoch, dropping=True))
         try:
@@ -269,8 +255,7 @@ class PartitionLog:
 
     def advance_start(self, offset: int) -> int:
         """Delete whole segments that end at or below ``offset`` (retention); returns the log start. Durable."""
-        if self.failure or self.damage is not None:
-            self._refuse()
+        self._check_usable()
         active = self._chain.active
         if active is not None and active.next_offset <= offset:
             self._seal_active()
@@ -307,10 +292,10 @@ class PartitionLog:
         if not self._start.offset <= offset <= self._log_end:
             details = {"log_start": self.log_start, "log_end": self._log_end}
             raise OffsetOutOfRange(f"offset {offset} is outside {self.log_start}..{self._log_end}", **details)
+        if self.damage is not None or self.failure == CLOSED:
+            self._check_usable()
         if offset >= below or offset == self._log_end:
             return b""
-        if self.damage is not None or not self._chain.segments:
-            self._refuse()
         if self._tail.covers(offset):
             segment = self._chain.active
             assert segment is not None
@@ -359,15 +344,15 @@ class PartitionLog:
         """Give back descriptors; every later call that needs one raises. Does not flush."""
         self._chain.clear()
         self._start_file.close()
-        self.failure = self.failure or "closed"
+        self.failure = CLOSED
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _refuse(self) -> NoReturn:
+    def _check_usable(self) -> None:
         if self.damage is not None:
-            assert self.log_state == LOG_DAMAGED, self.log_state
             raise LogDamaged(f"{self.path}: {self.damage.reason}", offset=self.damage.offset)
-        raise StorageFailed(f"{self.path}: {self.failure}")
+        if self.failure:
+            raise StorageFailed(f"{self.path}: {self.failure}")
 
     def _fail(self, error: FerrylineError) -> FerrylineError:
         self.failure = f"failed: {error.message}"

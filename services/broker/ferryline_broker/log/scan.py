@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ferryline.protocol.errors import CorruptBatch
 from ferryline.protocol.limits import BATCH_BYTES_MAX, BATCH_RECORDS_MAX
-from ferryline.protocol.records import HEADER_BYTES, MAGIC, BatchHeader, check_crc, read_header
+from ferryline.protocol.records import HEADER_BYTES, LENGTH_PREFIX_BYTES, MAGIC, BatchHeader, check_crc, read_header
 from ferryline_broker.log.interface import FileHandle
 
 WINDOW_BYTES = 1024 * 1024  # CRC32C of one window takes about 0.6 ms
@@ -81,9 +81,12 @@ def find_batch_after(file: FileHandle, start: int, size: int, offset: int, epoch
     """Position of a valid batch that begins above ``start`` and can belong to this log; -1 if there is none.
 
     The batch at ``start`` is bad and would have begun at ``offset``. A batch further on that is whole, whose CRC holds,
-    whose epoch is not older and whose offset fits between (every record takes at least one byte) means that data was
-    lost in the middle: a hole, not a torn tail.
+    whose epoch is not older and whose offset is higher means that data was lost in the middle: a hole, not a torn tail.
+
+    Values may contain copies of batches, so bytes that the header at ``start`` claims for itself count only if they
+    hold the very next batch (then the claim was wrong: its length had rotted).
     """
+    own_end, own_next = _claimed(file, start, offset, epoch)
     position = start + 1
     while position + HEADER_BYTES <= size:
         window = file.pread(min(WINDOW_BYTES + HEADER_BYTES, size - position), position)
@@ -91,9 +94,9 @@ def find_batch_after(file: FileHandle, start: int, size: int, offset: int, epoch
         while at >= 0 and at - _MAGIC_AT + HEADER_BYTES <= len(window):
             begin = at - _MAGIC_AT
             base, length, found_epoch, _, _, _, delta = _PROBE.unpack_from(window, begin)
-            total = length + 12
+            total = length + LENGTH_PREFIX_BYTES
             if (
-                offset < base <= offset + position + begin - start
+                (base == own_next if position + begin < own_end else base > offset)
                 and HEADER_BYTES <= total <= min(BATCH_BYTES_MAX, size - position - begin)
                 and found_epoch >= epoch
                 and 0 <= delta < BATCH_RECORDS_MAX
@@ -104,6 +107,17 @@ def find_batch_after(file: FileHandle, start: int, size: int, offset: int, epoch
         position += max(1, len(window) - HEADER_BYTES + 1)
         yield
     return -1
+
+
+def _claimed(file: FileHandle, start: int, offset: int, epoch: int) -> tuple[int, int]:
+    """(end, next offset) of the bad batch by its own header; (start, -1) if that cannot be believed either."""
+    try:
+        header = read_header(file.pread(HEADER_BYTES, start))
+    except CorruptBatch:
+        return start, -1
+    if header.base_offset != offset or header.epoch < epoch:
+        return start, -1
+    return start + header.size, header.next_offset
 
 
 def _is_batch(data: bytes) -> bool:
