@@ -37,6 +37,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
 from ferryline_service.logs import get_logger
+from ferryline_service.session import ServerSession
 
 _log = get_logger()
 Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse
@@ -101,6 +102,7 @@ class PartitionDriver:
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
         self._token = 0
         self._emitters: dict[Emitter, None] = {}
+        self._answered: dict[ServerSession, None] = {}
         self._pass_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
         self._sync_due = False
@@ -293,6 +295,11 @@ class PartitionDriver:
             self._pass_due = True
             self._loop.call_soon(self._end_pass)
 
+    def answered(self, session: ServerSession) -> None:
+        """Answers were queued on ``session``: write them at the end of this pass, all in one go."""
+        self._answered[session] = None
+        self.end_pass_soon()
+
     def end_pass_soon(self) -> None:
         if not self._pass_due:
             self._pass_due = True
@@ -304,6 +311,10 @@ class PartitionDriver:
             emitters, self._emitters = self._emitters, {}
             for emitter in emitters:
                 emitter.emit()
+        if self._answered:
+            answered, self._answered = self._answered, {}
+            for session in answered:
+                session.flush()
         self.peers.emit()
         self.link.emit()
         if self._dirty and not self._sync_due:

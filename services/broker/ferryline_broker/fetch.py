@@ -70,7 +70,7 @@ class ParkedFetch:
     def answer(self, results: list[FetchResult], parts: list[Bytes]) -> None:
         self.close()
         self.session.answer(Kind.FETCH, self._correlation, FetchAnswer(results), parts)
-        self.session.flush()
+        self._handler.driver.answered(self.session)
         self._handler.metrics.fetch_seconds.observe(perf_counter() - self._started)
 
     def refuse(self, error: ShuttingDown) -> None:
@@ -102,7 +102,7 @@ class FetchHandler:
         parked_max: int,
     ) -> None:
         self.metrics = metrics
-        self._driver = driver
+        self.driver = driver
         self._view = view
         self._answer_bytes_max = answer_bytes_max
         self._parked_max = parked_max
@@ -137,7 +137,7 @@ class FetchHandler:
         results, parts, hosted = self._collect(parked)
         if results or last:
             if not results:
-                results = [_nothing(entry, self._driver) for entry in parked.ask.entries]
+                results = [_nothing(entry, self.driver) for entry in parked.ask.entries]
             parked.answer(results, parts)
         elif not parked.parked:
             self._parked[parked] = None
@@ -158,7 +158,7 @@ class FetchHandler:
         parts: list[Bytes] = []
         found: list[HostedReplica] = []
         first = state.rotation % count if count else 0
-        replicas = self._driver.replicas
+        replicas = self.driver.replicas
         for step in range(count):
             entry = entries[(first + step) % count]
             hosted = replicas.get((entry.topic_id, entry.partition))
@@ -176,7 +176,7 @@ class FetchHandler:
                 try:
                     data = hosted.read(entry.offset, verdict.below, min(entry.bytes_max, left), at_least_one=not parts)
                 except StorageFailed as failure:
-                    self._driver.storage_failed(hosted, RECORDS, failure)
+                    self.driver.storage_failed(hosted, RECORDS, failure)
                     results.append(FetchResult(entry.topic_id, entry.partition, error=failure.info()))
                     continue
                 if not data:

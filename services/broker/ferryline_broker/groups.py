@@ -49,9 +49,12 @@ _GENERATION_MAX = 2**62
 class GroupRequest:
     """One frame; results keep the order of its entries."""
 
-    __slots__ = ("_correlation", "_hosted", "_kind", "_left", "_results", "_session")
+    __slots__ = ("_correlation", "_driver", "_hosted", "_kind", "_left", "_results", "_session")
 
-    def __init__(self, session: ServerSession, kind: Kind, correlation: int, count: int) -> None:
+    def __init__(
+        self, driver: PartitionDriver, session: ServerSession, kind: Kind, correlation: int, count: int
+    ) -> None:
+        self._driver = driver
         self._session = session
         self._kind = kind
         self._correlation = correlation
@@ -97,7 +100,7 @@ class GroupRequest:
             self._left = -1
             results = [result for result in self._results if result is not None]
             self._session.answer(self._kind, self._correlation, CommittedAnswer(results))
-            self._session.flush()
+            self._driver.answered(self._session)
 
 
 class GroupHandler:
@@ -157,7 +160,7 @@ class GroupHandler:
     def _request(self, session: ServerSession, kind: Kind, frame: Frame, entries: Sequence[object]) -> GroupRequest:
         if not 0 < len(entries) <= FRAME_ENTRIES_MAX:
             raise MalformedRequest(f"entries: {len(entries)} is outside 1..{FRAME_ENTRIES_MAX}")
-        return GroupRequest(session, kind, frame.correlation, len(entries))
+        return GroupRequest(self._driver, session, kind, frame.correlation, len(entries))
 
     def _refuse(self, request: GroupRequest, index: int, topic_id: str, partition: int, error: FerrylineError) -> None:
         self._metrics.error(error.code)

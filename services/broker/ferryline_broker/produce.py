@@ -34,7 +34,6 @@ from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
 from ferryline_service.session import ServerSession
 
-_RECORD_OVERHEAD_BYTES = 64 + HEADER_BYTES  # framing of one record in a batch, beside key, value and headers
 
 
 def refusal_info(refuse: Refuse) -> ErrorInfo:
@@ -82,7 +81,7 @@ class ProduceRequest:
             return
         more = self._left > 0
         self._session.answer(Kind.PRODUCE, self._correlation, ProduceAnswer(results), more=more)
-        self._session.flush()
+        self._handler.driver.answered(self._session)
         if not more:
             self._handler.settled(self._state, self._bytes, self._started)
 
@@ -100,7 +99,7 @@ class ProduceHandler:
         total_bytes_max: int,
     ) -> None:
         self.metrics = metrics
-        self._driver = driver
+        self.driver = driver
         self._view = view
         self._session_bytes_max = session_bytes_max
         self._hold_above = session_bytes_max // 2
@@ -118,7 +117,7 @@ class ProduceHandler:
         state = state_of(session)
         self._account(state, len(payload))
         request = ProduceRequest(self, session, state, frame, len(entries))
-        driver, at = self._driver, 0
+        driver, at = self.driver, 0
         for index, entry in enumerate(entries):
             end = at + entry.size
             try:
@@ -158,7 +157,7 @@ class ProduceHandler:
         """The replica that this batch is for. Raises the refusal that tells the client what it got wrong."""
         view = self._view
         topic = view.topic(entry.topic_id)
-        hosted = self._driver.replicas.get((entry.topic_id, entry.partition))
+        hosted = self.driver.replicas.get((entry.topic_id, entry.partition))
         if topic is None:
             raise UnknownTopic(f"topic_id: {entry.topic_id[:64]!r} is not known here")
         if entry.partitions != topic.config.partitions:
@@ -191,7 +190,7 @@ def check_batch(data: memoryview, topic: TopicMeta) -> BatchHeader:
         )
     check_crc(data, header)
     limit = topic.config.max_record_bytes
-    if size > limit + _RECORD_OVERHEAD_BYTES:
+    if size > limit:
         _check_records(data, header, limit)
     return header
 
@@ -209,19 +208,43 @@ def _check_records(data: memoryview, header: BatchHeader, limit: int) -> None:
         return
     at, end = HEADER_BYTES, len(data)
     for _ in range(header.record_count):
-        length = shift = 0
-        while True:
-            if at >= end or shift > 35:
-                raise CorruptBatch("records: a length is cut off")
-            byte = data[at]
-            at += 1
-            length |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                break
-            shift += 7
-        size = (length >> 1) ^ -(length & 1)
+        size, at = _varint(data, at, end)
         if size < 0 or at + size > end:
             raise CorruptBatch("records: a record is longer than its batch")
-        if size > limit + _RECORD_OVERHEAD_BYTES:
-            raise RecordTooLarge(f"record: {size} bytes is over the limit of {limit}", limit=limit)
+        if size > limit:
+            content = _content_bytes(data, at, at + size)
+            if content > limit:
+                raise RecordTooLarge(f"record: {content} bytes are over the limit of {limit}", limit=limit)
         at += size
+
+
+def _content_bytes(data: memoryview, at: int, end: int) -> int:
+    """Key, value and headers of the record in [at, end), without its framing."""
+    at += 1  # attributes
+    _, at = _varint(data, at, end)  # timestamp delta
+    _, at = _varint(data, at, end)  # offset delta
+    total = 0
+    for _ in ("key", "value"):
+        length, at = _varint(data, at, end)
+        total += max(0, length)
+        at += max(0, length)
+    headers, at = _varint(data, at, end)
+    for _ in range(2 * max(0, headers)):
+        length, at = _varint(data, at, end)
+        total += max(0, length)
+        at += max(0, length)
+    return total
+
+
+def _varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
+    """(value, position behind it) of a zigzag varint."""
+    value = shift = 0
+    while True:
+        if at >= end or shift > 35:
+            raise CorruptBatch("records: a length is cut off")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return (value >> 1) ^ -(value & 1), at
+        shift += 7
