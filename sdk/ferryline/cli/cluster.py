@@ -93,7 +93,7 @@ def health(ctx: typer.Context) -> None:
 def partitions(
     ctx: typer.Context,
     topic: Annotated[str | None, typer.Option(help="Only of this topic.")] = None,
-    troubled: Annotated[bool, typer.Option(help="Only those that are not fully in sync.")] = False,
+    troubled: Annotated[bool, typer.Option("--troubled", help="Only those that are not fully in sync.")] = False,
 ) -> None:
     """Every partition with its primary, epoch and in-sync set.
 

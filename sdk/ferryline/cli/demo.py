@@ -38,7 +38,7 @@ def app(
     seed: Annotated[int | None, typer.Option(help="Repeat the choices of an earlier run.")] = None,
     rate: Annotated[float, typer.Option(help="Records a second; 0 is as fast as it goes.", min=0)] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
-    keep: Annotated[bool, typer.Option(help="Keep the cluster's data and logs.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the cluster's data and logs.")] = False,
     sabotage: Annotated[Sabotage | None, typer.Option(help="Break the promise on purpose: must end in 1.")] = None,
 ) -> None:
     """Show that nothing acknowledged is lost.

@@ -86,7 +86,7 @@ def app(
     ] = None,
     key_separator: Annotated[str | None, typer.Option("--key-separator", "-K", help="Text before the value.")] = None,
     key_field: Annotated[str | None, typer.Option(help="JSON lines: field that is the key; a.b for nested.")] = None,
-    whole_files: Annotated[bool, typer.Option(help="One record per file, its name is the key.")] = False,
+    whole_files: Annotated[bool, typer.Option("--whole-files", help="One record per file, named as key.")] = False,
     key: Annotated[str | None, typer.Option("--key", "-k", help="The same key for every record.")] = None,
     header: Annotated[list[str] | None, typer.Option("--header", "-H", help="name=value, for every record.")] = None,
     partition: Annotated[int | None, typer.Option("--partition", "-p", help="Instead of the key's.", min=0)] = None,

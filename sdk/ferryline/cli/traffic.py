@@ -124,7 +124,7 @@ class Traffic:
         async with client.consumer(self.topic, start="start") as consumer:
             end = time.monotonic() + DRAIN_S
             while time.monotonic() < end:
-                batch = await consumer.fetch(max_records=10_000, max_wait=0.5)
+                batch = await consumer.pull(max_records=10_000, max_wait=0.5)
                 note(self.stored, batch)
                 if not batch and not any((await consumer.lag()).values()):
                     return
