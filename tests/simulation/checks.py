@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.messages import (
     RECORDS,
+    RESTART_FOREIGN,
+    RESTART_OS_CRASH,
     STATE,
 )
 from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
@@ -16,7 +18,8 @@ from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
-from ferryline_coordinator.core.records import BrokerRecord, PartRecord, Record
+from ferryline_coordinator.core.events import Decision
+from ferryline_coordinator.core.records import BrokerRecord, PartRecord
 from tests.simulation.disks import FastReplica
 from tests.simulation.ghost import Violation
 from tests.simulation.serving import Waiter
@@ -50,6 +53,8 @@ class Checks:
         self.brokers: dict[int, BrokerRecord] = {}
         self.primaries: dict[tuple[Key, int], tuple[int, int]] = {}  # epoch -> (broker number, life)
         self.lossy: dict[tuple[int, Key], int] = {}  # (broker number, key) -> incarnation that must not be a candidate
+        self.unclean: dict[int, int] = {}  # broker number -> incarnation that began with a loss, or what counts as one
+        self.damaged: set[tuple[int, Key]] = set()  # replicas whose storage failed and that said so
         self.coord_epoch = 0
         self.groups: dict[tuple[str, Key], GroupTruth] = {}
         self.declared: dict[Key, int] = {}  # recovery epochs that were seen
@@ -64,37 +69,46 @@ class Checks:
             self.fail("D1.5 coord_epoch rises", f"{self.coord_epoch} -> {epoch}")
         self.coord_epoch = epoch
 
-    def committed(self, puts: dict[str, Record], deletes: tuple[str, ...]) -> None:
-        """A commit became durable."""
-        for key in deletes:
-            kind, _, rest = key.partition("/")
-            if kind == "broker":
-                self.brokers.pop(int(rest), None)
-            elif kind == "part":
-                topic_id, _, number = rest.partition("/")
-                self.parts.pop((topic_id, int(number)), None)
-        changed: list[PartitionMeta] = []
-        fenced_changed = False
-        for record in puts.values():
-            if isinstance(record, BrokerRecord):
-                before = self.brokers.get(record.meta.id)
-                if before is not None and record.meta.broker_epoch < before.meta.broker_epoch:
-                    self.fail("D1.5 broker_epoch never falls", f"{before} -> {record}")
-                if before is not None and before.meta.incarnation > record.meta.incarnation and (
-                    before.meta.storage_id == record.meta.storage_id
-                ):
-                    self.fail("D1.5 incarnation never falls", f"{before} -> {record}")
-                self.brokers[record.meta.id] = record
-                fenced_changed = True
-            elif isinstance(record, PartRecord):
-                changed.append(self._part_changed(record))
-        for part in changed:
-            self.check_record(part)
-        if fenced_changed:
-            for record in self.parts.values():
-                self._check_fenced(record.meta)
+    def committed(self, decisions: list[Decision]) -> None:
+        """Decisions became durable, in this order, by one commit."""
+        changed: dict[Key, None] = {}
+        for decision in decisions:
+            for key in decision.deletes:
+                self._deleted(key)
+            for record in decision.puts:
+                if isinstance(record, BrokerRecord):
+                    self._broker_changed(record)
+            for record in decision.puts:
+                if isinstance(record, PartRecord):
+                    self._part_changed(record)
+                    changed[record.meta.key] = None
+        for key in changed:
+            if key in self.parts:
+                self.check_record(self.parts[key].meta)
+        for record in self.parts.values():
+            self._check_fenced(record.meta)
 
-    def _part_changed(self, record: PartRecord) -> PartitionMeta:
+    def _deleted(self, key: str) -> None:
+        kind, _, rest = key.partition("/")
+        if kind == "broker":
+            self.brokers.pop(int(rest), None)
+        elif kind == "part":
+            topic_id, _, number = rest.partition("/")
+            self.parts.pop((topic_id, int(number)), None)
+
+    def _broker_changed(self, record: BrokerRecord) -> None:
+        meta = record.meta
+        known = self.brokers.get(meta.id)
+        self.brokers[meta.id] = record
+        if known is None:
+            return
+        before = known.meta
+        if meta.broker_epoch < before.broker_epoch:
+            self.fail("D1.5 broker_epoch never falls", f"{before} -> {meta}")
+        if before.storage_id == meta.storage_id and before.incarnation > meta.incarnation:
+            self.fail("D1.5 incarnation never falls", f"{before} -> {meta}")
+
+    def _part_changed(self, record: PartRecord) -> None:
         part = record.meta
         before = self.parts.get(part.key)
         if before is not None:
@@ -109,15 +123,27 @@ class Checks:
                 self.world.count("in-sync set grew" if len(part.isr) > len(old.isr) else "in-sync set changed")
             if part.elr and part.elr != old.elr:
                 self.world.count("eligible set filled")
+            self._check_somebody_left(old, part)
             if part.primary == old.primary and part.epoch == old.epoch:
                 for broker_id in set(part.isr) - set(old.isr):  # its primary saw it complete: D1.1 checks that it is
-                    broker = self.world.broker_by_id(broker_id)
-                    if broker is not None:
-                        self.lossy.pop((broker.number, part.key), None)
+                    broker, life = self.world.broker_by_id(broker_id), self.brokers[broker_id].meta.incarnation
+                    if broker is not None and self.lossy.get((broker.number, part.key), life) <= life:
+                        self.lossy.pop((broker.number, part.key), None)  # else it lost more after that life
         self.parts[part.key] = record
         if part.recovery_epoch and part.recovery_epoch != self.declared.get(part.key, 0):
             self._recovered(part)
-        return part
+
+    def _check_somebody_left(self, old: PartitionMeta, part: PartitionMeta) -> None:
+        """C3, C8: the last replica that is still whole never stops being a candidate."""
+        if part.isr or part.elr:
+            return
+        for broker_id in (*old.isr, *old.elr):
+            broker = self.world.broker_by_id(broker_id)
+            if broker is None or (broker.number, part.key) in self.lossy or (broker.number, part.key) in self.damaged:
+                continue
+            if self.unclean.get(broker.number) == self.brokers[broker_id].meta.incarnation:
+                continue
+            self.fail("C8 the last whole replica stays a candidate", f"{old} -> {part}: {broker} was dropped")
 
     def _recovered(self, part: PartitionMeta) -> None:
         """An operator accepted a loss: the truth is what the chosen replica holds, from now on."""
@@ -197,6 +223,8 @@ class Checks:
 
     def broker_started(self, broker: Broker, restart: str) -> None:
         self.world.count(f"start {restart}")
+        if restart == RESTART_FOREIGN or (restart == RESTART_OS_CRASH and self.world.config.flush != "fsync"):
+            self.unclean[broker.number] = broker.disk.files.incarnation
 
     def disk_changed(self, broker: Broker, *, lossy: bool) -> None:
         """A power cut, or another disk: the copies are what the disk holds now.
@@ -242,6 +270,7 @@ class Checks:
     def role_changed(self, broker: Broker, key: Key, role: str, epoch: int, reason: str) -> None:
         self.world.count(f"became {role}")
         if role == "stopped":
+            self.damaged.add((broker.number, key))
             self.world.stopped(broker, key, reason)
         if role != "primary":
             return

@@ -282,7 +282,7 @@ class Reader(Client):
         if target is None:
             self._later(key)
             return
-        self.ask(target, "read", key, self.polls[key].next, -1, secondary, 2_000, context=key)
+        self.ask(target, "read", key, self.polls[key].next, self.polls[key].epoch, secondary, 2_000, context=key)
 
     def _later(self, key: Key) -> None:
         self.host.deliver_after(self.engine.between(50, 500) * MS, self._read, key)
@@ -292,6 +292,7 @@ class Reader(Client):
         if error is not None:
             if error.code not in ("NOT_PRIMARY", "PRIMARY_NOT_AVAILABLE", "UNKNOWN_TOPIC", "UNKNOWN_PARTITION"):
                 self.world.checks.read_refused(self.host.name, context, self.polls[context].next, error)
+                self.polls[context] = sought(self.world, self.polls[context], error)
             self.refresh()
             self._later(context)
             return
@@ -317,14 +318,21 @@ def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[int]:
                 if record.offset >= poll.next:
                     poll.records.append((record.offset, record.value or b""))
                     offsets.append(record.offset)
-        poll.next = header.next_offset
+        poll.next, poll.epoch = header.next_offset, header.epoch
     return offsets
+
+
+def sought(world: World, poll: Poll, error: ErrorInfo) -> Poll:
+    """What an application does that accepts a declared loss: read on from the safe offset, as a row of its own."""
+    world.count("consumers sent back by a declared loss")
+    safe = error.details.get("safe_offset", -1)
+    return world.poll(poll.consumer, poll.key, max(safe, error.details.get("log_start", 0), 0))
 
 
 class Held:
     """A partition that a member holds. ``poll`` is None until its claim was answered."""
 
-    __slots__ = ("busy", "claimed", "committed", "generation", "leaving", "poll", "token")
+    __slots__ = ("busy", "claimed", "committed", "generation", "leaving", "poll", "reset", "token")
 
     def __init__(self, generation: int, token: bytes) -> None:
         self.generation = generation
@@ -334,6 +342,7 @@ class Held:
         self.committed = -1
         self.busy = False
         self.leaving = False
+        self.reset = False  # the next commit may go back
 
 
 class Member(Client):
@@ -390,13 +399,14 @@ class Member(Client):
             held.claimed = True
             held.committed = found.offset
             held.poll = self.world.poll(f"{self.group}/{self.host.name}", key, max(found.offset, 0))
+            held.poll.epoch = found.offset_epoch
             self._read(key, held)
         elif kind == "read":
             assert held.poll is not None
             self.world.processed(self.group, key, take(self.world, held.poll, found))
             self.host.deliver_after(self.engine.between(1, 60) * MS, self._go_on, key, held)
         elif kind == "commit":
-            held.busy = False
+            held.busy = held.reset = False
             if held.leaving:
                 del self.held[key]
 
@@ -405,7 +415,7 @@ class Member(Client):
             return
         if not held.leaving:
             self._read(key, held)
-        if not held.busy and held.poll.next > held.committed:
+        if not held.busy and (held.poll.next > held.committed or held.reset):
             self._commit(key, held)
 
     def _refused(self, kind: str, key: Key, held: Held, error: ErrorInfo) -> None:
@@ -419,6 +429,8 @@ class Member(Client):
         if kind == "read" and error.code in ("LOG_TRUNCATED", "OFFSET_OUT_OF_RANGE"):
             assert held.poll is not None
             self.world.checks.read_refused(self.host.name, key, held.poll.next, error)
+            held.poll = sought(self.world, held.poll, error)
+            held.reset = True
         self._again(kind, key, held)
 
     def _again(self, kind: str, key: Key, held: Held) -> None:
@@ -483,7 +495,7 @@ class Member(Client):
             self.refresh()
             self._again("read", key, held)
             return
-        self.ask(primary, "read", key, held.poll.next, -1, False, 1_000, context=("read", key, held))
+        self.ask(primary, "read", key, held.poll.next, held.poll.epoch, False, 1_000, context=("read", key, held))
 
     def _commit(self, key: Key, held: Held) -> None:
         if self.held.get(key) is not held or held.busy or held.poll is None:
@@ -496,7 +508,7 @@ class Member(Client):
             return
         held.committed = held.poll.next
         self.ask(
-            primary, "commit", key, self.group, self.host.name, held.generation, held.poll.next,
+            primary, "commit", key, self.group, self.host.name, held.generation, held.poll.next, held.reset,
             context=("commit", key, held),
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from ferryline.protocol.metadata import MetadataRequest
 from ferryline_coordinator.core import events as ce
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.coordinator import CoordinatorCore
-from ferryline_coordinator.core.records import decode_record, encode_record, record_key
+from ferryline_coordinator.core.records import encode_record, record_key
 from tests.simulation.engine import MS
 from tests.simulation.hosts import Alarm, Host
 from tests.simulation.network import Session
@@ -147,8 +147,7 @@ class Coordinator:
             self.world.count("commits of zombies refused")
             self.die("another coordinator took over")
             return
-        records = {key: decode_record(key, value) for key, value in encoded.items()}
-        self.world.checks.committed(records, tuple(deletes))
+        self.world.checks.committed(decisions)
         for decision in decisions:
             self._carry_out(decision)
         self._work()

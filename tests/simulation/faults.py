@@ -66,11 +66,16 @@ class Faults:
             broker.steps_to_death = -1
             broker.slow_disk = broker.write_error = broker.sync_error = False
             broker.host.resume()
-            self._restart(broker)
         world.coordinator.steps_to_death = -1
         world.coordinator.probes_lie_until_us = 0
         world.coordinator.host.resume()
+        self.restart_all()
+
+    def restart_all(self) -> None:
+        """Whoever is down comes back: also a broker that had been asked to stop before the healing."""
         self._restart_coordinator()
+        for broker in self.world.brokers:
+            self._restart(broker)
 
     # -- processes ---------------------------------------------------------------------------------
 
@@ -105,7 +110,9 @@ class Faults:
         broker.die("power cut", power=True)
         if broker.disk.power_cut(self.engine.rng):
             self.world.count("power cuts that lost something")
-        self.world.checks.disk_changed(broker, lossy=self.world.config.flush != "fsync")
+        files = broker.disk.files
+        stopped_clean = files.clean_incarnation == files.incarnation
+        self.world.checks.disk_changed(broker, lossy=self.world.config.flush != "fsync" and not stopped_clean)
         self._restart_later(broker)
 
     def _power_cut(self) -> None:
@@ -223,6 +230,8 @@ class Faults:
 
         def mend() -> None:
             old.host.resume()
+            lease_us = 0 if self.over else self.engine.between(0, 4_000) * MS
+            self.engine.after(lease_us, old.die, "its lease has ended")
 
         self._for_a_while(mend)
 

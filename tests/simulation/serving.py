@@ -152,8 +152,8 @@ class Serving:
                 raise Forbidden("claim token")
             event = ev.Claimed(token, group, member, generation, 5_000)
         elif kind == "commit":
-            member, generation, offset = rest
-            event = ev.CommitAsked(token, group, member, generation, offset, "", False, 5_000)
+            member, generation, offset, reset = rest
+            event = ev.CommitAsked(token, group, member, generation, offset, "", reset, 5_000)
         else:
             event = ev.CommittedAsked(token, group, 5_000)
         self._ask(session, correlation, key, event)

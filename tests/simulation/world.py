@@ -250,6 +250,7 @@ class World:
         while self.engine.now_us < until_us:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
                 break
+            self.faults.restart_all()
             self._recover()
         trouble = self._well()
         if trouble is not None:
