@@ -305,8 +305,12 @@ class ScriptedCoordinator:
             for entry in resign.entries:
                 part = self.partitions[entry.topic_id, entry.partition]
                 others = tuple(member for member in part.isr if member != resign.broker_id)
-                if others and part.epoch == entry.epoch:
+                if part.epoch != entry.epoch:
+                    continue
+                if others:
                     self.lead(part.key, others[0], part.isr)
+                else:
+                    self.change(part.key, primary=0, isr=(), elr=(resign.broker_id,), epoch=part.epoch + 1)
             answer = Done(self.coord_epoch)
         else:
             self.reports.append(frame)

@@ -60,9 +60,7 @@ def header(pid: int, pepoch: int, sequence: int, count: int, offset: int) -> rec
     return records.read_header(data)
 
 
-attempts = st.lists(
-    st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 12), st.integers(1, 3)), max_size=40
-)
+attempts = st.lists(st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 12), st.integers(1, 3)), max_size=40)
 
 
 @given(attempts)

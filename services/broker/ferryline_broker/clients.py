@@ -15,7 +15,7 @@ from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.peers import Peers
 from ferryline_broker.produce import ProduceHandler
 from ferryline_broker.view import ClusterView
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 Handle = Callable[[ServerSession, Frame], None]
 

@@ -37,7 +37,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
 from ferryline_service.logs import get_logger
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 _log = get_logger()
 Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse

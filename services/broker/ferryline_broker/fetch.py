@@ -29,7 +29,9 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
+
+_QUEUED_BYTES_MAX = 2 * 1024 * 1024
 
 
 class ParkedFetch:
@@ -131,6 +133,8 @@ class FetchHandler:
         if session.closed:
             parked.close()
             return
+        if session.queued_bytes > _QUEUED_BYTES_MAX:
+            session.flush()  # several requests in one pass: see whether the peer takes the answers to the first ones
         if not session.writable:
             self._when_drained(parked, last)
             return

@@ -40,7 +40,7 @@ from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.produce import refusal_info
 from ferryline_broker.view import ClusterView
 from ferryline_service.claims import claim_token_valid
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 _MEMBER_CHARS_MAX = 256
 _GENERATION_MAX = 2**62

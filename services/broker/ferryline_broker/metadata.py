@@ -24,7 +24,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.produce import refusal_info
 from ferryline_broker.view import ClusterView
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 _BARRIER_MS = 10_000
 Position = tuple[int, int]

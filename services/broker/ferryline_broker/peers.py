@@ -36,7 +36,7 @@ from ferryline_broker.outbox import DataOutbox, FetchOutbox
 from ferryline_broker.sessions import PeerState
 from ferryline_service.logs import get_logger
 from ferryline_service.node import NodeConnection
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 from ferryline_service.tls import TlsFiles
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.02, 1.0

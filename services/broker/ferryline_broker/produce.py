@@ -32,7 +32,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 
 

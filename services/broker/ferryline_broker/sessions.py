@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ferryline_broker.outbox import DataOutbox
-from ferryline_service.session import ServerSession
+from ferryline_service.server_session import ServerSession
 
 
 class ClientState:

@@ -139,6 +139,11 @@ class ServerSession:
         """False while the peer reads more slowly than we write: hold large answers back, or wait with `drained`."""
         return self._draining is None
 
+    @property
+    def queued_bytes(self) -> int:
+        """Collected and not yet handed to the transport."""
+        return self._out_bytes
+
     async def drained(self) -> None:
         """Return once the peer has caught up, or the session closed."""
         if self._draining is not None:
