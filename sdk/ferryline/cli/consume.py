@@ -133,17 +133,17 @@ async def _position(consumer: Consumer[Any], request: Request) -> dict[TopicPart
         if request.exit_at_end or span.stop is not None:
             end = await consumer.seek(place, "end")
         if span.stop is not None:
-            stop = await _seek(consumer, place, span.stop)
+            stop = await seek_to(consumer, place, span.stop)
             # A range that ends beyond the log is waited for, unless --exit says that the log's end is the end.
             end = min(stop, end) if request.exit_at_end and end is not None else stop
         if end is not None:
             stops[place] = end
-        await _seek(consumer, place, span.start)
+        await seek_to(consumer, place, span.start)
     consumer.resume()
     return stops
 
 
-async def _seek(consumer: Consumer[Any], place: TopicPartition, point: Point) -> int:
+async def seek_to(consumer: Consumer[Any], place: TopicPartition, point: Point) -> int:
     """Go to a point, not before the start of the log. Returns the offset."""
     where = _where(point)
     if point.kind not in ("last", "offset"):
