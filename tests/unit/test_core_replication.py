@@ -126,6 +126,22 @@ def test_a_deposed_primary_answers_unknown_and_cuts_its_tail_by_epoch() -> None:
     assert pair.effects(ev.Truncate, 1) == [ev.Truncate(RECORDS, 2)]
 
 
+def test_a_cut_falls_on_a_batch_boundary_when_the_named_epoch_is_unknown_here() -> None:
+    """Broker 1 wrote [1, 3) of epoch 1 alone; broker 2 has epochs 1 [0, 1) and 2 [1, 2) instead."""
+    pair = started()
+    pair.cut = {1}
+    pair.produce(1, 1, batch(2))
+    pair.produce(1, 2, batch(2))
+    pair.meta(part(2, 2, 2, (2,)), 2)
+    pair.meta(part(1, 3, 3, (1, 2)), 1)  # a tail of epoch 3 that never commits
+    pair.cut = set()
+    pair.meta(part(2, 4, 4, (2,)), 2)
+    pair.meta(part(2, 4, 4, (2,)), 1)
+    boundaries = {0, 1, 3, 5, 6}
+    assert {cut.offset for cut in pair.effects(ev.Truncate, 1) if cut.log == RECORDS} <= boundaries
+    assert [raw for _, raw in pair.disks[1].logs[RECORDS]] == [raw for _, raw in pair.disks[2].logs[RECORDS]]
+
+
 def test_committed_records_are_never_cut_the_replica_stops_loudly() -> None:
     pair = started()
     pair.produce(1, 1)
@@ -413,7 +429,8 @@ def test_reads_above_the_watermark_are_empty_and_truncated_positions_are_named()
     assert core.check_read(3).code == "OFFSET_OUT_OF_RANGE"
     assert core.check_read(2, offset_epoch=1).code == ""
     assert core.check_read(5, offset_epoch=1).code == "LOG_TRUNCATED"
-    assert core.check_read(2, offset_epoch=9).code == "LOG_TRUNCATED"
+    assert core.check_read(2, offset_epoch=0).code == "LOG_TRUNCATED"
+    assert core.check_read(9, offset_epoch=9).code == "NOT_PRIMARY", "the reader comes from a later primary"
     assert pair.cores[2].check_read(1).code == "NOT_PRIMARY"
     assert pair.cores[2].check_read(1, secondary=True).code == ""
 

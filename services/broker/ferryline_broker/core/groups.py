@@ -1,6 +1,6 @@
 """Delivery state of log groups in one partition: who may commit, and how far a group has come. Pure.
 
-The state log is the truth; `GroupTable` is what its entries add up to. Entries are appended only by the primary, applied
+The state log is the truth; `GroupTable` is what its entries add up to. The primary alone appends; entries are applied
 when appended, and answered when committed. A new primary rebuilds the table from the whole state log.
 
 Void rule: an entry that names a record which is not in the record log (other epoch, or beyond its end) counts for

@@ -176,6 +176,10 @@ class PartitionCore:
         if offset < replica.log_start[RECORDS]:
             return ReadVerdict("OFFSET_OUT_OF_RANGE", f"offset: {offset} is below the log start", high)
         if self._role == ROLE_PRIMARY:
+            if offset_epoch > self.epoch:
+                return ReadVerdict(
+                    "NOT_PRIMARY", f"the reader knows epoch {offset_epoch}, this primary is of {self.epoch}"
+                )
             if offset_epoch >= 0 and replica.log_start[RECORDS] < offset:
                 epoch, epoch_end = replica.epochs[RECORDS].end_offset_for(offset_epoch, end)
                 if epoch != offset_epoch or epoch_end < offset:

@@ -506,7 +506,8 @@ class Primary:
 
     def committed(self, part: PartitionMeta, now_ms: int) -> None:
         """A newer record of this epoch: proposals made against older versions can never be accepted any more."""
-        assert part.epoch == self.epoch and self.replica.broker_id in part.isr, part
+        assert part.epoch == self.epoch, part
+        assert self.replica.broker_id in part.isr, part
         self.isr = part.isr
         self.maximal_isr = frozenset(part.isr)
         self.proposal = None

@@ -170,11 +170,16 @@ class Secondary:
         return True
 
     def _diverged(self, log: int, epoch: int, end: int) -> bool:
-        """Rule F4: cut back to where both logs may agree, by epoch, never by high watermark."""
+        """Rule F4: cut back to where both logs may agree, by epoch, never by high watermark.
+
+        Within one epoch both logs are prefixes of one primary's log, so the smaller end is a batch boundary of both. If
+        this log does not know the epoch that the primary named, only its own end of the epoch below is one: cut there
+        and ask again; the tail epoch falls, so this ends.
+        """
         replica = self.replica
-        _, own_end = replica.epochs[log].end_offset_for(epoch, replica.log_end[log])
-        cut = max(min(end, own_end), replica.log_start[log])
-        if min(end, own_end) < replica.high_watermark[log]:
+        own_epoch, own_end = replica.epochs[log].end_offset_for(epoch, replica.log_end[log])
+        cut = max(min(end, own_end) if own_epoch == epoch else own_end, replica.log_start[log])
+        if cut < replica.high_watermark[log] or (own_epoch == epoch and end < replica.log_start[log]):
             part = replica.part
             assert part is not None
             if part.recovery_epoch <= replica.epochs[log].tail_epoch:
