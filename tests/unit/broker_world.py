@@ -66,8 +66,9 @@ from ferryline_broker.join import Joined, TlsFolder, signing_request
 from ferryline_broker.log.files import FileStorage
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_service.metrics import ServiceMetrics
+from ferryline_service.node import raise_error
 from ferryline_service.session import ServerSession, SessionEndpoint
-from ferryline_service.tls import TlsFiles, node_names
+from ferryline_service.tls import TlsFiles, node_client_context, node_names
 
 CLAIM_KEY = b"k" * 32
 DEADLINE_S = 10.0
@@ -476,12 +477,11 @@ class RawClient:
 
     @classmethod
     async def open(cls, http: aiohttp.ClientSession, url: str, tls: TlsFiles, hello: Hello | None = None) -> RawClient:
-        from ferryline_service.tls import node_client_context
-
         context = node_client_context(tls.ca)
         ws = await http.ws_connect(f"{url}/v1/session", ssl=context, max_msg_size=0)
         client = cls(ws)
         frame = await client.ask(Kind.HELLO, hello or Hello(client="test"))
+        raise_error(frame)
         client.greeting = decode_header(frame.header, HelloOk)
         return client
 
@@ -510,8 +510,6 @@ class RawClient:
 
     async def call(self, kind: int, header: Any, answer: type[Any]) -> Any:
         frame = await self.ask(kind, header)
-        from ferryline_service.node import raise_error
-
         raise_error(frame)
         return decode_header(frame.header, answer)
 
@@ -522,9 +520,7 @@ class RawClient:
         results: dict[int, ProduceResult] = {}
         while True:
             frame = await self.answer(correlation)
-            from ferryline_service.node import raise_error
-
-            raise_error(frame)
+                raise_error(frame)
             for result in decode_header(frame.header, ProduceAnswer).results:
                 assert result.index not in results, "an entry was answered twice"
                 results[result.index] = result
@@ -542,8 +538,6 @@ class RawClient:
         self, entries: list[FetchEntry], *, wait_ms: int = 0, bytes_max: int = 2**20, secondary: bool = False
     ) -> tuple[FetchAnswer, memoryview]:
         frame = await self.ask(Kind.FETCH, Fetch(wait_ms, bytes_max, entries, secondary))
-        from ferryline_service.node import raise_error
-
         raise_error(frame)
         return decode_header(frame.header, FetchAnswer), frame.payload
 

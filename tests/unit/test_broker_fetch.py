@@ -7,6 +7,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.frames import Kind, decode_header
 from ferryline.protocol.messages import (
@@ -54,9 +55,7 @@ async def test_a_fetch_that_waits_in_vain_says_where_the_partition_stands(tmp_pa
         topic = await world.topic("orders", [(broker.id,), (broker.id,)])
         client = await world.client(broker.url)
         start = high_watermark(broker, topic)
-        answer, payload = await client.fetch(
-            [FetchEntry(topic.id, number, start) for number in (0, 1)], wait_ms=30
-        )
+        answer, payload = await client.fetch([FetchEntry(topic.id, number, start) for number in (0, 1)], wait_ms=30)
         assert not payload
         assert [(r.partition, r.size, r.high_watermark, r.error) for r in answer.results] == [
             (0, 0, start, None),
@@ -159,7 +158,14 @@ async def test_an_entry_that_cannot_be_read_gets_its_own_error_at_once(
 
 @pytest.mark.parametrize(
     ("wait_ms", "bytes_max", "entry"),
-    [(-1, 1, {}), (10**9, 1, {}), (0, 0, {}), (0, 1, {"offset": -1}), (0, 1, {"bytes_max": 0}), (0, 1, {"offset": 2**63 - 1})],
+    [
+        (-1, 1, {}),
+        (10**9, 1, {}),
+        (0, 0, {}),
+        (0, 1, {"offset": -1}),
+        (0, 1, {"bytes_max": 0}),
+        (0, 1, {"offset": 2**63 - 1}),
+    ],
 )
 async def test_absurd_numbers_are_refused(tmp_path: Path, wait_ms: int, bytes_max: int, entry: dict[str, int]) -> None:
     async with BrokerWorld(tmp_path) as world:
@@ -193,9 +199,7 @@ async def test_a_parked_fetch_hears_that_the_primary_changed(tmp_path: Path) -> 
         first, second = await world.broker(), await world.broker()
         topic = await world.topic("orders", [(first.id, second.id)])
         client = await world.client(first.url)
-        asked = client.send(
-            Kind.FETCH, Fetch(30_000, 2**20, [FetchEntry(topic.id, 0, high_watermark(first, topic))])
-        )
+        asked = client.send(Kind.FETCH, Fetch(30_000, 2**20, [FetchEntry(topic.id, 0, high_watermark(first, topic))]))
         await eventually(lambda: first.broker.metrics.parked_fetches == 1, "parked")
         world.coordinator.lead((topic.id, 0), second.id, (first.id, second.id))
         answer, _ = await fetched(client, asked)
@@ -209,9 +213,7 @@ async def test_a_stop_answers_everybody_who_waits(tmp_path: Path) -> None:
         broker = await world.broker()
         topic = await world.topic("orders", [(broker.id,)])
         client = await world.client(broker.url)
-        fetch = client.send(
-            Kind.FETCH, Fetch(60_000, 2**20, [FetchEntry(topic.id, 0, high_watermark(broker, topic))])
-        )
+        fetch = client.send(Kind.FETCH, Fetch(60_000, 2**20, [FetchEntry(topic.id, 0, high_watermark(broker, topic))]))
         revision = broker.broker.node.metadata.revision
         poll = client.send(Kind.METADATA, MetadataRequest(coord_epoch=1, revision=revision + 1000, wait_ms=60_000))
         await eventually(lambda: broker.broker.metrics.parked_fetches == 1, "parked")

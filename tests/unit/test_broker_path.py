@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unit.broker_world import BrokerWorld, RawClient, eventually
 from ferryline.protocol.messages import FetchEntry
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.records import decode_batch, split_batches
+from unit.broker_world import BrokerWorld, RawClient, eventually
 
 
 async def read_all(client: RawClient, topic: TopicMeta, partition: int = 0, offset: int = 0) -> list[bytes]:

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from ferryline.protocol.errors import CorruptBatch, FerrylineError, InvalidArgument, MalformedRequest, RecordTooLarge
 from ferryline.protocol.limits import BATCH_BYTES_MAX
 from ferryline.protocol.messages import ProduceEntry

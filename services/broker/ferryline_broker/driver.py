@@ -391,7 +391,7 @@ class PartitionDriver:
         _log.error(
             "invariant violated, partition stopped",
             partition=hosted.name,
-            event=str(event.story())[:300],
+            on=str(event.story())[:300],
             error=str(error)[:1000],
             where="".join(traceback.format_exception(error)[-4:])[-2000:],
             story=story,
