@@ -244,7 +244,7 @@ class NodeStore:
     ) -> Generator[None, None, ReplicaStore]:
         """Open a replica, creating it if it is not on disk, in steps of a few ms.
 
-        ``quarantined``: why its files are to be set aside first; it then begins empty, marked damaged.
+        ``quarantined``: why its files are to be set aside first (see `quarantine`); it then begins empty.
         """
         key = (topic_id, partition)
         assert _REPLICA_NAME.match(f"{topic_id}-{partition}"), key

@@ -159,9 +159,9 @@ class Recovery:
                     segment.remove()
                     self.storage.fsync_dir(self.path)
                     break
+            out.segments.append(segment)
             if following is not None and segment.next_offset != following:
                 raise segment.damaged(segment.next_offset, f"a segment is missing before {following}")
-            out.segments.append(segment)
             if number % 16 == 0:
                 yield
         if self.config.flush != FLUSH_FSYNC and out.log_end < checkpoint.hw:

@@ -38,7 +38,8 @@ _WORST = (LOG_OK, LOG_TRUNCATED, LOG_DAMAGED)
 
 
 class ReplicaMeta(msgspec.Struct, array_like=True, frozen=True):
-    """``sticky`` is a log state that the coordinator has not yet been told: it outlives restarts until confirmed."""
+    """``sticky`` is a log state that outlives restarts: TRUNCATED until the coordinator has heard of it, DAMAGED until
+    the files were set aside."""
 
     seen_epoch: int = 0
     checkpoints: tuple[LogCheckpoint, LogCheckpoint] = (NO_CHECKPOINT, NO_CHECKPOINT)
@@ -174,12 +175,18 @@ class ReplicaStore:
             self._meta_file.sync()
 
     def confirm_reported(self) -> None:
-        """The coordinator knows the state that `recovery` reported: forget what was sticky."""
-        if self._meta.sticky != LOG_OK:
+        """The coordinator knows what `recovery` reported: a log that merely came back shorter is an ordinary one now.
+
+        Damage stays: the files are still bad, and a restart might not look where they are.
+        """
+        for log in self.logs:
+            if log.log_state == LOG_TRUNCATED:
+                log.log_state = LOG_OK
+        if self._meta.sticky == LOG_TRUNCATED:
             self._store(msgspec.structs.replace(self._meta, sticky=LOG_OK, sticky_reason=""), twice=True)
 
     def mark_damaged(self, reason: str) -> None:
-        """Remember damage found while running (scrubber, failed read), until confirmed."""
+        """Remember damage found while running (scrubber, failed read), until `quarantine`."""
         self._store(msgspec.structs.replace(self._meta, sticky=LOG_DAMAGED, sticky_reason=reason[:500]), twice=True)
 
     def flush(self) -> tuple[int, int]:
@@ -195,7 +202,9 @@ class ReplicaStore:
     @property
     def snapshot_due(self) -> bool:
         """Have so many records come since the last snapshot that a restart would take long?"""
-        return self.records.size_bytes - self._last_snapshot_at >= SNAPSHOT_BYTES
+        size = self.records.size_bytes
+        self._last_snapshot_at = min(self._last_snapshot_at, size)  # retention makes the log shorter
+        return size - self._last_snapshot_at >= SNAPSHOT_BYTES
 
     def write_producer_snapshot(self, table: bytes) -> None:
         """Keep the producer table as of the present end of the records log."""
@@ -293,10 +302,11 @@ def replica_path(root: str, topic_id: str, partition: int) -> str:
 
 
 def quarantine(storage: Storage, root: str, topic_id: str, partition: int, reason: str) -> None:
-    """Set both logs of a closed replica aside and leave it empty, marked damaged until the coordinator confirmed it.
+    """Set both logs of a closed replica aside and leave it empty, ready to fetch everything again.
 
-    The files stay (for an operator, or for a forced recovery) until the replica is deleted. seen_epoch stays too: an
-    epoch, once accepted, is never accepted again by an older primary.
+    Only once the coordinator counts on this copy no more (it is neither in isr nor in elr): the empty replica calls
+    itself sound. Until the last step it does not. The files stay (for an operator, or for a forced recovery) until the
+    replica is deleted. seen_epoch stays too: an epoch, once accepted, is never accepted again from an older primary.
     """
     path = replica_path(root, topic_id, partition)
     meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC)
@@ -313,5 +323,5 @@ def quarantine(storage: Storage, root: str, topic_id: str, partition: int, reaso
             storage.rename(f"{path}/{name}", f"{aside}/{name}")
     storage.fsync_dir(aside)
     storage.fsync_dir(path)
-    meta_file.store_twice(msgspec.structs.replace(marked, checkpoints=(NO_CHECKPOINT, NO_CHECKPOINT)))
+    meta_file.store_twice(ReplicaMeta(meta.seen_epoch))
     meta_file.close()
