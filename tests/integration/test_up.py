@@ -1,0 +1,104 @@
+"""`ferryline up`: starts, brings back what ends, stops cleanly on Ctrl-C, and finds its data again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]]:
+    """Start `ferryline up` and return it with what it printed."""
+    started: list[subprocess.Popen[str]] = []
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FERRYLINE_")}
+    env |= {"HOME": str(tmp_path), "NO_COLOR": "1"}
+
+    def start(*args: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        command = [
+            sys.executable,
+            "-m",
+            "ferryline.cli",
+            "up",
+            "--data-dir",
+            str(tmp_path / "data"),
+            *args,
+            "-o",
+            "json",
+        ]
+        errors = (tmp_path / "stderr").open("a")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        errors.close()
+        started.append(process)
+        assert process.stdout is not None
+        text = ""
+        for line in process.stdout:
+            text += line
+            if line == "}\n":
+                return process, json.loads(text)
+        raise AssertionError(f"it ended: {process.wait()} {(tmp_path / 'stderr').read_text()}")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def cli(found: dict[str, Any], *args: str, stdin: str = "") -> str:
+    env = {**os.environ, "FERRYLINE_URL": found["url"], "FERRYLINE_CA": found["ca"]}
+    return subprocess.run(
+        [sys.executable, "-m", "ferryline.cli", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.timeout(180)
+def test_a_cluster_comes_up_heals_stops_on_ctrl_c_and_keeps_its_data(
+    up: Any, eventually_blocking: Any, tmp_path: Path
+) -> None:
+    process, found = up("--brokers", "2", "--port", "0")
+    assert len(found["services"]) == 3
+    assert Path(found["ca"]).exists()
+    cli(found, "topic", "create", "kept", "-p", "2")
+    cli(found, "produce", "kept", stdin="hello\n")
+
+    broker = found["services"][1]
+    os.kill(broker["pid"], signal.SIGKILL)
+    eventually_blocking(
+        lambda: "is back" in (tmp_path / "stderr").read_text(), within_s=30, what="the broker is started again"
+    )
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not any(child.is_running() and child.status() != "zombie" for child in children)
+
+    _, found = up("--brokers", "2", "--port", "0")
+    assert cli(found, "consume", "kept", "--from", "start", "--exit") == "hello\n"
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(up: Any, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(AssertionError, match="PORT_IN_USE"):
+            up("--port", str(taken.getsockname()[1]))
+    assert not (tmp_path / "data" / "coordinator").exists()
