@@ -1,9 +1,9 @@
 """A cluster for tests of the broker's shell: real brokers on real TLS sockets in this process, and a coordinator that
 does what the test says.
 
-`ScriptedCoordinator` speaks the real protocol on the real session code, but decides only the obvious: whoever registers
-is alive, whoever proposes with the right epoch and version gets its in-sync set. The real coordinator is tested with the
-real brokers in `tests/integration`.
+`ScriptedCoordinator` speaks the real protocol on the real session code, but decides only the obvious: whoever
+registers is alive, whoever proposes with the right epoch and version gets its in-sync set. The real coordinator is
+tested with the real brokers in `tests/integration`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
 from ferryline.protocol.frames import (
     FLAG_MORE,
     Frame,
@@ -124,7 +125,8 @@ class TestCa:
             usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
             builder = builder.add_extension(usage, critical=True)
         if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
+            alternatives = x509.SubjectAlternativeName([_name(name) for name in names])
+            builder = builder.add_extension(alternatives, critical=False)
         return builder.sign(self.key, hashes.SHA256())
 
     def sign(self, csr_pem: str, broker_id: int | None) -> str:
@@ -513,14 +515,16 @@ class RawClient:
         raise_error(frame)
         return decode_header(frame.header, answer)
 
-    async def produce_raw(self, entries: list[tuple[ProduceEntry, bytes]], timeout_ms: int = 5000) -> list[ProduceResult]:
+    async def produce_raw(
+        self, entries: list[tuple[ProduceEntry, bytes]], timeout_ms: int = 5000
+    ) -> list[ProduceResult]:
         """Results in order of the entries, however many answers bring them."""
         ask = Produce(timeout_ms, [entry for entry, _ in entries])
         correlation = self.send(Kind.PRODUCE, ask, [data for _, data in entries])
         results: dict[int, ProduceResult] = {}
         while True:
             frame = await self.answer(correlation)
-                raise_error(frame)
+            raise_error(frame)
             for result in decode_header(frame.header, ProduceAnswer).results:
                 assert result.index not in results, "an entry was answered twice"
                 results[result.index] = result

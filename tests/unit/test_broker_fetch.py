@@ -140,7 +140,7 @@ async def test_a_reader_that_does_not_read_costs_the_broker_no_memory(tmp_path: 
         ({"topic_id": "f" * 32}, "UNKNOWN_TOPIC"),
         ({"partition": 5}, "UNKNOWN_PARTITION"),
         ({"offset": 10**9}, "OFFSET_OUT_OF_RANGE"),
-        ({"offset": 1, "offset_epoch": 10**6}, "LOG_TRUNCATED"),
+        ({"offset": 1, "offset_epoch": 10**6}, "NOT_PRIMARY"),
     ],
 )
 async def test_an_entry_that_cannot_be_read_gets_its_own_error_at_once(
