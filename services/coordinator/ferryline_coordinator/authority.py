@@ -1,238 +1,287 @@
-"""The cluster's private certificate authority and its one-time join tokens.
+"""The cluster's private certificate authority, and the one-time tokens by which brokers get in.
 
-``<data>/tls``: ca.key, ca.crt (made on the first start), coordinator.key, coordinator.crt (made again at every start).
-``<data>/join-tokens``: one file per unused token. A broker takes a file by renaming it; the coordinator fills up the
-folder. What makes a token valid is not the file but ``<data>/tls/tokens.json``, where its hash stands with the storage
-that used it: a second use by another storage is refused, a repeated one by the same storage gives the same answer.
+    <data>/tls/ca.crt ca.key             made on first start
+    <data>/tls/coordinator.crt .key      renewed at start when it ends soon or names other hosts
+    <data>/tls/join.key                  signs join tokens
+    <data>/tls/used-tokens/<id>          storage id that used the token: the same storage may ask again
+    <data>/join-tokens/<id>              unused tokens, one file each; a broker claims one by renaming it
 
-The requester chooses host names; the name that gives a certificate its role is set here and nowhere else.
+A token is ``fl1.<id>.<MAC of id>``: whoever finds the file has it, whoever does not cannot make one up.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import hmac
 import ipaddress
 import os
+import re
 import secrets
-import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ferryline.protocol.errors import BadCredentials, InvalidArgument
-from ferryline_service.tls import TlsFiles, node_names
+from ferryline.protocol.errors import Forbidden, InvalidArgument
+from ferryline_service.tls import node_names
 
-CA_DAYS = 3650
-NODE_DAYS = 825
-CSR_BYTES_MAX = 64 * 1024
-NAMES_MAX = 100
-_CLOCK_SKEW = datetime.timedelta(hours=1)
-
-
-class Token(msgspec.Struct):
-    """``used_by``: storage id of the broker that joined with it, "" while unused."""
-
-    used_by: str = ""
+_CA_DAYS, _NODE_DAYS, _RENEW_DAYS = 3650, 825, 60
+_BACKDATED = datetime.timedelta(hours=1)  # clocks of machines differ
+_NAMES_MAX = 32
+_HOST = re.compile(r"\A(?=.{1,253}\Z)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\Z")
+_TOKEN = re.compile(r"\Afl1\.([0-9a-f]{32})\.([0-9a-f]{64})\Z")
+_STORAGE = re.compile(r"\A[A-Za-z0-9-]{1,64}\Z")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-class Authority:
-    """Issues certificates for one cluster. All calls are synchronous, short and rare."""
-
-    def __init__(self, data_dir: Path, token_dir: Path | None = None) -> None:
-        self.folder = data_dir / "tls"
-        self.token_dir = token_dir or data_dir / "join-tokens"
-        self.ca_cert, self._ca_key_file = self.folder / "ca.crt", self.folder / "ca.key"
-        self._token_file = self.folder / "tokens.json"
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.token_dir.mkdir(parents=True, exist_ok=True)
-        if not self.ca_cert.exists():
-            self._make_ca()
-        key = serialization.load_pem_private_key(self._ca_key_file.read_bytes(), password=None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        self._key = key
-        self._cert = x509.load_pem_x509_certificate(self.ca_cert.read_bytes())
-        self._tokens: dict[str, Token] = {}
-        if self._token_file.exists():
-            self._tokens = msgspec.json.decode(self._token_file.read_bytes(), type=dict[str, Token])
-
-    @property
-    def ca_pem(self) -> str:
-        return self.ca_cert.read_text()
-
-    # -- certificates -------------------------------------------------------------------------------
-
-    def coordinator_files(self, cluster_id: str, hosts: Iterable[str]) -> TlsFiles:
-        """A fresh certificate for this coordinator; ``hosts`` are names and addresses under which it is reached."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *hosts]
-        cert = self._issue(key.public_key(), "ferryline coordinator", [*names, *node_names(cluster_id, None)])
-        key_file, cert_file = self.folder / "coordinator.key", self.folder / "coordinator.crt"
-        write_atomically(key_file, _key_pem(key), mode=0o600)
-        write_atomically(cert_file, cert, mode=0o644)
-        return TlsFiles(cert_file, key_file, self.ca_cert)
-
-    def sign_broker(self, csr_pem: str, cluster_id: str, broker_id: int) -> str:
-        """A certificate for the key and host names of the request, with the role name of ``broker_id``. PEM."""
-        public, asked = parse_request(csr_pem)
-        names = [*asked, *node_names(cluster_id, broker_id)]
-        return self._issue(public, f"ferryline broker {broker_id}", names).decode()
-
-    def _issue(self, public: ec.EllipticCurvePublicKey, common_name: str, names: Sequence[str]) -> bytes:
-        now = datetime.datetime.now(datetime.UTC)
-        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
-            .issuer_name(self._cert.subject)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _CLOCK_SKEW)
-            .not_valid_after(min(now + datetime.timedelta(days=NODE_DAYS), self._cert.not_valid_after_utc))
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName(_general_names(names)), critical=False)
-            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(_key_usage(ca=False), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
-        )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    def _make_ca(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.datetime.now(datetime.UTC)
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Ferryline CA {secrets.token_hex(4)}")])
-        cert = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _CLOCK_SKEW)
-            .not_valid_after(now + datetime.timedelta(days=CA_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(ca=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        write_atomically(self._ca_key_file, _key_pem(key), mode=0o600)
-        write_atomically(self.ca_cert, cert.public_bytes(serialization.Encoding.PEM), mode=0o644)
-
-    # -- join tokens --------------------------------------------------------------------------------
-
-    def refill_tokens(self, wanted: int) -> None:
-        """Bring the folder up to ``wanted`` unclaimed tokens."""
-        present = [path for path in self.token_dir.iterdir() if path.is_file() and "." not in path.name]
-        fresh = [secrets.token_urlsafe(24) for _ in range(wanted - len(present))]
-        if not fresh:
-            return
-        for token in fresh:
-            self._tokens[_hash(token)] = Token()
-        self._store_tokens()  # before a file shows up: a token that a broker finds must be known
-        for token in fresh:
-            hidden = self.token_dir / f".new-{secrets.token_hex(4)}"
-            hidden.write_text(token + "\n")
-            hidden.chmod(0o640)
-            hidden.rename(self.token_dir / f"token-{secrets.token_hex(4)}")
-
-    def redeem(self, token: str, storage_id: str) -> None:
-        """Use up a token. Durable when it returns. Raises BadCredentials for one that is unknown or used elsewhere."""
-        known = self._tokens.get(_hash(token.strip()))
-        if known is None or known.used_by not in ("", storage_id):
-            raise BadCredentials("join token: unknown, or used by another broker")
-        if not known.used_by:
-            known.used_by = storage_id
-            self._store_tokens()
-
-    def new_token(self) -> str:
-        """A token for an operator, outside the folder."""
-        token = secrets.token_urlsafe(24)
-        self._tokens[_hash(token)] = Token()
-        self._store_tokens()
-        return token
-
-    def _store_tokens(self) -> None:
-        write_atomically(self._token_file, msgspec.json.encode(self._tokens), mode=0o600)
-
-
-def parse_request(csr_pem: str) -> tuple[ec.EllipticCurvePublicKey, list[str]]:
-    """Key and host names of a signing request. Names with a dot-separated role (``broker-1.x``) are dropped.
-
-    Raises InvalidArgument, naming the field and the limit.
-    """
-    if len(csr_pem) > CSR_BYTES_MAX:
-        raise InvalidArgument(f"csr: {len(csr_pem)} bytes, limit {CSR_BYTES_MAX}", field="csr")
-    try:
-        request = x509.load_pem_x509_csr(csr_pem.encode())
-        valid = request.is_signature_valid
-        public = request.public_key()
-    except Exception as error:
-        raise InvalidArgument(f"csr: not a PEM signing request: {str(error)[:200]}", field="csr") from None
-    if not valid or not isinstance(public, ec.EllipticCurvePublicKey):
-        raise InvalidArgument("csr: expected a valid signature by an elliptic curve key", field="csr")
-    try:
-        alternatives = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return public, []
-    hosts = [str(name) for name in alternatives.get_values_for_type(x509.DNSName)]
-    addresses = [str(address) for address in alternatives.get_values_for_type(x509.IPAddress)]
-    if len(hosts) + len(addresses) > NAMES_MAX:
-        raise InvalidArgument(f"csr: {len(hosts) + len(addresses)} names, limit {NAMES_MAX}", field="csr")
-    roles = ("broker-", "coordinator.")
-    return public, [host for host in hosts if not (host.startswith(roles) and "." in host)] + addresses
-
-
-def write_atomically(path: Path, content: bytes, *, mode: int) -> None:
-    """Replace ``path``: after a crash the old or the new content is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+def write_durably(path: Path, content: bytes, mode: int) -> None:
+    """Whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.write(descriptor, content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.rename(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(directory)
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def _general_names(names: Sequence[str]) -> list[x509.GeneralName]:
-    found: list[x509.GeneralName] = []
-    for name in dict.fromkeys(name for name in names if name):
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name(
+        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Ferryline"), x509.NameAttribute(NameOID.COMMON_NAME, common)]
+    )
+
+
+class Authority:
+    """Opens, or makes, the authority under a data directory."""
+
+    def __init__(self, data: Path, token_directory: Path | None = None) -> None:
+        self.directory = data / "tls"
+        self.tokens = token_directory if token_directory is not None else data / "join-tokens"
+        self.ca_path = self.directory / "ca.crt"
+        self._used = self.directory / "used-tokens"
+        for directory in (self.directory, self.tokens, self._used):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._key, self.ca = self._open_ca()
+        self._token_key = self._open_token_key()
+
+    @property
+    def ca_pem(self) -> str:
+        return self.ca.public_bytes(serialization.Encoding.PEM).decode()
+
+    # -- certificates -------------------------------------------------------------------------------
+
+    def _open_ca(self) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+        key_path = self.directory / "ca.key"
+        if self.ca_path.exists():  # written last: both are there
+            key = serialization.load_pem_private_key(key_path.read_bytes(), None)
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            return key, x509.load_pem_x509_certificate(self.ca_path.read_bytes())
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = _name(f"Ferryline CA {secrets.token_hex(4)}")
+        builder = self._builder(name, name, key.public_key(), _CA_DAYS)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
+        certificate = builder.sign(key, hashes.SHA256())
+        write_durably(key_path, _pem(key), 0o600)
+        write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        return key, certificate
+
+    def coordinator_files(self, cluster_id: str, hosts: Iterable[str]) -> tuple[Path, Path]:
+        """Certificate and key of the coordinator, naming ``hosts``; made anew when needed."""
+        cert_path, key_path = self.directory / "coordinator.crt", self.directory / "coordinator.key"
+        names = _checked_names([*LOCAL_NAMES, *hosts], cluster_id)
+        wanted = {*names, *node_names(cluster_id, None)}
+        if cert_path.exists() and key_path.exists():
+            known = x509.load_pem_x509_certificate(cert_path.read_bytes())
+            signed = known.issuer == self.ca.subject and _names_of(known) == wanted
+            if signed and known.not_valid_after_utc - _now() > datetime.timedelta(days=_RENEW_DAYS):
+                return cert_path, key_path
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(key.public_key(), node_names(cluster_id, None), names)
+        write_durably(key_path, _pem(key), 0o600)
+        write_durably(cert_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        return cert_path, key_path
+
+    def sign_broker(self, csr_pem: str, broker_id: int, cluster_id: str) -> str:
+        """A certificate for a broker's key. Its role is ours to say; of the request only host names are taken.
+
+        Raises InvalidArgument.
+        """
+        request = checked_request(csr_pem)
         try:
-            found.append(x509.IPAddress(ipaddress.ip_address(name)))
+            asked = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            names = [str(name) for kind in (x509.DNSName, x509.IPAddress) for name in asked.get_values_for_type(kind)]
+        except x509.ExtensionNotFound:
+            names = []
+        key = request.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        hosts = _checked_names([*LOCAL_NAMES, *names], cluster_id)
+        certificate = self._sign(key, node_names(cluster_id, broker_id), hosts)
+        return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+    def _sign(self, key: ec.EllipticCurvePublicKey, role: list[str], hosts: list[str]) -> x509.Certificate:
+        builder = self._builder(_name(role[0]), self.ca.subject, key, _NODE_DAYS)
+        alternatives = x509.SubjectAlternativeName([_alternative(name) for name in (*role, *hosts)])
+        builder = builder.add_extension(alternatives, critical=False)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(sign_certificates=False), critical=True)
+        purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+        builder = builder.add_extension(purposes, critical=False)
+        return builder.sign(self._key, hashes.SHA256())
+
+    def _builder(
+        self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    ) -> x509.CertificateBuilder:
+        start = _now() - _BACKDATED
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(start + datetime.timedelta(days=days))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        )
+
+    # -- join tokens --------------------------------------------------------------------------------
+
+    def _open_token_key(self) -> bytes:
+        path = self.directory / "join.key"
+        if not path.exists():
+            write_durably(path, secrets.token_bytes(32), 0o600)
+        return path.read_bytes()
+
+    def new_token(self) -> str:
+        """A token that nobody has used, not stored anywhere."""
+        number = secrets.token_hex(16)
+        return f"fl1.{number}.{self._mac(number)}"
+
+    def refill(self, wanted: int) -> int:
+        """Keep ``wanted`` unused tokens in the directory; returns how many were added. Claimed ones have a dot."""
+        unused = sum("." not in path.name for path in self.tokens.iterdir())
+        for _ in range(wanted - unused):
+            token = self.new_token()
+            write_durably(self.tokens / token.split(".")[1], token.encode(), 0o600)
+        return max(0, wanted - unused)
+
+    def use_token(self, token: str, storage_id: str) -> None:
+        """Use up a token for a storage; the same storage may repeat it (its answer was lost). Raises Forbidden."""
+        match = _TOKEN.match(token.strip())
+        if not match or not hmac.compare_digest(match.group(2), self._mac(match.group(1))):
+            raise Forbidden("token: not a join token of this cluster")
+        if not _STORAGE.match(storage_id):
+            raise InvalidArgument("storage_id: expected 1 to 64 letters, digits and dashes", field="storage_id")
+        used = self._used / match.group(1)
+        mine = self._used / f"{match.group(1)}.{secrets.token_hex(4)}"
+        write_durably(mine, storage_id.encode(), 0o600)
+        try:
+            os.link(mine, used)  # exclusive, and whole: whoever comes second sees who was first
+        except FileExistsError:
+            if used.read_text() != storage_id:
+                raise Forbidden("token: used already; join tokens are good for one broker") from None
+        finally:
+            mine.unlink()
+        (self.tokens / match.group(1)).unlink(missing_ok=True)
+
+    def _mac(self, number: str) -> str:
+        return hmac.new(self._token_key, number.encode(), hashlib.sha256).hexdigest()
+
+
+def checked_request(csr_pem: str) -> x509.CertificateSigningRequest:
+    """Raises InvalidArgument unless it is a request, signed by the EC P-256 key that it asks a certificate for."""
+    try:
+        request = x509.load_pem_x509_csr(csr_pem.encode())
+        valid = request.is_signature_valid
+    except Exception as error:  # the parser raises what it likes on hostile input
+        raise InvalidArgument(f"csr: not a certificate request: {type(error).__name__}", field="csr") from None
+    key = request.public_key()
+    if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise InvalidArgument("csr: expected a request signed by its EC P-256 key", field="csr")
+    return request
+
+
+def _checked_names(names: Iterable[str], cluster_id: str) -> list[str]:
+    """Host names and addresses, each once. A name that would give a role is refused."""
+    found: dict[str, None] = {}
+    for name in names:
+        if not name:
+            continue
+        try:
+            found[str(ipaddress.ip_address(name))] = None
+            continue
         except ValueError:
-            found.append(x509.DNSName(name))
-    return found
+            pass
+        if not _HOST.match(name) or name.lower().endswith(f".{cluster_id}".lower()):
+            raise InvalidArgument(f"name: {name[:100]!r} may not stand in a certificate", field="name")
+        found[name] = None
+    if len(found) > _NAMES_MAX:
+        raise InvalidArgument(f"names: {len(found)} are more than {_NAMES_MAX}", field="names")
+    return list(found)
 
 
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
+def _names_of(certificate: x509.Certificate) -> set[str]:
+    value = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {str(name) for kind in (x509.DNSName, x509.IPAddress) for name in value.get_values_for_type(kind)}
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
-        key_agreement=not ca,
-        key_cert_sign=ca,
-        crl_sign=ca,
+        key_agreement=False,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def describe(data: Path) -> list[dict[str, str]]:
+    """What is in ``<data>/tls``, for people: subject, names, validity, fingerprint."""
+    shown = []
+    for path in sorted((data / "tls").glob("*.crt")):
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        try:
+            names = ", ".join(sorted(_names_of(certificate)))
+        except x509.ExtensionNotFound:
+            names = ""
+        shown.append(
+            {
+                "file": str(path),
+                "subject": certificate.subject.rfc4514_string(),
+                "names": names,
+                "valid_until": certificate.not_valid_after_utc.isoformat(),
+                "sha256": certificate.fingerprint(hashes.SHA256()).hex(":"),
+            }
+        )
+    return shown

@@ -1,0 +1,219 @@
+"""The coordinator put together: authority, store, driver, sessions and REST behind one listening socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ferryline.protocol.errors import Forbidden
+from ferryline_coordinator.authority import Authority, checked_request
+from ferryline_coordinator.config import CoordinatorConfig
+from ferryline_coordinator.core import events as ev
+from ferryline_coordinator.core.coordinator import CoordinatorCore
+from ferryline_coordinator.driver import Driver
+from ferryline_coordinator.metrics import CoordinatorMetrics
+from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
+from ferryline_coordinator.probing import Prober
+from ferryline_coordinator.rest import Rest
+from ferryline_coordinator.sessions import Sessions
+from ferryline_coordinator.store.interface import MetaStore
+from ferryline_coordinator.store.sqlite import SqliteStore
+from ferryline_service.errors import error_middleware, read_json
+from ferryline_service.health import health_routes
+from ferryline_service.logs import get_logger
+from ferryline_service.programs import announce_ready
+from ferryline_service.session import SessionEndpoint
+from ferryline_service.tls import TlsFiles, identity_broker_id, node_identity
+
+_REFILL_S = 1.0
+_RELOAD_S = 60.0
+_log = get_logger()
+
+
+class Coordinator:
+    """One coordinator process. `start` returns when it serves; `wait` when it must end; `stop` ends it."""
+
+    def __init__(self, config: CoordinatorConfig, store: MetaStore | None = None) -> None:
+        self.config = config
+        self.authority = Authority(config.data_dir, config.join_token_dir)
+        self.metrics = CoordinatorMetrics(self._core)
+        self.url = ""
+        self.driver: Driver
+        self._store = store if store is not None else SqliteStore(config.data_dir / "meta")
+        self._tls: TlsFiles | None = None
+        self._prober: Prober
+        self._sessions: Sessions
+        self._endpoint: SessionEndpoint
+        self._runner: web.AppRunner | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+        self._driver_made = False
+
+    def _core(self) -> CoordinatorCore | None:
+        return self.driver.core if self._driver_made else None
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load, listen, serve. Raises StoreUnusable, OSError."""
+        config = self.config
+        listener = await self._listen()
+        port = listener.getsockname()[1]
+        self.url = config.url(port)
+        self.driver = Driver(self._store, config.core((self.url,)), self)
+        self._driver_made = True
+        self._sessions = Sessions(self.driver)
+        await self.driver.start()
+        cluster = self.driver.state.cluster
+        assert cluster is not None
+        if not config.plain_http:
+            hosts = [socket.gethostname(), *self._listening_name(), *config.hosts, *self._url_host()]
+            cert, key = self.authority.coordinator_files(cluster.cluster_id, hosts)
+            self._tls = TlsFiles(cert, key, self.authority.ca_path)
+        self._prober = Prober(self._tls.client if self._tls is not None else None, self._probed)
+        self._endpoint = SessionEndpoint(
+            server="coordinator",
+            cluster_id=cluster.cluster_id,
+            on_frame=self._sessions.on_frame,
+            on_open=self._sessions.opened,
+            metrics=self.metrics,
+            trust_hello=config.plain_http,
+        )
+        self.authority.refill(config.join_tokens)
+        self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
+        self._runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=3.0, auto_decompress=False)
+        await self._runner.setup()
+        await web.SockSite(self._runner, listener, ssl_context=self._tls.server if self._tls else None).start()
+        _log.info("serving", url=self.url, cluster_id=cluster.cluster_id, coord_epoch=self.driver.core.coord_epoch)
+        announce_ready(
+            service="coordinator",
+            url=self.url,
+            port=port,
+            pid=os.getpid(),
+            cluster_id=cluster.cluster_id,
+            ca=str(self.authority.ca_path),
+        )
+
+    async def _listen(self) -> socket.socket:
+        host, port = self.config.host, self.config.port
+        infos = await asyncio.get_running_loop().getaddrinfo(host or None, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = infos[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+            listener.setblocking(False)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    def _listening_name(self) -> list[str]:
+        return [] if self.config.host in ("0.0.0.0", "::", "") else [self.config.host]
+
+    def _url_host(self) -> list[str]:
+        host = urlsplit(self.config.advertise).hostname if self.config.advertise else None
+        return [host] if host else []
+
+    async def stop(self) -> None:
+        """Answer whoever waits, end sessions, commit what was decided, let go of the store."""
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            await self._prober.close()
+        if self._driver_made:
+            await self.driver.close()
+
+    async def wait(self, stop: asyncio.Event) -> BaseException | None:
+        """Return None when ``stop`` is set, or why this process cannot go on."""
+        self.driver.failed.add_done_callback(lambda _: stop.set())
+        await stop.wait()
+        return self.driver.failed.result() if self.driver.failed.done() else None
+
+    def _app(self) -> web.Application:
+        app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=BODY_BYTES_MAX)
+        app.router.add_routes(self._endpoint.routes())
+        app.router.add_routes(Rest(self.driver).routes())
+        app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
+        app.router.add_routes(health_routes(self._not_ready, self._about))
+        app.router.add_routes(self.metrics.routes())
+        app.on_shutdown.append(self._shut_down)
+        return app
+
+    async def _shut_down(self, _: web.Application) -> None:
+        self.driver.answer_parked()
+        await self._endpoint.close()
+
+    def _not_ready(self) -> str:
+        return "" if self.driver.serving else "not the active coordinator"
+
+    def _about(self) -> dict[str, Any]:
+        core = self.driver.core
+        cluster_id = core.state.cluster.cluster_id if core.state.cluster is not None else ""
+        return {"service": "coordinator", "cluster_id": cluster_id, "coord_epoch": core.coord_epoch}
+
+    async def _keep_up(self) -> None:
+        """Replace used join tokens; take over renewed certificates."""
+        loop = asyncio.get_running_loop()
+        reload_at = loop.time() + _RELOAD_S
+        while True:
+            await asyncio.sleep(_REFILL_S)
+            try:
+                self.authority.refill(self.config.join_tokens)
+                if self._tls is not None and loop.time() >= reload_at:
+                    reload_at = loop.time() + _RELOAD_S
+                    self._tls.reload()
+            except OSError as error:
+                _log.error("upkeep failed", error=str(error))
+
+    # -- what the driver needs done -----------------------------------------------------------------
+
+    def tell(self, broker_id: int, kind: int, message: Any) -> None:
+        self._sessions.tell(broker_id, kind, message)
+
+    def probe(self, probe: ev.Probe) -> None:
+        self._prober.start(probe)
+
+    def _probed(self, event: ev.ProbeEnded) -> None:
+        if self.driver.serving:
+            self.driver.post(event)
+
+    def noted(self, note: ev.Note) -> None:
+        self.metrics.noted(note)
+        getattr(_log, note.level)(note.name.replace("_", " "), **note.fields)
+
+    def term_ended(self) -> None:
+        self._sessions.end_all()
+
+    # -- joining ------------------------------------------------------------------------------------
+
+    async def _join(self, request: web.Request) -> web.Response:
+        """A new broker: a token for an id and a certificate."""
+        body = Join.model_validate(await read_json(request))
+        checked_request(body.csr)  # before the token is used up
+        self.authority.use_token(body.token, body.storage_id)
+        admitted = await self.driver.ask(
+            lambda reply: ev.BrokerAdmitted(reply, body.storage_id, body.internal_url, body.external_url)
+        )
+        return self._certified(body.csr, admitted.broker_id, admitted.cluster_id)
+
+    async def _renew(self, request: web.Request) -> web.Response:
+        """A known broker: a new certificate for the one it shows."""
+        body = Renew.model_validate(await read_json(request))
+        cluster_id = self._endpoint.cluster_id
+        broker_id = identity_broker_id(node_identity(request.get_extra_info("peercert"), cluster_id))
+        if not broker_id or broker_id not in self.driver.state.brokers:
+            raise Forbidden("renewal needs the certificate of a broker of this cluster")
+        return self._certified(body.csr, broker_id, cluster_id)
+
+    def _certified(self, csr: str, broker_id: int, cluster_id: str) -> web.Response:
+        cert = self.authority.sign_broker(csr, broker_id, cluster_id)
+        return web.json_response(
+            {"broker_id": broker_id, "cert": cert, "ca": self.authority.ca_pem, "cluster_id": cluster_id}
+        )

@@ -1,0 +1,85 @@
+"""The coordinator's metrics: counters fed by notes of the core, gauges read from its state when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ferryline.protocol.metadata import NO_BROKER
+from ferryline_coordinator.core.coordinator import CoordinatorCore
+from ferryline_coordinator.core.events import Note
+from ferryline_coordinator.views import under_replicated
+from ferryline_service.metrics import ServiceMetrics
+
+# Notes of the core -> name of the counter and what it counts.
+_COUNTED = {
+    "elected": ("elections", "Primaries elected, or lost without a successor"),
+    "fenced": ("fencings", "Brokers fenced"),
+    "registered": ("registrations", "Broker registrations accepted"),
+    "isr_changed": ("isr_changes", "Changes of in-sync sets asked for by primaries"),
+    "excluded": ("exclusions", "Replicas excluded for lost or damaged data"),
+    "frozen": ("freezes", "Times that elections were frozen because the store was behind the brokers"),
+    "unclean_recovery": ("unclean_recoveries", "Recoveries that may have lost records"),
+    "move_started": ("moves_started", "Replica moves begun"),
+    "move_finished": ("moves_finished", "Replica moves finished"),
+    "move_cancelled": ("moves_cancelled", "Replica moves given up"),
+    "group_sessions_ended": ("group_sessions_ended", "Group members whose session ended in silence"),
+}
+
+
+class CoordinatorMetrics(ServiceMetrics):
+    """`ServiceMetrics` plus what only a coordinator knows."""
+
+    def __init__(self, core: Callable[[], CoordinatorCore | None]) -> None:
+        super().__init__("coordinator")
+        self.notes: dict[str, int] = dict.fromkeys(_COUNTED, 0)
+        self.registry.register(_State(self, core))
+
+    def noted(self, note: Note) -> None:
+        if note.name in self.notes:
+            self.notes[note.name] += 1
+
+
+class _State(Collector):
+    def __init__(self, metrics: CoordinatorMetrics, core: Callable[[], CoordinatorCore | None]) -> None:
+        self._metrics = metrics
+        self._core = core
+
+    def collect(self) -> Iterator[Metric]:
+        for note, (name, documentation) in _COUNTED.items():
+            yield CounterMetricFamily(f"ferryline_{name}", documentation, value=self._metrics.notes[note])
+        core = self._core()
+        if core is None or not core.founded:
+            return
+        state = core.state
+        parts = [record.meta for record in state.parts.values()]
+        brokers = [record.meta for record in state.brokers.values()]
+        primaries = GaugeMetricFamily("ferryline_primaries", "Partitions led, by broker", labels=["broker"])
+        replicas = GaugeMetricFamily("ferryline_replicas", "Replicas held, by broker", labels=["broker"])
+        for broker in brokers:
+            led = sum(state.parts[key].meta.primary == broker.id for key in state.held_by(broker.id))
+            primaries.add_metric([str(broker.id)], led)
+            replicas.add_metric([str(broker.id)], len(state.held_by(broker.id)))
+        yield primaries
+        yield replicas
+        missing = sum(under_replicated(part) for part in parts)
+        gauges = {
+            "brokers_registered": ("Brokers that are registered", len(brokers)),
+            "brokers_running": ("Brokers that serve", sum(not broker.fenced for broker in brokers)),
+            "topics": ("Topics", len(state.topics)),
+            "partitions": ("Partitions", len(parts)),
+            "partitions_in_sync": ("Partitions with all copies in sync", len(parts) - missing),
+            "partitions_under_replicated": ("Partitions with a copy missing", missing),
+            "partitions_offline": ("Partitions without primary", sum(part.primary == NO_BROKER for part in parts)),
+            "partitions_moving": ("Partitions that move", sum(bool(p.adding or p.removing) for p in parts)),
+            "partitions_frozen": ("Partitions that need recovery", sum(r.frozen for r in state.parts.values())),
+            "consumers": ("Group members", core.groups.members()),
+            "groups": ("Groups", len(state.groups)),
+            "metadata_revision": ("Revision of the metadata", state.revision),
+            "coordinator_epoch": ("Epoch of this coordinator", core.coord_epoch),
+            "metadata_polls": ("Metadata requests that wait for a change", core.polls.parked),
+        }
+        for name, (documentation, value) in gauges.items():
+            yield GaugeMetricFamily(f"ferryline_{name}", documentation, value=value)

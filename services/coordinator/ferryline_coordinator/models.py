@@ -1,0 +1,138 @@
+"""Bodies of the REST surface, as pydantic models. Unknown fields are refused: a typing mistake must not be silent."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+from ferryline.protocol.limits import HTTP_BODY_BYTES_MAX
+from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat, GroupPartition
+
+
+class Body(BaseModel):
+    """Base of request bodies."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TopicSettings(Body):
+    """Settings of a topic; what is left out keeps its default or its present value. -1: no limit."""
+
+    partitions: int | None = None
+    replication: int | None = None
+    min_isr: int | None = None
+    flush: str | None = Field(None, description="fsync or replicated")
+    retention_ms: int | None = None
+    retention_bytes: int | None = None
+    segment_bytes: int | None = None
+    segment_ms: int | None = None
+    max_record_bytes: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
+class CreateTopic(Body):
+    name: str
+    config: TopicSettings = TopicSettings()
+
+
+class AlterTopic(Body):
+    config: TopicSettings
+
+
+class AddPartitions(Body):
+    """``keys_move``: the caller knows that keys move to other partitions."""
+
+    partitions: int
+    keys_move: bool = False
+
+
+class Recover(Body):
+    """``accept_data_loss``: go on without the replicas that do not report."""
+
+    topic: str
+    partition: int
+    accept_data_loss: bool = False
+
+
+class Join(Body):
+    """A broker's first request. ``csr`` is PEM; of it, key and host names are taken."""
+
+    token: str = Field(max_length=200)
+    csr: str = Field(max_length=16_384)
+    storage_id: str = Field(max_length=64)
+    internal_url: str = Field(max_length=500)
+    external_url: str = Field(max_length=500)
+
+
+class Renew(Body):
+    """A broker's request for a new certificate, over a connection that shows its present one."""
+
+    csr: str = Field(max_length=16_384)
+
+
+class OwnedPartition(Body):
+    topic_id: str
+    partition: int
+    generation: int = 0
+
+
+class MemberHeartbeat(Body):
+    """A group heartbeat; see GroupHeartbeat of the protocol."""
+
+    member: str
+    topics: list[str] = []
+    owned: list[OwnedPartition] = []
+    instance_id: str = ""
+    session_ms: int = 45_000
+    leave: bool = False
+    sequence: int = Field(0, ge=0, le=2**62)
+
+    def message(self, group: str) -> GroupHeartbeat:
+        owned = [GroupPartition(p.topic_id, p.partition, p.generation) for p in self.owned]
+        return GroupHeartbeat(
+            group,
+            self.member,
+            self.topics,
+            owned,
+            self.instance_id,
+            self.session_ms,
+            self.leave,
+            self.sequence,
+        )
+
+
+def assignment_json(answer: GroupAssignment) -> dict[str, Any]:
+    """Answer to a heartbeat; tokens in base64."""
+
+    def shown(partition: GroupPartition) -> dict[str, Any]:
+        token = base64.b64encode(partition.token).decode()
+        return {**as_json(partition), "token": token}
+
+    return {
+        **as_json(answer),
+        "assigned": [shown(p) for p in answer.assigned],
+        "revoked": [shown(p) for p in answer.revoked],
+    }
+
+
+def as_json(struct: msgspec.Struct) -> dict[str, Any]:
+    """A protocol struct with its field names, nested ones too."""
+    return {name: _plain(getattr(struct, name)) for name in struct.__struct_fields__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return as_json(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value
+
+
+BODY_BYTES_MAX = HTTP_BODY_BYTES_MAX
