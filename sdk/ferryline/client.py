@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from ferryline.connections import Connections, MetadataWatch
 from ferryline.core.metadata import Routing
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ferryline.client")
 
+V = TypeVar("V")
 URL_DEFAULT = "https://localhost:8443"
 
 
@@ -79,8 +80,7 @@ class Client:
         self.connections = Connections(self.connector, self.routing)
         self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client
-        self._heartbeats: HeartbeatThread | None = None
-        self._started: asyncio.Future[None] | None = None
+        self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group
         self._closed = False
 
     async def __aenter__(self) -> Client:
@@ -109,8 +109,8 @@ class Client:
                     if isinstance(result, Exception):
                         log.warning("closing: %s", result)
         finally:
-            if self._heartbeats is not None:
-                await self._heartbeats.close()
+            if self.heartbeats is not None:
+                await self.heartbeats.close()
             await self.watch.close()
             await self.connections.close()
             await self.connector.close()
@@ -122,6 +122,12 @@ class Client:
         from ferryline.producer import Producer
 
         return Producer(self, **options)
+
+    @overload
+    def consumer(self, topics: str | Sequence[str], *, value: type[V], **options: Any) -> Consumer[V]: ...
+
+    @overload
+    def consumer(self, topics: str | Sequence[str], **options: Any) -> Consumer[bytes]: ...
 
     def consumer(self, topics: str | Sequence[str], **options: Any) -> Consumer[Any]:
         """A consumer of one or several topics; options as of `Consumer`."""
@@ -135,15 +141,6 @@ class Client:
         from ferryline.admin import Admin
 
         return Admin(self)
-
-    @property
-    def heartbeats(self) -> HeartbeatThread:
-        """The thread that keeps the group memberships of this client alive."""
-        from ferryline.heartbeats import HeartbeatThread
-
-        if self._heartbeats is None:
-            self._heartbeats = HeartbeatThread(self)
-        return self._heartbeats
 
     # -- topics ------------------------------------------------------------------------------------
 

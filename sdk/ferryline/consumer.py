@@ -7,42 +7,26 @@ was just handed out. An explicit `Consumer.commit` commits everything handed out
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ferryline.core.membership import OpenPartition
+from ferryline.assignment import Assignment
 from ferryline.fetcher import Fetcher, Partition, located
-from ferryline.membership import Membership
-from ferryline.message import At, Message, Source, TopicPartition, at
-from ferryline.producer import check_seconds
+from ferryline.message import Message, TopicPartition
+from ferryline.options import ConsumerOptions, OnPartitions, Where, check_where
+from ferryline.positions import committed, look_up
 from ferryline.protocol.errors import (
     ClientClosed,
     CorruptBatch,
     FerrylineError,
     InvalidArgument,
-    StaleMember,
     UnknownPartition,
     UnknownTopic,
 )
-from ferryline.protocol.frames import Kind
-from ferryline.protocol.limits import COMMIT_METADATA_BYTES_MAX, OFFSET_MAX, check_name, check_range
-from ferryline.protocol.messages import (
-    Commit,
-    CommitEntry,
-    Committed,
-    CommittedAnswer,
-    CommittedResult,
-    Offsets,
-    OffsetsAnswer,
-    OffsetsEntry,
-    OffsetsResult,
-)
-from ferryline.protocol.metadata import TopicMeta
-from ferryline.requests import Key, ask_primaries
-from ferryline.serializers import decoder_for
+from ferryline.protocol.limits import COMMIT_METADATA_BYTES_MAX, OFFSET_MAX, check_range
+from ferryline.requests import Key
+from ferryline.subscription import Handler, Subscription
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -50,11 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.consumer")
 
 T = TypeVar("T")
-Where = int | str | At | datetime
-Position = tuple[str, int]  # (topic, partition), a TopicPartition
-Handler = Callable[[Message[Any]], Awaitable[None] | None]
+Position = tuple[str, int]  # (topic, partition), as TopicPartition
 ERROR_PAUSE_S = 0.5  # before a partition whose error was raised is fetched again
-_STARTS = {"start": "start", "earliest": "start", "end": "end", "latest": "end"}
 
 
 class Consumer(Generic[T]):
@@ -65,7 +46,7 @@ class Consumer(Generic[T]):
     `subscribe` exclude each other.
 
     ``value``: the type of values (default bytes, as they are). ``start``: where to begin where the group has committed
-    nothing: "start", "end" or `at`.
+    nothing: "start", "end", an offset or `at`.
     """
 
     def __init__(
@@ -85,42 +66,33 @@ class Consumer(Generic[T]):
         partition_bytes: int = 1024 * 1024,
         buffer_bytes: int = 64 * 1024 * 1024,
         check_crcs: bool = True,
-        on_assign: Callable[[list[TopicPartition]], None] | None = None,
-        on_revoke: Callable[[list[TopicPartition]], None] | None = None,
+        on_assign: OnPartitions | None = None,
+        on_revoke: OnPartitions | None = None,
     ) -> None:
-        self.topics = tuple(dict.fromkeys([topics] if isinstance(topics, str) else topics))
-        if not self.topics:
-            raise InvalidArgument("topics: at least one is needed", field="topics")
-        for name in self.topics:
-            check_name(name)
-        if group is not None:
-            check_name(group, "group")
-        self.group = group
         self._client = client
-        self._decode = decoder_for(value)
-        self._start_at = _where(start, "start")
-        self._chosen = None if partitions is None else sorted(set(partitions))
-        if self._chosen is not None and len(self.topics) > 1:
-            raise InvalidArgument("partitions: can be chosen for one topic only", field="partitions")
-        self._auto_commit = auto_commit and group is not None
-        self._auto_commit_s = check_seconds(auto_commit_interval, "auto_commit_interval", 0.01, 3600.0)
-        self._instance_id = check_name(instance_id, "instance_id") if instance_id else ""
-        self._session_ms = int(check_seconds(session_timeout, "session_timeout", 1.0, 3600.0) * 1000)
-        self._max_processing_s = check_seconds(max_processing, "max_processing", 1.0, 7 * 86_400.0)
-        check_range(partition_bytes, "partition_bytes", 1024, 16 * 1024 * 1024)
-        check_range(buffer_bytes, "buffer_bytes", partition_bytes, 2**40)
-        self._partition_bytes, self._buffer_bytes = partition_bytes, buffer_bytes
-        self._check_crcs = check_crcs
-        self._on_assign, self._on_revoke = on_assign, on_revoke
+        self._options = ConsumerOptions.checked(
+            topics,
+            group=group,
+            value=value,
+            start=start,
+            partitions=partitions,
+            auto_commit=auto_commit,
+            auto_commit_interval=auto_commit_interval,
+            instance_id=instance_id,
+            session_timeout=session_timeout,
+            max_processing=max_processing,
+            partition_bytes=partition_bytes,
+            buffer_bytes=buffer_bytes,
+            check_crcs=check_crcs,
+            on_assign=on_assign,
+            on_revoke=on_revoke,
+        )
         self._fetcher: Fetcher | None = None
-        self._membership: Membership | None = None
+        self._assignment: Assignment | None = None
         self._hands: list[Partition] = []  # what the application was given last comes from these
         self._reading: Partition | None = None  # iteration goes on here
         self._handed_out = 0
         self._error: FerrylineError | None = None  # the membership failed
-        self._committer: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._started = False
         self._closed = False
 
     # -- life --------------------------------------------------------------------------------------
@@ -136,190 +108,59 @@ class Consumer(Generic[T]):
         """Join the group, or look up where to begin. Raises UnknownTopic, ConnectionFailed, DeadlineExceeded."""
         if self._closed:
             raise ClientClosed("the consumer is closed")
-        if self._started:
+        if self._fetcher is not None:
             return
+        options = self._options
         await self._client.start()
-        metas = [await self._client.learn_topic(name) for name in self.topics]
-        self._started = True
-        self._fetcher = Fetcher(self._client, partition_bytes=self._partition_bytes, buffer_bytes=self._buffer_bytes)
+        metas = [await self._client.learn_topic(name) for name in options.topics]
+        self._fetcher = Fetcher(
+            self._client, partition_bytes=options.partition_bytes, buffer_bytes=options.buffer_bytes
+        )
+        self._assignment = Assignment(
+            self._client,
+            options,
+            self._fetcher,
+            progress=self._progress,
+            in_hands=self._holds,
+            forgotten=self._forgotten,
+            failed=self._failed,
+        )
         self._client.closables.append(self)
-        if self.group is not None and self._chosen is None:
-            self._membership = Membership(
-                self._client,
-                self.group,
-                self.topics,
-                instance_id=self._instance_id,
-                session_ms=self._session_ms,
-                max_processing_s=self._max_processing_s,
-                progress=self._progress,
-                opened=self._opened,
-                revoked=self._revoked,
-                dropped=self._dropped,
-                failed=self._failed,
-            )
-            await self._membership.start()
-        else:
-            try:
-                await self._assign(metas)
-            except BaseException:
-                await self.close()
-                raise
-        if self._auto_commit:
-            self._committer = asyncio.get_running_loop().create_task(self._commit_now_and_then())
+        try:
+            await self._assignment.start(metas)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Commit what was processed (with auto-commit), leave the group, stop fetching. Bounded by a few seconds."""
         if self._closed:
             return
         self._closed = True
-        if not self._started or self._fetcher is None:
+        if self._fetcher is None or self._assignment is None:
             return
-        if self._committer is not None:
-            self._committer.cancel()
-        for task in list(self._tasks):
-            task.cancel()
         try:
-            if self._auto_commit:
-                await self._commit_processed(timeout=3.0)
-        except FerrylineError as error:
-            log.warning("closing: %s", error)
+            await self._assignment.close()
         finally:
-            if self._membership is not None:
-                await self._membership.leave()
             await self._fetcher.close()
             if self in self._client.closables:
                 self._client.closables.remove(self)
 
-    async def _assign(self, metas: list[TopicMeta]) -> None:
-        """Read partitions without a membership. With a group, go on where it stands."""
-        assert self._fetcher is not None
-        keys: list[tuple[Key, Source]] = []
-        for meta in metas:
-            numbers = self._chosen if self._chosen is not None else range(meta.config.partitions)
-            for number in numbers:
-                if not 0 <= number < meta.config.partitions:
-                    raise UnknownPartition(
-                        f"partitions: {number} is not in 0..{meta.config.partitions - 1} of topic {meta.name}",
-                        field="partitions",
-                    )
-                keys.append(((meta.id, number), Source(meta.name, number, self._decode)))
-        timeout = self._client.timeout
-        known: dict[Key, CommittedResult] = {}
-        if self.group is not None:
-            known = await self._positions_of_group([key for key, _ in keys], timeout)
-        missing = [key for key, _ in keys if key not in known or known[key].offset < 0]
-        looked_up = await self._look_up(dict.fromkeys(missing, self._start_at), timeout) if missing else {}
-        for key, source in keys:
-            if key in looked_up:
-                partition = Partition(key, source, looked_up[key].offset, check=self._check_crcs)
-                partition.policy = True
-            else:
-                found = known[key]
-                partition = Partition(key, source, found.offset, found.offset_epoch, check=self._check_crcs)
-                partition.committed = found.offset
-            self._fetcher.add(partition)
-
-    # -- what the membership decides -----------------------------------------------------------------
-
-    def _opened(self, opening: OpenPartition) -> None:
-        meta = self._client.routing.cluster.topics.get(opening.key[0])
-        if meta is None or self._fetcher is None:
-            return
-        source = Source(meta.name, opening.key[1], self._decode)
-        if opening.offset >= 0:
-            offset, fresh = opening.offset, False
-        elif self._start_at == "start":
-            offset, fresh = opening.log_start, True
-        elif self._start_at == "end":
-            offset, fresh = opening.high_watermark, True
-        else:
-            self._spawn(self._open_at(opening, source))
-            return
-        self._open(opening, source, max(offset, 0), fresh=fresh)
-
-    async def _open_at(self, opening: OpenPartition, source: Source) -> None:
-        """The start policy is a moment or an offset: the broker knows where that is."""
-        while not self._closed and self._is_ours(opening):
-            try:
-                found = await self._look_up({opening.key: self._start_at}, self._client.timeout)
-            except FerrylineError as error:
-                log.warning("%s/%d: %s", source.topic, source.partition, error)
-                await asyncio.sleep(0.2)
-                continue
-            if self._is_ours(opening):
-                self._open(opening, source, found[opening.key].offset, fresh=True)
-            return
-
-    def _is_ours(self, opening: OpenPartition) -> bool:
-        return self._membership is not None and self._membership.generation(opening.key) == opening.generation
-
-    def _open(self, opening: OpenPartition, source: Source, offset: int, *, fresh: bool) -> None:
-        assert self._fetcher is not None
-        partition = Partition(
-            opening.key, source, offset, -1 if fresh else opening.offset_epoch, check=self._check_crcs
-        )
-        partition.generation = opening.generation
-        partition.committed = opening.offset
-        partition.policy = fresh
-        partition.high_watermark, partition.log_start = opening.high_watermark, opening.log_start
-        self._fetcher.add(partition)
-        if self._on_assign is not None:
-            self._on_assign([TopicPartition(source.topic, source.partition)])
-
-    def _revoked(self, key: Key) -> None:
-        partition = self._fetcher.partitions.get(key) if self._fetcher is not None else None
-        if partition is None:  # the start position was still being looked up
-            self._release(key)
-            return
-        partition.revoked = True
-        partition.drop()
+    def _holds(self, partition: Partition) -> bool:
         if self._reading is partition:
-            self._reading = None
-        if partition not in self._hands:
-            self._spawn(self._let_go(partition))
+            self._reading = None  # revoked: what is left of it is not handed out
+        return partition in self._hands
 
-    async def _let_go(self, partition: Partition) -> None:
-        """The application is done with a revoked partition: commit what it finished, then release."""
-        try:
-            if self._auto_commit and partition.processed != partition.committed and not partition.gone:
-                await self._commit({partition: partition.processed}, "", self._client.timeout)
-        except FerrylineError as error:
-            log.warning("%s/%d was given up: %s", *partition.key, error)
-        if not partition.gone:
-            self._forget(partition)
-            self._release(partition.key, partition.generation)
-
-    def _release(self, key: Key, generation: int | None = None) -> None:
-        if self._membership is not None:
-            held = self._membership.generation(key) if generation is None else generation
-            if held is not None:
-                self._membership.released(key, held)
-
-    def _dropped(self, key: Key) -> None:
-        partition = self._fetcher.partitions.get(key) if self._fetcher is not None else None
-        if partition is not None:
-            log.info("%s/%d belongs to another member now", partition.source.topic, partition.source.partition)
-            self._forget(partition)
-
-    def _forget(self, partition: Partition) -> None:
-        assert self._fetcher is not None
-        self._fetcher.remove(partition.key)
+    def _forgotten(self, partition: Partition) -> None:
         if partition in self._hands:
             self._hands.remove(partition)
         if self._reading is partition:
             self._reading = None
-        if self._on_revoke is not None:
-            self._on_revoke([TopicPartition(partition.source.topic, partition.source.partition)])
 
     def _failed(self, error: FerrylineError) -> None:
         self._error = error
         if self._fetcher is not None:
             self._fetcher.wake()
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -336,6 +177,7 @@ class Consumer(Generic[T]):
             partition.index += 1
             partition.position = message.offset + 1
             return message
+        fetcher = self._running()
         while True:
             self._finish()
             if self._closed:
@@ -348,9 +190,9 @@ class Consumer(Generic[T]):
             if taken:
                 self._hand_out([partition])
                 self._reading = partition
-                self._refill(partition)
+                fetcher.refill(partition)
                 return taken[0]
-            self._refill(partition)
+            fetcher.refill(partition)
 
     async def pull(self, max_records: int = 500, max_wait: float = 1.0) -> list[Message[T]]:
         """What is there now, up to ``max_records``; waits for something at most ``max_wait`` seconds, then is empty."""
@@ -393,15 +235,13 @@ class Consumer(Generic[T]):
 
     def _finish(self) -> None:
         """The application is back: what it was given is processed."""
-        if not self._started:
-            raise ClientClosed("the consumer was not started: use `async with`, or await start()")
         if self._hands:
             hands, self._hands = self._hands, []
             self._reading = None
             for partition in hands:
                 partition.processed = partition.position
-                if partition.revoked and not partition.gone:
-                    self._spawn(self._let_go(partition))
+                if partition.revoked and not partition.gone and self._assignment is not None:
+                    self._assignment.finished(partition)
 
     def _hand_out(self, partitions: list[Partition]) -> None:
         self._hands = partitions
@@ -438,15 +278,9 @@ class Consumer(Generic[T]):
                 raise error
         return None
 
-    def _refill(self, partition: Partition) -> None:
-        """Queue it again if there is more, and fetch if it runs low."""
-        fetcher = self._running()
-        fetcher.offer(partition)
-        if not partition.ticket and partition.buffered <= self._partition_bytes // 2:
-            fetcher.schedule()
-
     def _gather(self, limit: int) -> list[Message[T]]:
         """Records at hand, from as many partitions as it takes."""
+        fetcher = self._running()
         batch: list[Message[T]] = []
         while len(batch) < limit:
             partition = self._next_ready(raising=not batch)
@@ -457,7 +291,7 @@ class Consumer(Generic[T]):
                 batch = batch + taken if batch else taken
                 if partition not in self._hands:
                     self._hand_out([*self._hands, partition])
-            self._refill(partition)
+            fetcher.refill(partition)
         return batch
 
     def _decoded(self, partition: Partition, limit: int) -> list[Message[T]]:
@@ -519,10 +353,10 @@ class Consumer(Generic[T]):
         With auto-commit the group follows, also backwards.
         """
         target = self._find(partition)
-        goal = _where(where, "where")
+        goal = check_where(where, "where")
         offset = goal
         if not isinstance(offset, int):
-            found = await self._look_up({target.key: goal}, timeout or self._client.timeout)
+            found = await look_up(self._client, {target.key: goal}, timeout or self._client.timeout)
             offset = found[target.key].offset
             target = self._find(partition)
         if self._reading is target:
@@ -538,7 +372,7 @@ class Consumer(Generic[T]):
     async def lag(self, *, timeout: float | None = None) -> dict[TopicPartition, int]:
         """Records between the position and the high watermark, by partition."""
         fetcher = self._running()
-        found = await self._look_up(dict.fromkeys(fetcher.partitions, "end"), timeout or self._client.timeout)
+        found = await look_up(self._client, dict.fromkeys(fetcher.partitions, "end"), timeout or self._client.timeout)
         return {
             TopicPartition(partition.source.topic, partition.source.partition): max(
                 0, found[key].offset - partition.position
@@ -549,10 +383,10 @@ class Consumer(Generic[T]):
 
     async def committed(self, partition: Position, *, timeout: float | None = None) -> int | None:
         """What the group has committed in a partition; None: nothing yet."""
-        if self.group is None:
+        if self._options.group is None:
             raise InvalidArgument("group: a consumer without a group commits nothing", field="group")
         key = self._key(partition)
-        found = await self._positions_of_group([key], timeout or self._client.timeout)
+        found = await committed(self._client, self._options.group, [key], timeout or self._client.timeout)
         return found[key].offset if found[key].offset >= 0 else None
 
     async def commit(
@@ -567,7 +401,7 @@ class Consumer(Generic[T]):
         An offset is that of the next record to read. Durable when this returns. Raises StaleMember when a partition
         belongs to another member by now, DeadlineExceeded, RequestTimedOut.
         """
-        if self.group is None:
+        if self._options.group is None:
             raise InvalidArgument("group: a consumer without a group commits nothing", field="group")
         if len(metadata.encode()) > COMMIT_METADATA_BYTES_MAX:
             raise InvalidArgument(f"metadata: over {COMMIT_METADATA_BYTES_MAX} bytes", field="metadata")
@@ -580,82 +414,8 @@ class Consumer(Generic[T]):
         else:
             for position, offset in offsets.items():
                 wanted[self._find(position)] = check_range(offset, "offset", 0, OFFSET_MAX)
-        if wanted:
-            await self._commit(wanted, metadata, timeout or self._client.timeout)
-
-    async def _commit(self, wanted: dict[Partition, int], metadata: str, timeout: float) -> None:
-        offsets = {
-            partition.key: (offset, partition.rewound or offset < partition.committed)
-            for partition, offset in wanted.items()
-            if offset > partition.committed or partition.rewound or offset < partition.committed
-        }
-        if not offsets:
-            return
-        if self._membership is not None:
-            outcomes = await self._membership.commit(offsets, metadata, timeout=timeout)
-        else:
-            outcomes = await self._commit_alone(offsets, metadata, timeout)
-        failed: FerrylineError | None = None
-        for partition in wanted:
-            outcome = outcomes.get(partition.key)
-            if isinstance(outcome, FerrylineError):
-                failed = failed or located(outcome, partition)
-            elif outcome is not None:
-                partition.committed = outcome.offset
-                partition.rewound = False
-        if failed is not None:
-            raise failed
-
-    async def _commit_alone(
-        self, offsets: dict[Key, tuple[int, bool]], metadata: str, timeout: float
-    ) -> dict[Key, CommittedResult | FerrylineError]:
-        """Commits of a reader that is no member: generation 0, good only while no member has claimed."""
-
-        def header(keys: list[Key]) -> Commit:
-            entries = [CommitEntry(*key, 0, offsets[key][0], metadata, offsets[key][1]) for key in keys]
-            return Commit(self.group or "", "", entries)
-
-        return await ask_primaries(self._client, Kind.COMMIT, offsets, header, CommittedAnswer, timeout=timeout)
-
-    async def _commit_processed(self, timeout: float) -> None:
-        fetcher = self._running()
-        wanted = {
-            partition: partition.processed
-            for partition in fetcher.partitions.values()
-            if partition.processed > partition.committed or (partition.rewound and not partition.policy)
-        }
-        if wanted:
-            await self._commit(wanted, "", timeout)
-
-    async def _commit_now_and_then(self) -> None:
-        while True:
-            await asyncio.sleep(self._auto_commit_s)
-            try:
-                await self._commit_processed(self._client.timeout)
-            except StaleMember as error:
-                log.info("auto-commit: %s", error)
-            except FerrylineError as error:
-                log.warning("auto-commit: %s", error)
-
-    async def _positions_of_group(self, keys: list[Key], timeout: float) -> dict[Key, CommittedResult]:
-        def header(asked: list[Key]) -> Committed:
-            return Committed(self.group or "", [*asked])
-
-        outcomes = await ask_primaries(self._client, Kind.COMMITTED, keys, header, CommittedAnswer, timeout=timeout)
-        return _all_good(outcomes)
-
-    async def _look_up(self, asked: Mapping[Key, Where], timeout: float) -> dict[Key, OffsetsResult]:
-        """Where "start", "end", a moment or an offset are."""
-
-        def header(keys: list[Key]) -> Offsets:
-            return Offsets([_offsets_entry(key, asked[key]) for key in keys])
-
-        outcomes = await ask_primaries(self._client, Kind.OFFSETS, asked, header, OffsetsAnswer, timeout=timeout)
-        found: dict[Key, OffsetsResult] = _all_good(outcomes)
-        for key, where in asked.items():
-            if isinstance(where, int):
-                found[key] = OffsetsResult(*key, where, found[key].log_start, found[key].high_watermark)
-        return found
+        if wanted and self._assignment is not None:
+            await self._assignment.commit(wanted, metadata, timeout or self._client.timeout)
 
     def _key(self, partition: Position) -> Key:
         topic, number = partition
@@ -676,70 +436,3 @@ class Consumer(Generic[T]):
         if not partitions:
             return list(self._running().partitions.values())
         return [self._find(partition) for partition in partitions]
-
-
-class Subscription:
-    """A handler that is called for each record. Await it to learn how it ended; `stop` ends it after the record that
-    is being handled."""
-
-    def __init__(self, consumer: Consumer[Any], handler: Handler) -> None:
-        self._consumer = consumer
-        self._handler = handler
-        self._stopping = asyncio.Event()
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def __await__(self) -> Any:
-        return asyncio.shield(self._task).__await__()
-
-    async def stop(self) -> None:
-        """End after the record that is being handled. Raises what the handler raised."""
-        self._stopping.set()
-        await self._task
-
-    async def _run(self) -> None:
-        stopping = asyncio.get_running_loop().create_task(self._stopping.wait())
-        try:
-            while not self._stopping.is_set():
-                batch = await self._next(stopping)
-                for message in batch:
-                    result = self._handler(message)
-                    if inspect.isawaitable(result):
-                        await result
-                    # One record at a time is pulled, so that a stop never leaves given but unhandled records behind.
-        finally:
-            stopping.cancel()
-
-    async def _next(self, stopping: asyncio.Task[bool]) -> list[Message[Any]]:
-        pulling = asyncio.get_running_loop().create_task(self._consumer.pull(1, 3600.0))
-        await asyncio.wait({pulling, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not pulling.done():
-            pulling.cancel()
-            await asyncio.wait({pulling})
-            return [] if pulling.cancelled() else pulling.result()
-        return pulling.result()
-
-
-def _where(where: Any, field: str) -> int | str | At:
-    """A position as the brokers understand it. Raises InvalidArgument, naming the field."""
-    if isinstance(where, datetime):
-        return at(where)
-    if isinstance(where, At):
-        return where
-    if isinstance(where, str) and where in _STARTS:
-        return _STARTS[where]
-    if isinstance(where, int) and not isinstance(where, bool):
-        return check_range(where, field, 0, OFFSET_MAX)
-    raise InvalidArgument(f'{field}: {where!r} is none of an offset, "start", "end", at(datetime)', field=field)
-
-
-def _offsets_entry(key: Key, where: Where) -> OffsetsEntry:
-    if isinstance(where, At):
-        return OffsetsEntry(*key, "time", where.timestamp_ms)
-    return OffsetsEntry(*key, where if isinstance(where, str) else "start")
-
-
-def _all_good(outcomes: dict[Key, Any]) -> dict[Key, Any]:
-    for outcome in outcomes.values():
-        if isinstance(outcome, FerrylineError):
-            raise outcome
-    return outcomes

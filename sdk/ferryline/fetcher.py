@@ -199,6 +199,12 @@ class Fetcher:
             self.ready.append(partition)
             self.wake()
 
+    def refill(self, partition: Partition) -> None:
+        """Records were taken from a partition: queue it again if there is more, fetch if it runs low."""
+        self.offer(partition)
+        if not partition.ticket and partition.buffered <= self._partition_bytes // 2:
+            self.schedule()
+
     def wake(self) -> None:
         """Let the application look again."""
         if self._news is not None:
@@ -210,7 +216,8 @@ class Fetcher:
             return True
         if timeout is not None and timeout <= 0:
             return False
-        future = self._news = self._loop.create_future()
+        future: asyncio.Future[bool] = self._loop.create_future()
+        self._news = future
         timer = self._loop.call_later(timeout, _resolve, future, False) if timeout is not None else None
         try:
             return await future

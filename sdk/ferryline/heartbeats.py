@@ -71,6 +71,13 @@ class Member:
         return now - self._seen[1] > self.max_processing_s
 
 
+def thread_of(client: Client) -> HeartbeatThread:
+    """The heartbeat thread of a client, made at the first call."""
+    if client.heartbeats is None:
+        client.heartbeats = HeartbeatThread(client)
+    return client.heartbeats
+
+
 class HeartbeatThread:
     """All memberships of one client. Starts with the first member, ends with `close`."""
 

@@ -23,7 +23,7 @@ from ferryline.core.membership import (
     RevokePartition,
     TimePassed,
 )
-from ferryline.heartbeats import Member
+from ferryline.heartbeats import Member, thread_of
 from ferryline.protocol.errors import FerrylineError, StaleMember, UnknownMember
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import (
@@ -70,6 +70,7 @@ class Membership:
         self.group = group
         self.member = f"m-{secrets.token_hex(12)}"
         self._client = client
+        self._heartbeats = thread_of(client)
         self._opened, self._revoked, self._dropped, self._failed = opened, revoked, dropped, failed
         self._core = MemberCore(
             group,
@@ -94,7 +95,7 @@ class Membership:
         )
 
     async def start(self) -> None:
-        await self._client.heartbeats.join(self._beat)
+        await self._heartbeats.join(self._beat)
 
     async def leave(self) -> None:
         """Leave the group: what was held is free at once, not after the session."""
@@ -103,7 +104,7 @@ class Membership:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        await self._client.heartbeats.leave(self._beat, self._core.heartbeat(leave=True))
+        await self._heartbeats.leave(self._beat, self._core.heartbeat(leave=True))
 
     def released(self, key: Key, generation: int) -> None:
         self._feed(Released(key, generation))
@@ -118,7 +119,7 @@ class Membership:
             return
         for effect in self._core.handle(event, int(self._loop.time() * 1000)):
             if isinstance(effect, Declare):
-                self._client.heartbeats.declare(self._beat, effect.heartbeat)
+                self._heartbeats.declare(self._beat, effect.heartbeat)
             elif isinstance(effect, ClaimPartition):
                 self._spawn(self._claim(effect))
             elif isinstance(effect, OpenPartition):

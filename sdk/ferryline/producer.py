@@ -16,6 +16,7 @@ from zlib import crc32
 from ferryline.accumulator import RECORD_OVERHEAD, Pairs, RecordFuture, TopicBuffer
 from ferryline.batching import Batching
 from ferryline.message import RecordMetadata
+from ferryline.options import check_seconds
 from ferryline.protocol.errors import (
     BufferFull,
     ClientClosed,
@@ -288,13 +289,6 @@ def _not_started() -> RecordFuture:
 
 def _closed() -> RecordFuture:
     raise ClientClosed("the producer is closed")
-
-
-def check_seconds(value: object, what: str, low: float, high: float) -> float:
-    """Return ``value`` if it is a number of seconds in [low, high]; otherwise raise InvalidArgument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InvalidArgument(f"{what}: {value!r} is not a number of seconds in {low:g}..{high:g}", field=what)
-    return float(value)
 
 
 def _check_partition(buffer: TopicBuffer, partition: object) -> None:
