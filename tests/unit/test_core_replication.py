@@ -90,9 +90,9 @@ def test_an_unanswered_proposal_never_makes_the_set_smaller() -> None:
     assert pair.cores[1].maximal_isr == {1, 2}
     pair.answer_alter(1, first, False, part(1, 1, 1, (1, 2)))  # a refusal of an older proposal says nothing
     assert pair.cores[1].primary is not None
-    assert pair.cores[1].primary.proposal is not None
+    assert pair.cores[1].primary.sync.proposal is not None
     pair.answer_alter(1, second, False, part(1, 1, 1, (1, 2)))
-    assert pair.cores[1].primary.proposal is None
+    assert pair.cores[1].primary.sync.proposal is None
     assert pair.cores[1].maximal_isr == {1, 2}
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import msgspec
-
 from ferryline.protocol.messages import LOG_CONFLICT, LOG_DAMAGED, RECORDS, STATE, ReplicaData, ReplicaReport
 from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
 from ferryline_broker.core.events import (
@@ -55,6 +53,7 @@ from ferryline_broker.core.events import (
     Tick,
 )
 from ferryline_broker.core.primary import Primary
+from ferryline_broker.core.reading import ReadVerdict, check_read
 from ferryline_broker.core.replica import (
     ROLE_IDLE,
     ROLE_PRIMARY,
@@ -70,15 +69,6 @@ from ferryline_broker.core.secondary import Secondary
 __all__ = ["LogOpened", "OpenedReplica", "PartitionCore", "ReadVerdict", "ReplicaConfig"]
 
 STORY_EVENTS = 200
-
-
-class ReadVerdict(msgspec.Struct, frozen=True, gc=False):
-    """May a client read from here, and up to where. ``below``: exclusive; only committed records are ever served."""
-
-    code: str = ""
-    message: str = ""
-    below: int = 0
-    safe_offset: int = -1
 
 
 class PartitionCore:
@@ -156,7 +146,7 @@ class PartitionCore:
         if self.primary:
             for broker_id in self.primary.isr:
                 if broker_id != self.replica.broker_id:
-                    member = self.primary.members.get(broker_id)
+                    member = self.primary.sync.members.get(broker_id)
                     limit = min(limit, member.fetched[RECORDS] if member else 0)
         return max(limit, 0) if self.primary else self.replica.log_start[RECORDS]
 
@@ -165,29 +155,11 @@ class PartitionCore:
         if self.primary is None:
             return {}
         end = self.replica.log_end[RECORDS]
-        return {b: end - max(m.fetched[RECORDS], 0) for b, m in sorted(self.primary.members.items())}
+        return {b: end - max(m.fetched[RECORDS], 0) for b, m in sorted(self.primary.sync.members.items())}
 
     def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
-        """Rule F7 and replication of consumers' positions: an offset in (high watermark, log end] is not an error."""
-        replica = self.replica
-        if self._role != ROLE_PRIMARY and not (secondary and self._role == ROLE_SECONDARY):
-            return ReadVerdict("NOT_PRIMARY", f"this broker is {self._role} of the partition")
-        high, end = replica.high_watermark[RECORDS], replica.log_end[RECORDS]
-        if offset < replica.log_start[RECORDS]:
-            return ReadVerdict("OFFSET_OUT_OF_RANGE", f"offset: {offset} is below the log start", high)
-        if self._role == ROLE_PRIMARY:
-            if offset_epoch > self.epoch:
-                return ReadVerdict(
-                    "NOT_PRIMARY", f"the reader knows epoch {offset_epoch}, this primary is of {self.epoch}"
-                )
-            if offset_epoch >= 0 and replica.log_start[RECORDS] < offset:
-                epoch, epoch_end = replica.epochs[RECORDS].end_offset_for(offset_epoch, end)
-                if epoch != offset_epoch or epoch_end < offset:
-                    safe = min(epoch_end, high)
-                    return ReadVerdict("LOG_TRUNCATED", f"the log was cut below offset {offset}", high, safe)
-            elif offset > end:
-                return ReadVerdict("OFFSET_OUT_OF_RANGE", f"offset: {offset} is above the log end {end}", high)
-        return ReadVerdict(below=high)
+        """See `reading.check_read`."""
+        return check_read(self.replica, self._role, self.epoch, offset, offset_epoch, secondary)
 
     def next_deadline_ms(self) -> int | None:
         if self.stopped:
@@ -284,7 +256,7 @@ class PartitionCore:
         replica.live = event.live
         if (replica.part is not None and part.version <= replica.part.version) or part.epoch < replica.seen_epoch:
             if self.primary is not None:
-                self.primary.evaluate_isr(now_ms)  # who is alive may have changed
+                self.primary.live_changed(now_ms)  # who is alive may have changed
             return
         check_partition(part)
         assert replica.part is None or part.epoch >= replica.part.epoch, (part, replica.part)
