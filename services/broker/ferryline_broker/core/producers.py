@@ -16,6 +16,8 @@ PRODUCERS_MAX = 100_000  # per partition; the longest idle ones go first
 
 
 class ProducerBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One batch that a producer had appended: sequences count records."""
+
     base_sequence: int
     record_count: int
     base_offset: int
