@@ -9,6 +9,8 @@ TRUNCATE = -1  # a queued truncation to n bytes stands at position TRUNCATE - n
 
 
 class Inode:
+    """A file: ``live`` is what readers see, ``disk`` what the medium holds, ``queue`` the writes between the two."""
+
     __slots__ = ("disk", "live", "path", "queue")
 
     def __init__(self, path: str) -> None:
@@ -24,6 +26,7 @@ class Inode:
 
 
 def apply_write(image: bytearray, position: int, data: bytes) -> None:
+    """Carry out one queued operation (a write, or a truncation) on an image; a gap reads as zeros."""
     if position < 0:
         size = TRUNCATE - position
         if size <= len(image):
@@ -70,6 +73,7 @@ class Change:
 
 
 def copied(directory: Dir) -> Dir:
+    """A settled twin of what readers see below ``directory``."""
     twin = Dir()
     for name, node in directory.entries.items():
         if isinstance(node, Dir):
