@@ -50,7 +50,8 @@ class Batching:
         self._numbers = 0
         self._lingering: deque[tuple[float, TopicBuffer, Accumulator, BatchBuilder]] = deque()
         self._timer: asyncio.Handle | None = None
-        self._space: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self.turn = asyncio.Lock()  # who waits for room, in the order of arrival; the holder waits in `room`
+        self._space: tuple[int, asyncio.Future[None]] | None = None
         self._moved = asyncio.Event()
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []
         client.watch.on_change.append(self._metadata_changed)
@@ -78,15 +79,16 @@ class Batching:
             meta = topics.get(buffer.id)
             if meta is None:  # deleted, or made again under another id
                 del self.topics[name]
-                self._close_topic(buffer)
                 self._moved.set()
                 self._fail_parked(buffer, UnknownTopic(f"topic {name} was deleted", topic=name))
             elif meta.config.partitions != buffer.partitions and not buffer.moving:
                 buffer.moving = True
-                self._close_topic(buffer)
             else:
                 buffer.max_record_bytes = meta.config.max_record_bytes
             self._sender.tell_routes(buffer)
+            if meta is None or buffer.moving:  # after the routes, so that the core fails or returns them unsent
+                self._close_topic(buffer)
+                self._sender.dispatch()
             self._move_if_settled(buffer)
 
     def _returned(self, batch: Batch) -> None:
@@ -217,30 +219,26 @@ class Batching:
         if accumulator.waiting and self._sender.room(accumulator.key):
             self._close(buffer, accumulator)
         self._move_if_settled(buffer)
-        if self._space:
-            self._let_in()
+        self._let_in()
         if self._flushes:
             self._wake_flushes()
 
     def _let_in(self) -> None:
-        room = self._buffer_bytes - self.buffered
-        while self._space and (self._space[0][1].done() or self._space[0][0] <= room):
-            size, waiter = self._space.popleft()
-            if not waiter.done():
-                room -= size
-                waiter.set_result(None)
+        if self._space is not None and self._space[0] <= self._buffer_bytes - self.buffered:
+            _resolve(self._space[1])
 
     async def room(self, size: int) -> None:
-        """Wait until ``size`` bytes fit, in the order of arrival. Raises DeadlineExceeded."""
+        """Wait until ``size`` bytes fit; only for the holder of `turn`. Raises DeadlineExceeded, ClientClosed."""
         if size > self._buffer_bytes:
             raise BufferFull(f"a record of {size} bytes never fits buffer_bytes = {self._buffer_bytes}", size=size)
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._space.append((size, waiter))
+        self._space = (size, self._loop.create_future())
         try:
             async with asyncio.timeout(self._delivery_ms / 1000):
-                await waiter
+                await self._space[1]
         except TimeoutError:
             raise DeadlineExceeded("the buffer stayed full until the deadline") from None
+        finally:
+            self._space = None
 
     async def flush(self, timeout: float) -> None:
         """Close what is open and wait until everything sent so far is settled. Raises DeadlineExceeded."""
@@ -262,8 +260,7 @@ class Batching:
         for upto, waiter in list(self._flushes):
             if oldest is None or oldest > upto or waiter.done():
                 self._flushes.remove((upto, waiter))
-                if not waiter.done():
-                    waiter.set_result(None)
+                _resolve(waiter)
 
     def give_up(self) -> None:
         """Fail whatever has had no last word."""
@@ -278,6 +275,10 @@ class Batching:
                 batch.fail(closed)
             self._fail_parked(buffer, closed)
         self._sender.give_up()
-        for _, waiter in self._space:
-            if not waiter.done():
-                waiter.set_exception(closed)
+        if self._space is not None and not self._space[1].done():
+            self._space[1].set_exception(closed)
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

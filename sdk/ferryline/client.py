@@ -84,7 +84,11 @@ class Client:
         self._closed = False
 
     async def __aenter__(self) -> Client:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:

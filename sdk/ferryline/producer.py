@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -145,13 +146,18 @@ class Producer:
         """
         if topic not in self._topics:
             await self._learn(topic)
-        while True:
+        if not self._running().turn.locked():
             try:
-                future = self.send_nowait(topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms)
-            except BufferFull as full:
-                await self._running().room(full.details["size"])
-            else:
-                return await future
+                return await self.send_nowait(
+                    topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms
+                )
+            except BufferFull:
+                pass
+        async with self._running().turn:
+            future = await self._when_there_is_room(
+                lambda: self.send_nowait(topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms)
+            )
+        return await future
 
     def send_nowait(
         self,
@@ -221,20 +227,15 @@ class Producer:
         if topic not in self._topics:
             await self._learn(topic)
         outcomes: list[RecordFuture | FerrylineError] = []
-        for record in records:
-            key, value = record if type(record) is tuple and len(record) == 2 else (None, record)
-            while True:
+        async with self._running().turn:
+            for record in records:
+                key, value = record if type(record) is tuple and len(record) == 2 else (None, record)
                 try:
-                    outcomes.append(self.send_nowait(topic, value, key, headers))
-                except BufferFull as full:
-                    try:
-                        await self._running().room(full.details["size"])
-                        continue
-                    except FerrylineError as error:
-                        outcomes.append(error)
+                    outcomes.append(
+                        await self._when_there_is_room(partial(self.send_nowait, topic, value, key, headers))
+                    )
                 except FerrylineError as error:
                     outcomes.append(error)
-                break
         self._running().close_open()
         results: list[RecordMetadata | FerrylineError] = []
         for outcome in outcomes:
@@ -265,6 +266,13 @@ class Producer:
         if self._batching is None:
             raise ClientClosed("the producer was not started: use `async with`, or await start()")
         return self._batching
+
+    async def _when_there_is_room(self, send: Callable[[], RecordFuture]) -> RecordFuture:
+        while True:
+            try:
+                return send()
+            except BufferFull as full:
+                await self._running().room(full.details["size"])
 
     async def _learn(self, topic: str) -> None:
         """Make sure that a topic is known. Raises UnknownTopic if nobody knows it."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-from ferryline_service.metrics import ServiceMetrics
-from ferryline_service.session import ServerSession, SessionEndpoint
 
 from ferryline.protocol.errors import ErrorInfo, FerrylineError, NotPrimary, StaleMember, UnknownTopic
 from ferryline.protocol.frames import Frame, Kind, decode_header
@@ -47,6 +45,8 @@ from ferryline.protocol.metadata import (
     TopicMeta,
 )
 from ferryline.protocol.records import check_crc, decode_batch, read_header, stamp
+from ferryline_service.metrics import ServiceMetrics
+from ferryline_service.session import ServerSession, SessionEndpoint
 
 Key = tuple[str, int]
 COORDINATOR = 0
@@ -269,6 +269,7 @@ class FakeCluster:
         self.beats: list[GroupHeartbeat] = []
         self._members: dict[str, dict[str, list[str]]] = {}
         self._assigned: dict[tuple[str, Key], tuple[str, int]] = {}
+        self._cache: tuple[Any, Any] = (None, None)
 
     async def __aenter__(self) -> FakeCluster:
         for node in [self.coordinator, *self.brokers.values()]:
@@ -405,6 +406,16 @@ class FakeCluster:
             number: [(r.key, r.value) for batch in self.logs[meta.id, number].batches for r in decode_batch(batch)]
             for number in range(meta.config.partitions)
         }
+
+    def records_at(self, name: str, where: Any) -> tuple[bytes | None, bytes | None]:
+        """Key and value of the record at a RecordMetadata."""
+        return self.records_cached(name)[where.partition][where.offset]
+
+    def records_cached(self, name: str) -> dict[int, list[tuple[bytes | None, bytes | None]]]:
+        ends = tuple(log.end for log in self.logs.values())
+        if self._cache[0] != ends:
+            self._cache = (ends, self.records(name))
+        return self._cache[1]
 
     # -- groups ------------------------------------------------------------------------------------
 

@@ -357,7 +357,7 @@ class ProducerCore:
             # The broker does not know what it had acknowledged before (unclean recovery, expiry): begin anew.
             partition.bumping = True
             self._hold_back(partition, error, now_ms, out)
-        elif batch.clean and not error.retriable and not error.refresh_metadata:
+        elif batch.clean and (partition.gone or not (error.retriable or error.refresh_metadata)):
             self._remove(partition, batch)
             out.append(FailBatch(event.key, batch.number, error))
         elif awaited:
