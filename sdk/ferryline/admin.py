@@ -108,7 +108,7 @@ class Admin:
         """
         check_name(name)
         try:
-            await self._change("POST", "/v1/topics", {"name": name, **settings}, timeout)
+            await self._change("POST", "/v1/topics", {"name": name, "config": settings}, timeout)
         except TopicExists:
             if not exist_ok:
                 raise
@@ -135,7 +135,7 @@ class Admin:
         if not settings:
             raise InvalidArgument("settings: at least one is needed", field="settings")
         check_name(name)
-        await self._change("PATCH", f"/v1/topics/{quote(name)}", settings, timeout)
+        await self._change("PATCH", f"/v1/topics/{quote(name)}", {"config": settings}, timeout)
         await self._visible(
             lambda: (
                 (meta := self._client.routing.topic(name)) is not None
@@ -191,7 +191,21 @@ class Admin:
 
     async def undrain_broker(self, broker: int, *, timeout: float | None = None) -> None:
         """Let a broker have partitions again."""
-        await self._change("DELETE", f"/v1/brokers/{int(broker)}/drain", None, timeout)
+        await self._change("POST", f"/v1/brokers/{int(broker)}/undrain", {}, timeout)
+
+    async def forget_broker(self, broker: int, *, timeout: float | None = None) -> None:
+        """Forget a broker that will not come back. Raises Conflict while it serves or has replicas."""
+        await self._change("DELETE", f"/v1/brokers/{int(broker)}", None, timeout)
+
+    async def recover_partition(
+        self, topic: str, partition: int, *, accept_data_loss: bool = False, timeout: float | None = None
+    ) -> None:
+        """Give a partition without candidate a primary again: the most complete of the replicas that report.
+
+        Without ``accept_data_loss`` every replica must report. Consumers past the new end get LogTruncated.
+        """
+        body = {"topic": check_name(topic), "partition": partition, "accept_data_loss": accept_data_loss}
+        await self._change("POST", "/v1/partitions/recover", body, timeout)
 
     async def cluster(self, *, timeout: float | None = None) -> ClusterInfo:
         """The cluster at a glance: brokers, topics, and what is not as it should be."""
