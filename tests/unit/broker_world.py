@@ -383,7 +383,8 @@ class RunningBroker:
         broker.node_driver.close()
         for session in list(broker.endpoint.sessions):
             session.abort("crash")
-        broker.address.listening.close()
+        for site in broker.runner.sites:
+            site._server.close()  # type: ignore[union-attr]
         await broker.link.close()
         await self._http.close()
         broker.store.close()

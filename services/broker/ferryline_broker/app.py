@@ -163,7 +163,7 @@ class Broker:
 
     async def serve(self, stop: asyncio.Event) -> int:
         """Serve until asked to stop, or until the disk fails. Returns the exit status."""
-        runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
+        self.runner = runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
         await runner.setup()
         site = web.SockSite(runner, self.address.listening, ssl_context=self.tls.server)
         await site.start()

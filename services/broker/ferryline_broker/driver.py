@@ -307,19 +307,24 @@ class PartitionDriver:
 
     def _end_pass(self) -> None:
         self._pass_due = False
-        if self._emitters:
-            emitters, self._emitters = self._emitters, {}
-            for emitter in emitters:
-                emitter.emit()
-        if self._answered:
-            answered, self._answered = self._answered, {}
-            for session in answered:
-                session.flush()
-        self.peers.emit()
-        self.link.emit()
         if self._dirty and not self._sync_due:
             self._sync_due = True
             self._loop.call_soon(self._sync)
+        emitters, self._emitters = self._emitters, {}
+        for emitter in emitters:
+            self._guarded(emitter.emit)
+        answered, self._answered = self._answered, {}
+        for session in answered:
+            self._guarded(session.flush)
+        self._guarded(self.peers.emit)
+        self._guarded(self.link.emit)
+
+    def _guarded(self, emit: Callable[[], None]) -> None:
+        """One peer's trouble must not keep the others waiting."""
+        try:
+            emit()
+        except Exception:
+            _log.exception("frames could not be sent")
 
     def _sync(self) -> None:
         """Group commit: one fdatasync per log, however many batches were appended since the last."""

@@ -35,7 +35,6 @@ from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
 
 
-
 def refusal_info(refuse: Refuse) -> ErrorInfo:
     """A core's refusal as it travels: behaviour comes from the error's class."""
     cls = BY_CODE.get(refuse.code, InternalError)

@@ -32,7 +32,7 @@ class AckBeforeReplicate(PartitionCore):
         if primary is None:
             return out
         flushed = self.replica.flushed
-        primary._committable = lambda log: flushed[log]  # type: ignore[method-assign]
+        primary.sync.committable = lambda log: flushed[log]  # type: ignore[method-assign]
         primary.advance(now_ms)
         more, self.replica.out = self.replica.out, []
         return out + more

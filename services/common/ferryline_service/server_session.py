@@ -159,6 +159,9 @@ class ServerSession:
         out = self._out
         if not out or self.closed or self._draining is not None:
             return
+        if self._transport.is_closing():  # the read loop will notice; a closed TLS transport cannot even be written to
+            self._out, self._out_bytes = [], 0
+            return
         self._out = []
         if self._out_bytes <= _JOIN_BYTES_MAX:
             self._transport.write(b"".join(out))
