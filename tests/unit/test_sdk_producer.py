@@ -14,8 +14,8 @@ import pydantic
 import pytest
 
 import ferryline as fl
-from ferryline.accumulator import RECORD_OVERHEAD
 from conftest import poll
+from ferryline.accumulator import RECORD_OVERHEAD
 from ferryline.message import Message
 from ferryline.protocol.errors import (
     BufferFull,
