@@ -100,10 +100,7 @@ class Driver:
         _log.warning("primaryship given up", reason=why)
         self._serving = False
         self._queue.clear()
-        error = CoordinatorUnavailable(f"the coordinator begins again: {why}")
-        replies, self._replies = self._replies, {}
-        for answer in replies.values():
-            answer(None, error.info())
+        self._answer_all(CoordinatorUnavailable(f"the coordinator begins again: {why}"))
         self._surroundings.term_ended()
         try:
             await self._store.resign()
@@ -118,7 +115,14 @@ class Driver:
         self._serving = False
         if not self.failed.done():
             self.failed.set_result(error)
+        self._queue.clear()
+        self._answer_all(CoordinatorUnavailable("the coordinator failed; another one will have to tell"))
         self._wake_settled()
+
+    def _answer_all(self, error: FerrylineError) -> None:
+        replies, self._replies = self._replies, {}
+        for answer in replies.values():
+            answer(None, error.info())
 
     async def close(self) -> None:
         """Commit what was decided, answer whoever waits, give up primaryship."""
