@@ -33,7 +33,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A compose project of its own: name, volumes, port and addresses collide with nobody's."""
     number = os.getpid() % 200
     volumes = Path(tempfile.mkdtemp(prefix="ferryline-compose-"))
-    monkeypatch.setenv("FERRYLINE_SUBNET", f"172.31.{number}.0/26")
+    monkeypatch.setenv("FERRYLINE_SUBNET", f"172.31.{number}.0/28")
     project = f"ferryline-smoke-{os.getpid()}"
     yield DockerCluster(project, volumes)
     # Whatever happened, no container, network or file stays.
