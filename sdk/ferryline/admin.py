@@ -290,7 +290,7 @@ class Admin:
         await self._client.start()
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(again),
-            wait=tenacity.wait_exponential_jitter(initial=0.05, max=1.0, jitter=0.05),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
             stop=tenacity.stop_before_delay(timeout),
             reraise=True,
         )

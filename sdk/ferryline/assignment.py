@@ -247,12 +247,17 @@ class Assignment:
             raise failed
 
     async def commit_processed(self, timeout: float) -> None:
-        """Commit what the application has come back from."""
+        """Commit what the application has come back from.
+
+        A position that comes from the start policy counts too, unless the policy is "start": else a group that begins at
+        the end would begin at a later end after a restart, and what came in between would be lost to it.
+        """
         await self.commit(
             {
                 partition: partition.processed
                 for partition in self._fetcher.partitions.values()
-                if not partition.policy and (partition.processed > partition.committed or partition.rewound)
+                if (not partition.policy or self._options.start != "start")
+                and (partition.processed > partition.committed or partition.rewound)
             },
             "",
             timeout,

@@ -154,9 +154,22 @@ class Partition:
             self.position = self.next_offset
             self.messages = []
             self.index = self.count = 0
+            self.skip_control()
         else:
             self.position = taken[-1].offset + 1
         return taken
+
+    def skip_control(self) -> None:
+        """Control records are nobody's data: step over them at once, so that position and lag tell the truth."""
+        if self.index < self.count:
+            return
+        while self.batches and self.batches[0][0].is_control:
+            header, _ = self.batches.popleft()
+            self.buffered -= header.size
+            finished = self.processed == self.position
+            self.position = self.next_offset = max(self.position, header.next_offset)
+            if finished:
+                self.processed = self.position
 
 
 class Fetcher:
@@ -337,20 +350,8 @@ class Fetcher:
             last = found[-1][1]
             partition.fetch_offset = max(partition.fetch_offset, last.next_offset)
             partition.fetch_epoch = last.epoch
-            self._skip_control(partition)
+            partition.skip_control()
         self.offer(partition)
-
-    def _skip_control(self, partition: Partition) -> None:
-        """Control records are nobody's data: step over them at once, so that position and lag tell the truth."""
-        if partition.index < partition.count:
-            return
-        while partition.batches and partition.batches[0][0].is_control:
-            header, _ = partition.batches.popleft()
-            partition.buffered -= header.size
-            idle = partition.processed == partition.position
-            partition.position = partition.next_offset = max(partition.position, header.next_offset)
-            if idle:
-                partition.processed = partition.position
 
     def _refused(self, partition: Partition, error: FerrylineError) -> None:
         if isinstance(error, OffsetOutOfRange) and partition.policy and "log_start" in error.details:

@@ -119,7 +119,8 @@ class Node:
             Kind.COMMITTED: self.committed,
             Kind.GROUP_HEARTBEAT: self.heartbeat,
         }
-        return handlers[frame.kind](session, frame)
+        result = handlers[frame.kind](session, frame)
+        return asyncio.ensure_future(result) if asyncio.iscoroutine(result) else None
 
     async def metadata(self, session: ServerSession, frame: Frame) -> None:
         request = decode_header(frame.header, MetadataRequest)

@@ -1,0 +1,611 @@
+"""Consumers on real sockets: order, positions, groups, and what happens when brokers and coordinators go away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+import ferryline as fl
+from conftest import poll
+from ferryline import heartbeats
+from ferryline.message import Message
+from ferryline.protocol.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    FerrylineError,
+    InvalidArgument,
+    InvalidName,
+    LogTruncated,
+    OffsetOutOfRange,
+    RequestTimedOut,
+    StaleMember,
+    UnknownPartition,
+    UnknownTopic,
+)
+from ferryline.protocol.records import encode_batch
+from unit.sdk_fake_cluster import FakeCluster, raise_code
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[FakeCluster]:
+    async with FakeCluster(2) as cluster:
+        cluster.create("orders", 4)
+        yield cluster
+
+
+@pytest.fixture
+async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
+    async with fl.connect(cluster.coordinator.url, timeout=3) as client:
+        yield client
+
+
+async def fill(client: fl.Client, count: int, *, topic: str = "orders", partition: int | None = None) -> None:
+    async with client.producer(linger=0, batch_bytes=2048) as producer:
+        for number in range(count):
+            key = None if partition is not None else f"k{number}"
+            producer.send_nowait(topic, b"%d" % number, key, partition=partition)
+        await producer.flush()
+
+
+async def read(consumer: fl.Consumer[Any], count: int, within_s: float = 5) -> list[Message[Any]]:
+    found: list[Message[Any]] = []
+    async with asyncio.timeout(within_s):
+        while len(found) < count:
+            found += await consumer.pull(max_records=count - len(found), max_wait=0.2)
+    return found
+
+
+# -- refused before anything is sent -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topics", "options", "error", "field"),
+    [
+        ([], {}, InvalidArgument, "topics"),
+        ("a b", {}, InvalidName, "topic"),
+        (["orders", ".."], {}, InvalidName, "topic"),
+        ("orders", {"group": "__g"}, InvalidName, "group"),
+        ("orders", {"group": ""}, InvalidName, "group"),
+        ("orders", {"start": "middle"}, InvalidArgument, "start"),
+        ("orders", {"start": -1}, InvalidArgument, "start"),
+        ("orders", {"start": True}, InvalidArgument, "start"),
+        (["a", "b"], {"partitions": [0]}, InvalidArgument, "partitions"),
+        ("orders", {"auto_commit_interval": 0}, InvalidArgument, "auto_commit_interval"),
+        ("orders", {"session_timeout": 0.5}, InvalidArgument, "session_timeout"),
+        ("orders", {"max_processing": 0}, InvalidArgument, "max_processing"),
+        ("orders", {"instance_id": "a/b"}, InvalidName, "instance_id"),
+        ("orders", {"partition_bytes": 1}, InvalidArgument, "partition_bytes"),
+        ("orders", {"partition_bytes": 2048, "buffer_bytes": 1024}, InvalidArgument, "buffer_bytes"),
+    ],
+    ids=str,
+)
+async def test_bad_options_are_refused_and_named(
+    client: fl.Client, topics: Any, options: dict[str, Any], error: type[FerrylineError], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        client.consumer(topics, **options)
+    assert caught.value.details["field"] == field
+
+
+async def test_what_does_not_exist_is_refused_at_the_start(client: fl.Client) -> None:
+    with pytest.raises(UnknownTopic):
+        await client.consumer("nowhere").start()
+    with pytest.raises(UnknownPartition, match=r"0\.\.3"):
+        await client.consumer("orders", partitions=[4]).start()
+
+
+async def test_bad_calls_are_refused_and_named(client: fl.Client) -> None:
+    consumer = client.consumer("orders", partitions=[0])
+    with pytest.raises(ClientClosed, match="not started"):
+        await consumer.pull()
+    async with consumer:
+        with pytest.raises(InvalidArgument, match="max_records"):
+            await consumer.pull(max_records=0)
+        with pytest.raises(InvalidArgument, match="not read here"):
+            consumer.position(("orders", 1))
+        with pytest.raises(UnknownPartition):
+            consumer.pause(("orders", 9))
+        with pytest.raises(UnknownTopic):
+            await consumer.seek(("nowhere", 0), 0)
+        with pytest.raises(InvalidArgument, match="where"):
+            await consumer.seek(("orders", 0), "middle")
+        with pytest.raises(InvalidArgument, match="group"):
+            await consumer.commit()
+        with pytest.raises(InvalidArgument, match="group"):
+            await consumer.committed(("orders", 0))
+    with pytest.raises(ClientClosed):
+        await consumer.pull()
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+async def test_every_record_is_read_once_and_in_order_of_its_partition(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 2_000)
+    async with client.consumer("orders") as consumer:
+        seen: dict[int, list[int]] = {}
+        async for message in consumer:
+            seen.setdefault(message.partition, []).append(message.offset)
+            if sum(map(len, seen.values())) == 2_000:
+                break
+        assert all(offsets == list(range(len(offsets))) for offsets in seen.values())
+        assert set((await consumer.lag()).values()) == {0}
+
+
+async def test_batches_are_full_or_what_came_in_time(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 250, partition=0)
+    async with client.consumer("orders") as consumer:
+        sizes = []
+        async for batch in consumer.batches(max_records=100, max_wait=0.1):
+            sizes.append(len(batch))
+            if sum(sizes) == 250:
+                break
+        assert sizes == [100, 100, 50]
+
+
+async def test_a_pull_returns_at_once_when_there_is_something_and_empty_at_its_deadline(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    async with client.consumer("orders") as consumer, client.producer(linger=0) as producer:
+        started = time.monotonic()
+        assert await consumer.pull(max_wait=0.2) == []
+        assert 0.15 < time.monotonic() - started < 0.6
+        pulling = asyncio.create_task(consumer.pull(max_wait=5))
+        await asyncio.sleep(0.05)
+        await producer.send("orders", b"now")
+        started = time.monotonic()
+        assert [message.value for message in await pulling] == [b"now"]
+        assert time.monotonic() - started < 0.3
+
+
+async def test_control_records_are_stepped_over_and_lag_tells_the_truth(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    for control in (True, False, True):
+        log.batches.append(bytes(encode_batch([(b"k", b"v", [])], base_offset=log.end, control=control)))
+        log.end += 1
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        assert [message.offset for message in await read(consumer, 1)] == [1]
+        await poll(lambda: consumer.position(("orders", 0)) == 3, within_s=2)
+        assert await consumer.lag() == {("orders", 0): 0}
+
+
+async def test_seek_goes_to_offsets_ends_and_moments(cluster: FakeCluster, client: fl.Client) -> None:
+    first = datetime(2024, 5, 1, tzinfo=UTC)
+    async with client.producer(linger=0) as producer:
+        for number in range(10):
+            moment = int((first + timedelta(hours=number)).timestamp() * 1000)
+            await producer.send("orders", b"%d" % number, partition=2, timestamp_ms=moment)
+    async with client.consumer("orders", partitions=[2]) as consumer:
+        here = ("orders", 2)
+        await read(consumer, 10)
+        for where, expected in [
+            (3, b"3"),
+            ("start", b"0"),
+            (fl.at(first + timedelta(hours=6, minutes=30)), b"7"),
+            (first + timedelta(hours=2), b"2"),
+        ]:
+            await consumer.seek(here, where)
+            assert (await read(consumer, 1))[0].value == expected
+        assert await consumer.seek(here, "end") == 10
+        assert await consumer.pull(max_wait=0.1) == []
+
+
+async def test_a_seek_in_the_middle_of_a_batch_drops_what_was_fetched(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 100, partition=0)
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        seen = []
+        async for message in consumer:
+            seen.append(message.offset)
+            if len(seen) == 3:
+                await consumer.seek(("orders", 0), 50)
+            if len(seen) == 5:
+                break
+        assert seen == [0, 1, 2, 50, 51]
+
+
+async def test_a_paused_partition_hands_nothing_out_until_it_is_resumed(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 10, partition=0)
+    await fill(client, 10, partition=1)
+    async with client.consumer("orders", partitions=[0, 1]) as consumer:
+        consumer.pause(("orders", 0))
+        assert {message.partition for message in await read(consumer, 10)} == {1}
+        assert await consumer.pull(max_wait=0.1) == []
+        consumer.resume(("orders", 0))
+        assert {message.partition for message in await read(consumer, 10)} == {0}
+
+
+async def test_a_start_may_be_an_end_or_a_moment(cluster: FakeCluster, client: fl.Client) -> None:
+    async with client.producer(linger=0) as producer:
+        for number in range(4):
+            await producer.send("orders", b"%d" % number, partition=0, timestamp_ms=1_000 * number)
+        async with client.consumer("orders", start="end", partitions=[0]) as consumer:
+            await producer.send("orders", b"new", partition=0)
+            assert (await read(consumer, 1))[0].value == b"new"
+        async with client.consumer("orders", start=fl.At(2_000), group="late") as consumer:
+            assert (await read(consumer, 1))[0].value == b"2"
+
+
+async def test_added_partitions_are_read_from_their_start(cluster: FakeCluster, client: fl.Client) -> None:
+    async with client.consumer("orders") as consumer, client.producer(linger=0) as producer:
+        cluster.grow("orders", 6)
+        await poll(lambda: len(consumer.assignment) == 6, within_s=3)
+        await producer.send("orders", b"there", partition=5)
+        assert [message.partition for message in await read(consumer, 1)] == [5]
+
+
+async def test_a_subscription_calls_its_handler_in_order_until_it_is_stopped(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 50, partition=0)
+    seen: list[int] = []
+
+    async def handle(message: Message[Any]) -> None:
+        await asyncio.sleep(0)
+        seen.append(message.offset)
+
+    async with client.consumer("orders", group="push") as consumer:
+        subscription = consumer.subscribe(handle)
+        await poll(lambda: len(seen) == 50, within_s=5)
+        await subscription.stop()
+        assert seen == list(range(50))
+
+
+async def test_what_a_handler_raises_ends_the_subscription_and_is_not_committed(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 5, partition=0)
+
+    def handle(message: Message[Any]) -> None:
+        if message.offset == 3:
+            raise ValueError("three")
+
+    async with client.consumer("orders", group="push") as consumer:
+        with pytest.raises(ValueError, match="three"):
+            await consumer.subscribe(handle)
+    async with client.consumer("orders", group="push") as consumer:
+        assert [message.offset for message in await read(consumer, 2)] == [3, 4]
+
+
+# -- errors of the log ---------------------------------------------------------------------------------
+
+
+async def test_a_truncated_log_is_told_and_seeking_goes_on(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    truncated = True
+
+    def on_fetch(key: Any, offset: int) -> None:
+        if truncated and offset == 10:
+            raise_code("LOG_TRUNCATED", safe_offset=4)
+
+    cluster.on_fetch = on_fetch
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        await read(consumer, 10)
+        with pytest.raises(LogTruncated) as caught:
+            await consumer.pull(max_wait=2)
+        assert caught.value.details["safe_offset"] == 4
+        assert (caught.value.details["topic"], caught.value.details["partition"]) == ("orders", 0)
+        truncated = False
+        await consumer.seek(("orders", 0), 4)
+        assert (await read(consumer, 1))[0].offset == 4
+
+
+async def test_an_existing_group_is_told_that_its_offset_is_gone_and_a_new_one_begins_at_the_start(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 100, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    log.committed["old"] = (3, "")
+    log.start = 50
+    async with client.consumer("orders", group="old") as consumer:
+        with pytest.raises(OffsetOutOfRange, match="orders/0 at offset 3"):
+            await read(consumer, 1)
+    async with client.consumer("orders", group="new") as consumer:
+        assert (await read(consumer, 1))[0].offset >= 50
+
+
+async def test_retention_that_overtakes_the_start_position_of_a_new_reader_is_no_error(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 100, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+
+    def on_fetch(key: Any, offset: int) -> None:
+        if offset == 0:
+            log.start = 60
+
+    cluster.on_fetch = on_fetch
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        assert (await read(consumer, 1))[0].offset >= 60
+
+
+async def test_a_deleted_topic_ends_in_an_error(cluster: FakeCluster, client: fl.Client) -> None:
+    async with client.consumer("orders") as consumer:
+        cluster.delete("orders")
+        with pytest.raises(UnknownTopic):
+            await consumer.pull(max_wait=5)
+
+
+async def test_a_damaged_batch_is_told_and_fetched_again(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    good = log.batches[0]
+    log.batches[0] = good[:-3] + b"!" + good[-2:]
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        with pytest.raises(fl.errors.CorruptBatch, match="orders/0"):
+            await read(consumer, 10)
+        log.batches[0] = good
+        assert len(await read(consumer, 10)) == 10
+
+
+# -- when brokers go away ------------------------------------------------------------------------------
+
+
+async def test_reading_goes_on_at_the_new_primary(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 20, partition=0)
+    key = (cluster.topics["orders"].id, 0)
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        await read(consumer, 20)
+        await cluster.brokers[1].stop()
+        cluster.move(key, 2)
+        await fill(client, 20, partition=0)
+        assert [message.offset for message in await read(consumer, 20, within_s=2)] == list(range(20, 40))
+
+
+async def test_a_silent_primary_does_not_hold_its_readers(cluster: FakeCluster, client: fl.Client) -> None:
+    key = (cluster.topics["orders"].id, 0)
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        assert await consumer.pull(max_wait=0.1) == []  # a fetch is parked there now
+        cluster.brokers[1].silent = True
+        cluster.move(key, 2)
+        await fill(client, 1, partition=0)
+        assert len(await read(consumer, 1, within_s=1)) == 1
+
+
+async def test_reading_goes_on_within_two_seconds_of_the_return_of_the_cluster(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 10, partition=0)
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        await read(consumer, 10)
+        for node in [cluster.coordinator, *cluster.brokers.values()]:
+            await node.stop()
+        assert await consumer.pull(max_wait=1.5) == []
+        for node in [cluster.coordinator, *cluster.brokers.values()]:
+            await node.start()
+        started = time.monotonic()
+        await fill(client, 1, partition=0)
+        assert len(await read(consumer, 1)) == 1
+        assert time.monotonic() - started < 2
+
+
+async def test_every_call_against_a_dead_cluster_ends_by_its_deadline(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
+        await read(consumer, 10)
+        for node in [cluster.coordinator, *cluster.brokers.values()]:
+            await node.stop()
+        here = ("orders", 0)
+        for call in (
+            lambda: consumer.commit(timeout=0.3),
+            lambda: consumer.committed(here, timeout=0.3),
+            lambda: consumer.lag(timeout=0.3),
+            lambda: consumer.seek(here, "end", timeout=0.3),
+            lambda: client.admin.create_topic("more", timeout=0.3),
+            lambda: client.admin.list_groups(timeout=0.3),
+        ):
+            started = time.monotonic()
+            with pytest.raises(FerrylineError):
+                await call()
+            assert time.monotonic() - started < 1
+        started = time.monotonic()
+    assert time.monotonic() - started < 5, "closing waits too long for a dead cluster"
+
+
+async def test_every_call_against_silent_brokers_ends_by_its_deadline(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
+        await read(consumer, 10)
+        for node in cluster.brokers.values():
+            node.silent = True
+        for call in (
+            lambda: consumer.commit(timeout=0.3),
+            lambda: consumer.committed(("orders", 0), timeout=0.3),
+            lambda: consumer.lag(timeout=0.3),
+        ):
+            started = time.monotonic()
+            with pytest.raises((RequestTimedOut, DeadlineExceeded)):
+                await call()
+            assert time.monotonic() - started < 1
+
+
+# -- groups ------------------------------------------------------------------------------------------
+
+
+async def test_members_share_the_partitions_and_each_record_goes_to_one(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 400)
+    async with (
+        client.consumer("orders", group="g") as one,
+        client.consumer("orders", group="g") as two,
+    ):
+        await poll(lambda: len(one.assignment) == len(two.assignment) == 2, within_s=5)
+        assert not set(one.assignment) & set(two.assignment)
+        seen: list[tuple[int, int]] = []
+        async with asyncio.timeout(5):
+            while len(set(seen)) < 400:
+                for consumer in (one, two):
+                    seen += [(m.partition, m.offset) for m in await consumer.pull(max_wait=0.05)]
+
+
+async def test_a_member_that_leaves_hands_over_what_it_committed(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 200)
+    seen: list[tuple[int, int]] = []
+    async with client.consumer("orders", group="g") as one:
+        while len(seen) < 100:
+            seen += [(m.partition, m.offset) for m in await one.pull(max_records=10)]
+        await one.commit()
+        two = client.consumer("orders", group="g")
+        await two.start()
+    async with two:
+        async with asyncio.timeout(5):
+            while len(seen) < 200:
+                seen += [(m.partition, m.offset) for m in await two.pull(max_wait=0.1)]
+    assert len(seen) == len(set(seen)) == 200
+
+
+async def test_auto_commit_never_commits_what_was_just_handed_out(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    async with client.consumer("orders", group="g", auto_commit_interval=0.02) as consumer:
+        taken = 0
+        async for _ in consumer:
+            taken += 1
+            if taken == 3:
+                await poll(lambda: log.committed.get("g") == (2, ""), within_s=2)
+                await asyncio.sleep(0.1)
+                assert log.committed["g"] == (2, ""), "the third record is still being processed"
+                break
+        batch = await consumer.pull(max_records=4)
+        assert [message.offset for message in batch] == [3, 4, 5, 6]
+        await poll(lambda: log.committed["g"] == (3, ""), within_s=2)
+        await consumer.pull(max_records=1)
+        await poll(lambda: log.committed["g"] == (7, ""), within_s=2)
+    assert log.committed["g"] == (7, "")
+
+
+async def test_a_revoked_partition_is_released_only_after_its_records_are_finished_and_committed(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 40)
+    revoked: list[fl.TopicPartition] = []
+    async with client.consumer("orders", group="g", on_revoke=revoked.extend) as one:
+        await poll(lambda: len(one.assignment) == 4, within_s=5)
+        batch = await read(one, 40)
+        ends = {p: 1 + max(m.offset for m in batch if m.partition == p) for p in range(4)}
+        async with client.consumer("orders", group="g") as two:
+            await asyncio.sleep(0.3)
+            assert two.assignment == [], "records of these partitions are still being processed"
+            assert revoked == []
+            pulling = asyncio.create_task(one.pull(max_wait=3))
+            await poll(lambda: len(two.assignment) == 2, within_s=5)
+            for _, partition in revoked:
+                log = cluster.logs[cluster.topics["orders"].id, partition]
+                assert log.committed["g"][0] == ends[partition]
+            assert await two.pull(max_wait=0.2) == []
+            pulling.cancel()
+
+
+async def test_a_fenced_member_is_told_when_it_commits_and_reads_no_further(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 10, partition=0)
+    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
+        await read(consumer, 10)
+        cluster.logs[cluster.topics["orders"].id, 0].generations["g"] = 99
+        with pytest.raises(StaleMember, match="orders/0"):
+            await consumer.commit()
+
+
+async def test_a_commit_may_go_back_only_after_a_seek(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
+        messages = await read(consumer, 10)
+        await consumer.commit()
+        assert log.committed["g"] == (10, "")
+        await consumer.commit(messages[4], metadata="note")
+        assert log.committed["g"] == (5, "note"), "an explicit offset is meant"
+        await consumer.seek(("orders", 0), 2)
+        await read(consumer, 1)
+        await consumer.commit()
+        assert log.committed["g"] == (3, "")
+        assert await consumer.committed(("orders", 0)) == 3
+        assert await consumer.committed(("orders", 1)) == 0, "nothing was read, and that is a position, too"
+    async with client.consumer("orders", group="other", partitions=[1]) as other:
+        assert await other.committed(("orders", 1)) is None
+
+
+async def test_members_keep_their_partitions_while_the_coordinator_is_away(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    async with client.consumer("orders", group="g") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await cluster.coordinator.stop()
+        await fill(client, 40)
+        assert len(await read(consumer, 40)) == 40
+        await consumer.commit()
+        await asyncio.sleep(0.3)
+        assert len(consumer.assignment) == 4
+        beats = len(cluster.beats)
+        await cluster.coordinator.start()
+        await poll(lambda: len(cluster.beats) > beats, within_s=3)
+        assert len(consumer.assignment) == 4
+
+
+async def test_heartbeats_go_on_while_the_application_blocks_the_loop_and_the_log_says_where(
+    cluster: FakeCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fake cluster shares the loop, so what is watched here are the attempts of the thread to reach it."""
+    monkeypatch.setattr(heartbeats, "STUCK_AFTER_S", 0.5)
+    caplog.set_level(logging.WARNING, logger="ferryline")
+    async with fl.connect(cluster.coordinator.url) as client, client.consumer("orders", group="g") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        assert client.heartbeats is not None
+        member = client.heartbeats._members[0]
+        before = member.sequence
+        time.sleep(2.5)  # noqa: ASYNC251  (that is the point)
+        assert member.sequence > before
+        await poll(lambda: [r for r in caplog.records if "has not come round" in r.message], within_s=2)
+        told = next(record.message for record in caplog.records if "has not come round" in record.message)
+        assert "test_sdk_consumer.py" in told
+
+
+async def test_heartbeats_end_when_one_record_is_processed_for_too_long(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 2, partition=0)
+    async with client.consumer("orders", group="g", max_processing=0.3) as consumer:
+        await read(consumer, 1)
+        assert client.heartbeats is not None
+        member = client.heartbeats._members[0]
+        await poll(member.overdue, within_s=3)
+        sent = member.sequence
+        await asyncio.sleep(0.2)
+        assert member.sequence <= sent + 1
+        await read(consumer, 1)
+        await poll(lambda: member.sequence > sent + 2, within_s=3)
+
+
+async def test_what_the_coordinator_refuses_for_good_reaches_the_application(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    cluster.on_heartbeat = lambda beat: InvalidArgument("session_ms: out of range", field="session_ms")
+    async with client.consumer("orders", group="g") as consumer:
+        with pytest.raises(InvalidArgument, match="session_ms"):
+            await consumer.pull(max_wait=3)
+
+
+async def test_a_group_without_membership_goes_on_where_it_stands(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, 10, partition=0)
+    for expected in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        async with client.consumer("orders", group="solo", partitions=[0]) as consumer:
+            assert [message.offset for message in await read(consumer, 4)] == expected
+            await consumer.commit()
+    assert not cluster.beats
+
+
+async def test_leaving_takes_a_partition_out_of_the_group_at_once(cluster: FakeCluster, client: fl.Client) -> None:
+    async with client.consumer("orders", group="g") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+    assert cluster.beats[-1].leave
