@@ -168,6 +168,18 @@ def test_a_broker_that_returns_in_time_gets_its_primaries_back_and_no_data_moves
     assert not bench.noted("move_started")
 
 
+def test_a_change_is_looked_at_soon_even_while_a_replacement_is_due_much_later() -> None:
+    bench = Bench(3, CoreConfig(preferred_ms=1_000), lively=True)
+    bench.create("t", partitions=6)
+    bench.kill(1)
+    bench.play(3_000)  # nothing to do now: the next look is for the replacement, in half a minute
+    bench.start(1)
+    bench.start(4)
+    bench.play(8_000)
+    assert settled(bench)
+    assert bench.spread()[0][4] == 3
+
+
 def test_a_move_whose_target_dies_goes_elsewhere_and_keeps_the_old_copy_meanwhile() -> None:
     bench = Bench(4, QUICK)  # nobody catches up: moves stay open
     bench.create("t", partitions=4, replication=2)

@@ -39,8 +39,9 @@ class Moves:
 
     def changed(self, now_ms: int) -> None:
         """Something changed that placement may depend on: look at it soon."""
-        if self._look_ms is None:
-            self._look_ms = now_ms + self._config.balance_ms
+        soon = now_ms + self._config.balance_ms
+        if self._look_ms is None or self._look_ms > soon:  # it may be armed for a broker that has long been away
+            self._look_ms = soon
 
     def next_deadline_ms(self) -> int | None:
         return self._look_ms
