@@ -27,9 +27,9 @@ def stop_position(segment: Segment, at: Walked, bytes_max: int, below: int) -> i
             stop = at.position
             break
         stop = entry.position if stop == at.position else min(stop, entry.position)
-    for header, _ in segment.walk(stop, segment.size):
-        end = stop + header.size
-        if header.next_offset > below or (end > limit and stop > at.position):
+    for _, following, size, _, _ in segment.skim(stop, segment.size):
+        end = stop + size
+        if following > below or (end > limit and stop > at.position):
             break
         stop = end
     return stop

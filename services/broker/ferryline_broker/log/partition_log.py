@@ -24,9 +24,10 @@ from ferryline_broker.log.interface import Bytes, LogDamaged, Storage
 from ferryline_broker.log.lookup import expired_segments, offset_for_time, stop_position
 from ferryline_broker.log.model import NO_CHECKPOINT, LogCheckpoint, LogConfig, LogHooks, SegmentInfo
 from ferryline_broker.log.recovery import EPOCH_ANY, LogStart, Recovered, Recovery, finish_reset
-from ferryline_broker.log.segment import CHAINED_BYTES, Segment
+from ferryline_broker.log.segment import Segment
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.tail import Tail
+from ferryline_broker.log.walk import CHAINED_BYTES
 
 CLOSED = "closed"
 _CHECKED_BYTES = 1024 * 1024  # read at once by a walk that checks what it passes
@@ -235,6 +236,7 @@ class PartitionLog:
         except FerrylineError as error:
             raise self._fail(error) from error
         self._epochs.cut(end, self._start.offset, self._start.epoch)
+        self._tail.cut(end if self._chain.active is segment else 0)
         self._ends_at(end)
         return end
 
@@ -251,6 +253,7 @@ class PartitionLog:
         self._start = out.start
         self._epochs = EpochStarts()
         self._epochs.begin_at(offset, epoch)
+        self._tail = Tail()
         self._ends_at(offset)
 
     def advance_start(self, offset: int) -> int:
@@ -387,7 +390,6 @@ class PartitionLog:
 
     def _ends_at(self, offset: int) -> None:
         self._log_end = self._flushed_end = offset
-        self._tail = Tail()
         self._flushed = self._present()
 
     def _present(self) -> LogCheckpoint:

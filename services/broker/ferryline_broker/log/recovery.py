@@ -37,7 +37,8 @@ from ferryline_broker.log.index import SparseIndex
 from ferryline_broker.log.interface import TEMP_SUFFIX, LogDamaged, Storage
 from ferryline_broker.log.model import Damage, LogCheckpoint, LogConfig, LogHooks
 from ferryline_broker.log.scan import ScanEnd, find_batch_after, scan_batches
-from ferryline_broker.log.segment import CHAINED_BYTES, INDEX, LOG, SEAL, Segment, read_seal
+from ferryline_broker.log.segment import INDEX, LOG, SEAL, Segment, read_seal
+from ferryline_broker.log.walk import CHAINED_BYTES
 
 START_MAGIC = b"FLST"
 EPOCH_ANY = 2**31 - 1

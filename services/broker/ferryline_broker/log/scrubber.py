@@ -14,7 +14,8 @@ from ferryline.protocol.errors import CorruptBatch, FerrylineError
 from ferryline.protocol.limits import BATCH_BYTES_MAX
 from ferryline.protocol.records import HEADER_BYTES, check_crc, read_header
 from ferryline_broker.log.partition_log import PartitionLog
-from ferryline_broker.log.segment import CHAINED_BYTES, Segment
+from ferryline_broker.log.segment import Segment
+from ferryline_broker.log.walk import CHAINED_BYTES
 
 BUDGET_BYTES = 4 * 1024 * 1024
 _WINDOW_BYTES = 1024 * 1024

@@ -12,19 +12,19 @@ goes batch by batch says *which* batch is bad.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import msgspec
 
 from ferryline.protocol.errors import CorruptBatch, FerrylineError, StorageFull
-from ferryline.protocol.limits import BATCH_BYTES_MAX
-from ferryline.protocol.records import HEADER_BYTES, BatchHeader, check_crc, read_header
+from ferryline.protocol.records import BatchHeader, check_crc, read_header
 from ferryline_broker.log.envelope import pack, unpack
 from ferryline_broker.log.index import INTERVAL_BYTES, NO_TIMESTAMP, SparseIndex
 from ferryline_broker.log.interface import Bytes, FileHandle, LogDamaged, Storage
+from ferryline_broker.log.walk import skim, walk
 
 LOG, INDEX, SEAL = ".log", ".index", ".seal"
 SEAL_MAGIC = b"FLSL"
-CHAINED_BYTES = 21  # of each batch: everything that its own CRC does not cover, and that CRC
 
 
 class Seal(msgspec.Struct, array_like=True, frozen=True):
@@ -220,9 +220,13 @@ class Segment:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def walk(self, position: int, end: int) -> _Walk:
-        """Headers of the batches in [position, end), each with its first CHAINED_BYTES. Bodies are skipped."""
-        return _Walk(self, position, end)
+    def walk(self, position: int, end: int) -> Iterator[tuple[BatchHeader, bytes]]:
+        """Headers of the batches in [position, end), each with its first CHAINED_BYTES."""
+        return walk(self.file, self.stem + LOG, position, end)
+
+    def skim(self, position: int, end: int) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """(base offset, next offset, size, largest timestamp, first CHAINED_BYTES) of each batch there."""
+        return skim(self.file, self.stem + LOG, position, end)
 
     def locate(self, offset: int) -> Walked:
         """The batch that holds ``offset`` (or the end, if ``offset`` is next_offset): state before it."""
@@ -230,15 +234,15 @@ class Segment:
         if entry is None:
             raise self.damaged(self.base, "the index does not begin with the segment")
         at = Walked(entry.position, self.base + entry.relative, entry.chain, entry.max_timestamp)
-        for header, front in self.walk(entry.position, self.size):
-            if header.base_offset != at.offset:
-                raise self.damaged(at.offset, f"batch at {at.position} begins at {header.base_offset}")
-            if header.next_offset > offset:
+        for base, following, size, max_timestamp, front in self.skim(entry.position, self.size):
+            if base != at.offset:
+                raise self.damaged(at.offset, f"batch at {at.position} begins at {base}")
+            if following > offset:
                 break
-            at.position += header.size
-            at.offset = header.next_offset
+            at.position += size
+            at.offset = following
             at.chain = zlib.crc32(front, at.chain)
-            at.max_timestamp = max(at.max_timestamp, header.max_timestamp)
+            at.max_timestamp = max(at.max_timestamp, max_timestamp)
         return at
 
     def check_slice(self, data: bytes | memoryview, offset: int) -> None:
@@ -271,40 +275,6 @@ class Segment:
 
     def damaged(self, offset: int, why: str) -> LogDamaged:
         return LogDamaged(f"{self.stem}{LOG}: damaged at offset {offset}: {why}", offset=offset)
-
-
-class _Walk:
-    """Iterator over (header, front). Reads small windows, and jumps over bodies that reach beyond one."""
-
-    __slots__ = ("_at", "_end", "_segment", "_start", "_window")
-
-    WINDOW_BYTES = 16 * 1024
-
-    def __init__(self, segment: Segment, position: int, end: int) -> None:
-        self._segment, self._end = segment, end
-        self._window = b""
-        self._start = position  # file position of the window
-        self._at = 0  # position of the next batch inside the window
-
-    def __iter__(self) -> _Walk:
-        return self
-
-    def __next__(self) -> tuple[BatchHeader, bytes]:
-        position = self._start + self._at
-        if position >= self._end:
-            raise StopIteration
-        if self._at + HEADER_BYTES > len(self._window):
-            self._window = self._segment.file.pread(min(self.WINDOW_BYTES, self._end - position), position)
-            self._start, self._at = position, 0
-        at = self._at
-        try:
-            header = read_header(self._window, at)
-        except CorruptBatch as error:
-            raise self._segment.damaged(-1, f"at position {position}: {error}") from error
-        if header.size > BATCH_BYTES_MAX or position + header.size > self._end:
-            raise self._segment.damaged(header.base_offset, f"batch of {header.size} bytes at position {position}")
-        self._at = at + header.size
-        return header, self._window[at : at + CHAINED_BYTES]
 
 
 def read_seal(storage: Storage, directory: str, base: int) -> Seal | None:

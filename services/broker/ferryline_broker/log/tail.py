@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 TAIL_BATCHES_MAX = 1024  # kept after a trim; twice as many before it
 
@@ -26,6 +26,12 @@ class Tail:
         if len(self.offsets) > 2 * TAIL_BATCHES_MAX:
             del self.offsets[:-TAIL_BATCHES_MAX]
             del self.positions[:-TAIL_BATCHES_MAX]
+
+    def cut(self, log_end: int) -> None:
+        """Forget batches at or above ``log_end``."""
+        keep = bisect_left(self.offsets, log_end)
+        del self.offsets[keep:]
+        del self.positions[keep:]
 
     def covers(self, offset: int) -> bool:
         return bool(self.offsets) and offset >= self.offsets[0]
