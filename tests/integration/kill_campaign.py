@@ -16,7 +16,7 @@ from pathlib import Path
 from ferryline.cli.drill import Account, Plan, run_drill
 from ferryline.cli.driver import ProcessCluster
 
-FAULTS = ("kill", "terminate", "kill-all")
+FAULTS = ("kill", "kill-ahead", "terminate", "kill-all")
 HEADINGS = (
     "seed",
     "sent",

@@ -30,6 +30,10 @@ class Sabotage(StrEnum):
     flush = "ack-before-flush"
 
 
+# What shows the damage: a secondary that is behind when the primary dies; memory that is gone on all brokers at once.
+FAULTS = {None: "kill", Sabotage.replicate: "kill-ahead", Sabotage.flush: "kill-all"}
+
+
 def app(
     ctx: typer.Context,
     records: Annotated[int, typer.Option(help="How many records to send.", min=1_000)] = 300_000,
@@ -67,7 +71,7 @@ def app(
             code="NOT_INSTALLED",
             remedy="Install: pip install 'ferryline[server]'",
         )
-    fault = "kill-all" if sabotage is Sabotage.flush else "kill"
+    fault = FAULTS[sabotage]
     chosen = random.randrange(2**32) if seed is None else seed
     plan = Plan(records=records, consumers=consumers, seed=chosen, rate=rate, fault=fault)
     form = of(ctx).flags.get("output") or "table"
@@ -110,9 +114,14 @@ def _run(plan: Plan, root: Path, brokers: int, env: dict[str, str], *, quiet: bo
     )
     with Progress(*columns, console=stderr(), disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("starting", total=plan.records, acked=0, received=0)
+        shown = ""
 
         def progress(phase: str, sent: int, acked: int, received: int) -> None:
+            nonlocal shown
             bar.update(task, description=phase, completed=sent, acked=acked, received=received)
+            if bar.disable and not quiet and phase != shown:
+                shown = phase
+                warn(f"{phase}: sent {sent:,}, acknowledged {acked:,}, received {received:,}")
 
         return asyncio.run(_drill(plan, root, brokers, env, progress))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ferryline.cli.checker import Verdict
 from ferryline.cli.traffic import Traffic, count, keys_by_victim
+from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.partitioner import partition_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 TOPIC, GROUP = "drill", "drill"
 YIELD_EVERY = 200  # records between two turns of the loop: acknowledgements and consumers go on meanwhile
-RECOVERY_S = 60.0
+RECOVERY_S = 30.0
+STALL_S = 0.5  # well below the 3 s after which a silent broker is fenced
+DELIVERY_S = 30.0  # a record that was not acknowledged by then has an unknown outcome, and the drill goes on
 
 
 class Patient(Protocol):
@@ -38,16 +41,25 @@ class Patient(Protocol):
     def urls(self) -> list[str]: ...
     @property
     def ca(self) -> Path: ...
+    @property
+    def brokers(self) -> list[str]: ...
     def name_of(self, broker_id: int) -> str: ...
     async def kill(self, name: str) -> None: ...
     async def kill_all(self) -> None: ...
+    async def pause(self, name: str) -> None: ...
+    async def resume(self, name: str) -> None: ...
     async def terminate(self, name: str, timeout_s: float = 15.0) -> int | None: ...
     async def start(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a drill does. ``fault``: kill, terminate, kill-all or none; the victim is primary of the most keys."""
+    """What a drill does. The victim of the fault is primary of the most keys.
+
+    ``fault``: kill; terminate; kill-all; none; or kill-ahead: the other brokers are stopped (SIGSTOP) for half a
+    second, then the victim is killed, then the others go on. A primary that acknowledges only what its secondaries have
+    acknowledges nothing in that time; one that does not wait for them is ahead of them when it dies.
+    """
 
     records: int = 300_000
     keys: int = 5_000
@@ -131,7 +143,7 @@ class Drill:
             ticker = asyncio.create_task(self._tick())
             try:
                 started = time.perf_counter()
-                async with client.producer(linger=0.005) as producer:
+                async with client.producer(linger=0.005, delivery_timeout=DELIVERY_S) as producer:
                     await self._send_all(client, producer)
                     await producer.flush()
                 seconds = time.perf_counter() - started
@@ -146,7 +158,10 @@ class Drill:
                 if isinstance(result, Exception):
                     count(traffic.read_errors, result)
             self._phase = "reading the log"
-            await traffic.read_log(client)
+            try:
+                await traffic.read_log(client)
+            except FerrylineError as error:  # what cannot be read counts as lost
+                count(traffic.read_errors, error)
         return Account(
             traffic.ledger.verdict(),
             traffic.stored.verdict(),
@@ -202,8 +217,21 @@ class Drill:
         self._mark(self._patient.name_of(victim))
         if self.plan.fault == "terminate":
             await self._patient.terminate(self._killed)
+        elif self.plan.fault == "kill-ahead":
+            await self._kill_ahead()
         else:
             await self._patient.kill(self._killed)
+
+    async def _kill_ahead(self) -> None:
+        others = [name for name in self._patient.brokers if name != self._killed]
+        try:
+            for name in others:
+                await self._patient.pause(name)
+            await asyncio.sleep(STALL_S)
+            await self._patient.kill(self._killed)
+        finally:
+            for name in others:
+                await self._patient.resume(name)
 
     def _mark(self, killed: str) -> None:
         self._killed = killed

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ferryline.message import Message
     from ferryline.producer import Producer
 
-DRAIN_S = 30.0  # how long readers may take for what is left once everything was sent
+DRAIN_S = 60.0  # how long readers may take for what is left once everything was sent
+STANDSTILL_S = 10.0  # nothing new for this long: nothing more will come
 RETRY_S = 0.2
 
 
@@ -109,12 +110,14 @@ class Traffic:
             self.uncommitted -= len(batch)
 
     async def drain(self, within_s: float = DRAIN_S) -> None:
-        """Wait until every acknowledged record was received, or the time is over."""
+        """Wait until every acknowledged record was received, nothing comes any more, or the time is over."""
         end = time.monotonic() + within_s
-        seen = -1
-        while time.monotonic() < end:
+        seen, moved = -1, time.monotonic()
+        while time.monotonic() < min(end, moved + STANDSTILL_S):
             # Looking for gaps costs time for every record: only when the count says that it may be over, or stands.
             moving, seen = self.ledger.deliveries != seen, self.ledger.deliveries
+            if moving:
+                moved = time.monotonic()
             if (not moving or seen >= self.ledger.acknowledged) and not self.ledger.missing():
                 return
             await asyncio.sleep(0.2)
@@ -122,11 +125,13 @@ class Traffic:
     async def read_log(self, client: Client) -> None:
         """Read everything that is stored, as one who was not there when it happened."""
         async with client.consumer(self.topic, start="start") as consumer:
-            end = time.monotonic() + DRAIN_S
-            while time.monotonic() < end:
+            moved = time.monotonic()
+            while time.monotonic() < moved + STANDSTILL_S:
                 batch = await consumer.pull(max_records=10_000, max_wait=0.5)
                 note(self.stored, batch)
-                if not batch and not any((await consumer.lag()).values()):
+                if batch:
+                    moved = time.monotonic()
+                elif not any((await consumer.lag()).values()):
                     return
 
 
