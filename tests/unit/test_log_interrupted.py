@@ -22,6 +22,7 @@ from unit.log_builders import TOPIC, ManualClock, append, contents
 
 CONFIG = LogConfig(segment_bytes=600, segment_ms=-1, retention_ms=-1)
 STOPS = ["crash", "lost", "torn-1", "torn-2", "torn-3", "torn-4"]
+HOLES = [f"holes-{number}" for number in range(8)]  # pages arrive in any order
 
 
 @dataclass
@@ -150,7 +151,7 @@ def stop(disk: MemoryStorage, how: str) -> None:
     elif how == "lost":
         disk.lose_unsynced()
     else:
-        disk.power_cut(random.Random(how))
+        disk.power_cut(random.Random(how), holes=how in HOLES)
 
 
 def operations(run: Callable[[MemoryStorage], None], disk: MemoryStorage) -> int:
@@ -221,10 +222,18 @@ def test_a_power_cut_with_holes_is_told_or_harmless_at_every_operation() -> None
     assert damaged < count, "small appends lie within a page, so holes are rare"
 
 
-def test_quarantine_stopped_at_any_operation_never_leaves_an_emptied_replica_that_calls_itself_good() -> None:
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_quarantine_stopped_anywhere_never_leaves_a_half_emptied_replica_that_calls_itself_good(
+    checkpointed: bool,
+) -> None:
     base, story = MemoryStorage(), Story()
-    life(story, base)
-    base.flip(f"partitions/{TOPIC}-0/records/{story.log.segments[0].base:020d}.log", 50)
+    if checkpointed:
+        life(story, base)
+    else:
+        story.open(base)
+        story.raise_epoch(3)
+        story.append(2)
+        story.flush()
     base.crash()
     records = f"partitions/{TOPIC}-0/records/{story.log.segments[0].base:020d}.log"
     count = operations(lambda disk: quarantine(disk, "", TOPIC, 0, "bit rot"), base.copy())
@@ -241,7 +250,7 @@ def test_quarantine_stopped_at_any_operation_never_leaves_an_emptied_replica_tha
             assert store.seen_epoch == 3
 
 
-@pytest.mark.parametrize("how", STOPS)
+@pytest.mark.parametrize("how", STOPS + HOLES)
 def test_a_slot_file_stopped_at_any_operation_holds_the_old_or_the_new_value(how: str) -> None:
     def write(disk: MemoryStorage, done: list[int]) -> None:
         file = SlotFile(disk, "slots", b"TEST")
