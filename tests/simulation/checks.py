@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.messages import (
+    LOG_OK,
     RECORDS,
     RESTART_FOREIGN,
     RESTART_OS_CRASH,
@@ -20,7 +21,7 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_coordinator.core.events import Decision
 from ferryline_coordinator.core.records import BrokerRecord, PartRecord
-from tests.simulation.disks import FastReplica
+from tests.simulation.disks import ReplicaFiles
 from tests.simulation.ghost import Violation
 from tests.simulation.serving import Waiter
 
@@ -52,7 +53,8 @@ class Checks:
         self.parts: dict[Key, PartRecord] = {}
         self.brokers: dict[int, BrokerRecord] = {}
         self.primaries: dict[tuple[Key, int], tuple[int, int]] = {}  # epoch -> (broker number, life)
-        self.lossy: dict[tuple[int, Key], int] = {}  # (broker number, key) -> incarnation that must not be a candidate
+        # (broker number, key) -> storage, and its incarnation from which on this replica must not be a candidate
+        self.lossy: dict[tuple[int, Key], tuple[str, int]] = {}
         self.unclean: dict[int, int] = {}  # broker number -> incarnation that began with a loss, or what counts as one
         self.damaged: set[tuple[int, Key]] = set()  # replicas whose storage failed and that said so
         self.coord_epoch = 0
@@ -126,12 +128,17 @@ class Checks:
             self._check_somebody_left(old, part)
             if part.primary == old.primary and part.epoch == old.epoch:
                 for broker_id in set(part.isr) - set(old.isr):  # its primary saw it complete: D1.1 checks that it is
-                    broker, life = self.world.broker_by_id(broker_id), self.brokers[broker_id].meta.incarnation
-                    if broker is not None and self.lossy.get((broker.number, part.key), life) <= life:
-                        self.lossy.pop((broker.number, part.key), None)  # else it lost more after that life
+                    self._taken_in(part.key, broker_id)
         self.parts[part.key] = record
         if part.recovery_epoch and part.recovery_epoch != self.declared.get(part.key, 0):
             self._recovered(part)
+
+    def _taken_in(self, key: Key, broker_id: int) -> None:
+        """A primary vouches for a replica, as it was in its registered life. What it lost later counts on."""
+        broker, record = self.world.broker_by_id(broker_id), self.brokers[broker_id].meta
+        since = self.lossy.get((broker.number, key)) if broker is not None else None
+        if broker is not None and since is not None and since[0] == record.storage_id and since[1] <= record.incarnation:
+            del self.lossy[broker.number, key]
 
     def _check_somebody_left(self, old: PartitionMeta, part: PartitionMeta) -> None:
         """C3, C8: the last replica that is still whole never stops being a candidate."""
@@ -195,7 +202,7 @@ class Checks:
             since = self.lossy.get((broker.number, part.key))
             if since is not None:
                 record = self.brokers[broker_id].meta
-                if record.storage_id == broker.disk.files.storage_id and record.incarnation >= since:
+                if record.storage_id == since[0] and record.incarnation >= since[1]:
                     self.fail("D1.8 unclean replicas are excluded", f"{broker} of {part} lost data")
                 continue  # the coordinator has not heard yet
             for copy in world.copies(broker, part.key):
@@ -224,9 +231,9 @@ class Checks:
     def broker_started(self, broker: Broker, restart: str) -> None:
         self.world.count(f"start {restart}")
         if restart == RESTART_FOREIGN or (restart == RESTART_OS_CRASH and self.world.config.flush != "fsync"):
-            self.unclean[broker.number] = broker.disk.files.incarnation
+            self.unclean[broker.number] = broker.disk.incarnation
 
-    def disk_changed(self, broker: Broker, *, lossy: bool) -> None:
+    def disk_changed(self, broker: Broker, *, lossy: bool, empty: bool = False) -> None:
         """A power cut, or another disk: the copies are what the disk holds now.
 
         ``lossy``: from its next start on, no replica on it may be a candidate before it has been refetched.
@@ -235,11 +242,13 @@ class Checks:
             if number != broker.number:
                 continue
             if lossy:
-                self.lossy[number, key] = broker.disk.files.incarnation + 1
-            files = broker.disk.replicas.get(key)
+                self.lossy[number, key] = (broker.disk.storage_id, broker.disk.incarnation + 1)
+            files = broker.disk.survivors(key)
             for log in BOTH:
-                if files is None:
+                if empty:
                     copies[log].reset(0)
+                elif files is None:
+                    copies[log].cut_to_synced()
                 else:
                     copies[log].load(files.start(log), files.stored(log), synced=False)
                 copies[log].watermark = copies[log].start
@@ -248,11 +257,15 @@ class Checks:
     def broker_registered(self, broker: Broker) -> None:
         self.world.count("registrations")
 
-    def replica_opened(self, broker: Broker, key: Key, files: FastReplica, core: PartitionCore) -> None:
+    def replica_opened(self, broker: Broker, key: Key, files: ReplicaFiles, core: PartitionCore) -> None:
         """Recovery is over: everything found is synced, and the high watermark is the one that was checkpointed."""
-        copies = self.world.copies(broker, key)
+        copies, state = self.world.copies(broker, key), core.report().log_state
+        if state != LOG_OK:
+            self.world.count(f"opened {state}")
+            self.damaged.add((broker.number, key))
+            self.lossy[broker.number, key] = (broker.disk.storage_id, broker.disk.incarnation)
         for log in BOTH:
-            before = copies[log].synced
+            before = copies[log].synced if state == LOG_OK else 0
             copies[log].load(files.start(log), files.stored(log), synced=True)
             if copies[log].end < before:
                 self.fail("recovery finds what was synced", f"{copies[log]}, synced up to {before}")

@@ -421,6 +421,7 @@ class Member(Client):
     def _refused(self, kind: str, key: Key, held: Held, error: ErrorInfo) -> None:
         if error.code in ("STALE_MEMBER", "UNKNOWN_TOPIC"):
             if kind == "commit" and self.zombie_commits and self.engine.chance(0.7):
+                held.busy = False
                 self.host.deliver_after(300 * MS, self._commit, key, held)
                 return
             del self.held[key]

@@ -12,9 +12,8 @@ from __future__ import annotations
 import random
 from typing import Protocol
 
-from ferryline.protocol.errors import FerrylineError, StorageFailed
+from ferryline.protocol.errors import StorageFailed
 from ferryline.protocol.messages import (
-    LOG_DAMAGED,
     LOG_OK,
     RESTART_CLEAN,
     RESTART_FOREIGN,
@@ -48,12 +47,16 @@ class Stored:
 
 
 class ReplicaFiles(Protocol):
-    """One replica on a disk."""
+    """One replica on a disk. Any method may raise StorageFailed."""
 
-    def opened(self, fsync: bool) -> OpenedReplica: ...
+    def opened(self) -> OpenedReplica: ...
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None: ...
-    def sync(self, log: int, end: int) -> None: ...
-    def truncate(self, log: int, offset: int) -> None: ...
+    def sync(self, log: int, end: int) -> int:
+        """Make everything below ``end`` durable (more is allowed); returns how far it is now."""
+
+    def truncate(self, log: int, offset: int) -> int:
+        """Returns the new end of the log."""
+
     def reset(self, log: int, offset: int) -> None: ...
     def advance_start(self, log: int, offset: int) -> int: ...
     def persist_epoch(self, epoch: int) -> None: ...
@@ -65,6 +68,39 @@ class ReplicaFiles(Protocol):
         """(base, next, epoch, crc) of every batch, for the checks."""
 
     def start(self, log: int) -> int: ...
+
+
+class Disk(Protocol):
+    """The disk of one broker; outlives its processes."""
+
+    storage_id: str
+    broker_id: int
+    cluster_id: str
+    incarnation: int
+    seen_coord_epoch: int
+    stopped_clean: bool  # the last process ended cleanly, and nothing has started since
+    write_error: bool
+    sync_error: bool
+
+    def start(self) -> str:
+        """A process starts: returns its restart class. The incarnation is raised, durably."""
+
+    def keys(self) -> list[Key]: ...
+    def open(self, key: Key, *, quarantine: bool) -> ReplicaFiles: ...
+    def delete(self, key: Key) -> None: ...
+    def join(self, broker_id: int, cluster_id: str) -> None: ...
+    def confirmed(self) -> None: ...
+    def persist_coord_epoch(self, coord_epoch: int) -> None: ...
+    def stop_cleanly(self, marks: dict[Key, list[int]]) -> None: ...
+    def process_died(self) -> None: ...
+    def power_cut(self, rng: random.Random) -> bool:
+        """What was not synced may be gone. Returns whether anything surely is."""
+
+    def survivors(self, key: Key) -> ReplicaFiles | None:
+        """What a power cut has left, if this disk can tell before the next recovery."""
+
+    def exchanged(self, *, same_id: bool) -> Disk:
+        """Another, empty disk in its place; with ``same_id`` it is taken for the same broker."""
 
 
 class FastLog:
@@ -103,14 +139,15 @@ class FastLog:
 class FastReplica:
     """A replica in memory. Its methods raise what the real one would."""
 
-    def __init__(self) -> None:
+    def __init__(self, disk: FastDisk) -> None:
+        self.disk = disk
         self.seen_epoch = 0
         self.logs = (FastLog(), FastLog())
         self.marked = [0, 0]  # high watermarks as last checkpointed
         self.log_state = LOG_OK
         self.repairing = False
 
-    def opened(self, fsync: bool) -> OpenedReplica:
+    def opened(self) -> OpenedReplica:
         """Recovery: what is found is synced before anybody builds on it."""
         for log in self.logs:
             log.synced = len(log.batches)
@@ -123,22 +160,27 @@ class FastReplica:
         )
 
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
+        if self.disk.write_error:
+            raise StorageFailed("write: Input/output error")
         target = self.logs[log]
         for at, header in headers:
             assert header.base_offset == target.end, (log, header, target.end)
             target.batches.append(Stored(header, bytes(data[at : at + header.size])))
 
-    def sync(self, log: int, end: int) -> None:
+    def sync(self, log: int, end: int) -> int:
+        if self.disk.sync_error:
+            raise StorageFailed("fdatasync: Input/output error")
         target = self.logs[log]
         target.synced = max(target.synced, min(target.find(end), len(target.batches)))
+        return end
 
-    def truncate(self, log: int, offset: int) -> None:
+    def truncate(self, log: int, offset: int) -> int:
+        """To the last batch boundary at or below ``offset``, as the real one does."""
         target = self.logs[log]
         at = target.find(offset)
-        if at < len(target.batches) and target.batches[at].header.base_offset < offset:
-            raise AssertionError(f"truncation at {offset} cuts the batch at {target.batches[at].header.base_offset}")
         del target.batches[at:]
         target.synced = min(target.synced, len(target.batches))  # the cut is durable; what stands below may not be
+        return target.end
 
     def reset(self, log: int, offset: int) -> None:
         target = self.logs[log]
@@ -209,11 +251,9 @@ class FastReplica:
         return lost
 
 
-class BrokerFiles:
-    """Everything of one broker that is not a log. All of it durable at once.
-
-    Invariants: incarnation rises with every start; lossy_pending is set by a lossy start and cleared only when a
-    registration is confirmed.
+class FastDisk:
+    """Invariants: incarnation rises with every start; ``lossy_pending`` is set by a lossy start and cleared only when a
+    registration is confirmed. Everything but the logs is durable at once.
     """
 
     def __init__(self, storage_id: str) -> None:
@@ -222,52 +262,36 @@ class BrokerFiles:
         self.cluster_id = ""
         self.incarnation = 0
         self.seen_coord_epoch = 0
-        self.lossy_pending = ""  # restart class that is still to be told
-        self.clean_incarnation = -1  # of the clean-stop marker
-        self.boot = 0  # boot id of the kernel that ran last time
-        self.confirmed_storage = storage_id
-
-
-class FastDisk:
-    """The disk of one broker. ``boot`` counts kernels: a power cut begins another."""
-
-    def __init__(self, storage_id: str) -> None:
-        self.files = BrokerFiles(storage_id)
-        self.boot = 1
+        self.stopped_clean = False
+        self.write_error = False
+        self.sync_error = False
         self.replicas: dict[Key, FastReplica] = {}
-        self.failed = ""  # set by an error of the medium: every further use of this process fails
+        self._foreign = False
+        self._lossy_pending = ""  # restart class that is still to be told
+        self._boot = self._boot_then = 1  # of the kernel now, and at the last start
 
     def start(self) -> str:
-        """A process starts: returns its restart class. The incarnation is raised, durably."""
-        files = self.files
-        self.failed = ""
-        if files.storage_id != files.confirmed_storage:
+        if self._foreign:
             found = RESTART_FOREIGN
-        elif files.clean_incarnation == files.incarnation and files.incarnation > 0:
+        elif self.stopped_clean:
             found = RESTART_CLEAN
-        elif files.boot in (0, self.boot):
-            found = RESTART_PROCESS_CRASH
         else:
-            found = RESTART_OS_CRASH
-        files.clean_incarnation = -1
+            found = RESTART_PROCESS_CRASH if self._boot == self._boot_then else RESTART_OS_CRASH
+        self.stopped_clean = False
         if found in (RESTART_OS_CRASH, RESTART_FOREIGN):
-            files.lossy_pending = found
-        files.boot = self.boot
-        files.incarnation += 1
-        return files.lossy_pending or found
+            self._lossy_pending = found
+        self._boot_then = self._boot
+        self.incarnation += 1
+        return self._lossy_pending or found
 
-    def confirmed(self, broker_id: int, cluster_id: str, coord_epoch: int) -> None:
-        files = self.files
-        files.broker_id, files.cluster_id = broker_id, cluster_id
-        files.seen_coord_epoch = max(files.seen_coord_epoch, coord_epoch)
-        files.lossy_pending = ""
-        files.confirmed_storage = files.storage_id
+    def keys(self) -> list[Key]:
+        return sorted(self.replicas)
 
     def open(self, key: Key, *, quarantine: bool) -> FastReplica:
         replica = self.replicas.get(key)
         if replica is None or quarantine:
             seen = replica.seen_epoch if replica is not None else 0
-            replica = self.replicas[key] = FastReplica()
+            replica = self.replicas[key] = FastReplica(self)
             replica.seen_epoch = seen
             replica.repairing = quarantine
         return replica
@@ -275,18 +299,38 @@ class FastDisk:
     def delete(self, key: Key) -> None:
         self.replicas.pop(key, None)
 
+    def join(self, broker_id: int, cluster_id: str) -> None:
+        self.broker_id, self.cluster_id = broker_id, cluster_id
+
+    def confirmed(self) -> None:
+        self._lossy_pending = ""
+        self._foreign = False
+
+    def persist_coord_epoch(self, coord_epoch: int) -> None:
+        self.seen_coord_epoch = coord_epoch
+
+    def stop_cleanly(self, marks: dict[Key, list[int]]) -> None:
+        for key, high_watermark in marks.items():
+            replica = self.replicas[key]
+            replica.checkpoint(high_watermark)
+            for log in replica.logs:
+                log.synced = len(log.batches)
+        self.stopped_clean = True
+
     def process_died(self) -> None:
-        """kill -9: the page cache stays. After an error of the medium it is not what the platters hold."""
+        """kill -9: the page cache stays."""
 
-    def power_cut(self, rng: random.Random) -> list[Key]:
-        """Returns the replicas that lost something."""
-        self.boot += 1
-        return [key for key, replica in sorted(self.replicas.items()) if replica.lose_unsynced(rng)]
+    def power_cut(self, rng: random.Random) -> bool:
+        self._boot += 1
+        return any([replica.lose_unsynced(rng) for _, replica in sorted(self.replicas.items())])
 
-    def rot(self, key: Key) -> None:
-        """Recovery will find this replica damaged."""
-        self.replicas[key].log_state = LOG_DAMAGED
+    def survivors(self, key: Key) -> FastReplica | None:
+        return self.replicas.get(key)
 
-
-def medium_error(what: str) -> FerrylineError:
-    return StorageFailed(f"{what}: Input/output error")
+    def exchanged(self, *, same_id: bool) -> FastDisk:
+        fresh = FastDisk(f"{self.storage_id}x")
+        if same_id:
+            fresh.join(self.broker_id, self.cluster_id)
+            fresh.seen_coord_epoch = self.seen_coord_epoch
+            fresh._foreign = True
+        return fresh

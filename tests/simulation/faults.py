@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tests.simulation.broker import Broker
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.engine import MS
+from tests.simulation.real_disk import RealDisk
 from ferryline_broker.core import events as ev
 from ferryline_coordinator.core import events as ce
 
@@ -64,7 +65,7 @@ class Faults:
         world.calm = True
         for broker in world.brokers:
             broker.steps_to_death = -1
-            broker.slow_disk = broker.write_error = broker.sync_error = False
+            broker.slow_disk = broker.disk.write_error = broker.disk.sync_error = False
             broker.host.resume()
         world.coordinator.steps_to_death = -1
         world.coordinator.probes_lie_until_us = 0
@@ -95,6 +96,14 @@ class Faults:
         broker.die("kill -9")
         self._restart_later(broker)
 
+    def died_starting(self, broker: Broker, why: str) -> None:
+        broker.die(f"while starting: {why}")
+        self._restart_later(broker)
+
+    def died_of_disk(self, broker: Broker, why: str = "its disk failed") -> None:
+        broker.die(why)
+        self._restart_later(broker)
+
     def _kill(self) -> None:
         broker = self._broker()
         if broker is not None:
@@ -102,7 +111,11 @@ class Faults:
 
     def _kill_mid_step(self) -> None:
         broker = self._broker()
-        if broker is not None:
+        if broker is None:
+            return
+        if isinstance(broker.disk, RealDisk) and self.engine.chance(0.6):
+            broker.disk.stop_after(self.engine.between(0, 30))
+        else:
             broker.steps_to_death = self.engine.between(0, 40)
 
     def _cut_power(self, broker: Broker) -> None:
@@ -110,9 +123,8 @@ class Faults:
         broker.die("power cut", power=True)
         if broker.disk.power_cut(self.engine.rng):
             self.world.count("power cuts that lost something")
-        files = broker.disk.files
-        stopped_clean = files.clean_incarnation == files.incarnation
-        self.world.checks.disk_changed(broker, lossy=self.world.config.flush != "fsync" and not stopped_clean)
+        lossy = self.world.config.flush != "fsync" and not broker.disk.stopped_clean
+        self.world.checks.disk_changed(broker, lossy=lossy)
         self._restart_later(broker)
 
     def _power_cut(self) -> None:
@@ -267,11 +279,12 @@ class Faults:
         broker = self._broker()
         if broker is None:
             return
-        setattr(broker, kind, True)
+        disk = broker.disk
+        setattr(disk, kind, True)
 
         def mend() -> None:
-            if getattr(broker, kind):
-                setattr(broker, kind, False)
+            if getattr(disk, kind):
+                setattr(disk, kind, False)
                 if broker.host.alive:  # somebody looks at the broker that stopped serving
                     broker.die("restarted after disk errors")
             self._restart(broker)

@@ -98,6 +98,11 @@ class Copy:
         self.agreed = min(self.agreed, offset)
         self.watermark = min(self.watermark, offset)
 
+    def cut_to_synced(self) -> None:
+        """A power cut: only what was synced is sure to be found again."""
+        self.watermark = 0
+        self.truncate(max(self.synced, self.start), recovered=True)
+
     def reset(self, offset: int) -> None:
         self.batches.clear()
         self.start = self.end = self.synced = self.agreed = self.watermark = offset

@@ -118,9 +118,10 @@ class Serving:
         waiter = Waiter(session, correlation, key, event, self.world.engine.now_us)
         self.waiters[event.token] = waiter
         waiter.state_end = self.broker.parts[key].core.log_end[STATE]
-        self.broker.asking = waiter
-        self.broker.part_event(key, event)
-        self.broker.asking = None
+        replicas = self.broker.replicas
+        replicas.asking = waiter
+        replicas.feed(key, event)
+        replicas.asking = None
 
     # -- produce -----------------------------------------------------------------------------------
 

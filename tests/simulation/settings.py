@@ -101,6 +101,7 @@ class Weather(msgspec.Struct):
     slow_flush: float
     slow_flush_us: int
     real_log: bool
+    holes: bool  # a power cut may keep later pages and lose earlier ones
     # times of the product
     lag_max_ms: int
     fence_ms: int
@@ -150,6 +151,7 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         slow_flush=maybe(0.6, 0.2 * rng.random()),
         slow_flush_us=some(20_000, 200_000, 3_000_000),
         real_log=real_log,
+        holes=rng.random() < 0.3,
         lag_max_ms=some(1_500, 4_000, 10_000),
         fence_ms=some(1_500, 3_000, 3_000),
         handover_ms=some(100, 300, 1_000),

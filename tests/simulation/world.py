@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from msgspec.structs import replace
-
 from ferryline.protocol.errors import ErrorInfo
-from ferryline.protocol.messages import RECORDS, STATE, Register, ReplicaReport
+from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.metadata import NO_BROKER
 from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
@@ -19,12 +17,13 @@ from tests.simulation.broker import Broker
 from tests.simulation.checks import Checks
 from tests.simulation.clients import Member, Producer, Reader
 from tests.simulation.coordinator import Coordinator, Store, config_of
-from tests.simulation.disks import FastDisk
+from tests.simulation.disks import Disk, FastDisk
 from tests.simulation.engine import MS, Engine
 from tests.simulation.faults import Faults
 from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import OPEN, History, Poll
 from tests.simulation.network import Network
+from tests.simulation.real_disk import RealDisk
 from tests.simulation.settings import Config, Weather, draw
 
 TOPIC = "orders"
@@ -117,9 +116,6 @@ class World:
         nodes: list[Any] = [broker for broker in self.brokers if broker.at_work]
         return self.engine.pick([*nodes, self.coordinator])
 
-    def with_reports(self, register: Register, reports: list[ReplicaReport]) -> Register:
-        return replace(register, replicas=reports)
-
     def stopped(self, broker: Broker, key: Key, reason: str) -> None:
         """A replica stopped itself. Failed storage may do that; contradicting logs never without a declared loss."""
         if not reason.startswith(("storage", "damaged")):
@@ -168,23 +164,22 @@ class World:
         if len(self.members) > 1:
             self.members.pop(self.engine.between(0, len(self.members) - 1)).stop()
 
+    def make_disk(self, number: int) -> Disk:
+        name = f"storage-{number}-0"
+        return RealDisk(name, self.weather) if self.weather.real_log else FastDisk(name)
+
     def add_broker(self) -> Broker:
         broker = Broker(self, len(self.brokers))
         self.brokers.append(broker)
         return broker
 
     def replace_disk(self, broker: Broker, *, same_id: bool) -> None:
-        old = broker.disk.files
-        fresh = FastDisk(f"{old.storage_id}x")
-        if same_id:
-            fresh.files.broker_id, fresh.files.cluster_id = old.broker_id, old.cluster_id
-            fresh.files.seen_coord_epoch = old.seen_coord_epoch
-            fresh.files.confirmed_storage = old.storage_id
-        elif old.broker_id:
+        old = broker.disk
+        if not same_id and old.broker_id:
             self.destroyed.add(old.broker_id)
             del self._ids[old.broker_id]
-        broker.disk = fresh
-        self.checks.disk_changed(broker, lossy=same_id)
+        broker.disk = old.exchanged(same_id=same_id)
+        self.checks.disk_changed(broker, lossy=same_id, empty=True)
 
     def replace_coordinator(self) -> None:
         self.coordinator = Coordinator(self, f"c{len(self.coordinators)}")

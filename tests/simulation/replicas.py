@@ -1,0 +1,269 @@
+"""The replicas of one simulated broker: its `PartitionCore`s, and the driver that carries out their effects.
+
+Effects are carried out in order, as `core/events.py` demands. The truth about everything that was done is told to the
+`ghost` copies before anybody else can act on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ferryline.protocol.errors import StorageFailed
+from ferryline.protocol.messages import RECORDS, STATE, AlterIsrs, Report, Resign
+from ferryline.protocol.metadata import NO_BROKER
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.events import Key
+from ferryline_broker.core.partition import PartitionCore
+from ferryline_broker.log.memory import SimulatedStop
+from tests.simulation.disks import ReplicaFiles
+from tests.simulation.engine import MS
+from tests.simulation.ghost import Violation
+from tests.simulation.hosts import Alarm
+from tests.simulation.serving import Waiter
+
+if TYPE_CHECKING:
+    from tests.simulation.broker import Broker
+
+
+class Flushing:
+    """Group commit of one log: at most one flush runs, the next one takes everything that came meanwhile."""
+
+    __slots__ = ("again", "end", "running")
+
+    def __init__(self) -> None:
+        self.running = False
+        self.again = False
+        self.end = 0  # everything below was written before the flush began and still stands
+
+
+class Hosted:
+    """One replica in a running process."""
+
+    def __init__(self, core: PartitionCore, files: ReplicaFiles, alarm: Alarm) -> None:
+        self.core = core
+        self.files = files
+        self.alarm = alarm
+        self.flushing = (Flushing(), Flushing())
+        self.marked_ms = 0
+
+
+class Replicas:
+    """All replicas of one process life of a broker."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.world = broker.world
+        self.host = broker.host
+        self.hosted: dict[Key, Hosted] = {}
+        self.asking: Waiter | None = None  # the question that is being taken in
+        self._sent = 0  # fetches and progress, numbered so that the other side can tell their order
+
+    def stop(self) -> None:
+        for hosted in self.hosted.values():
+            hosted.alarm.off = True
+
+    def tell_all(self, event: ev.Event) -> None:
+        for key in sorted(self.hosted):
+            self.feed(key, event)
+
+    # -- hosting -----------------------------------------------------------------------------------
+
+    def open(self, key: Key, *, quarantine: bool) -> str:
+        """Open a replica and put its core to work. Returns its log state."""
+        old = self.hosted.pop(key, None)
+        if old is not None:
+            old.alarm.off = True
+        files = self.broker.disk.open(key, quarantine=quarantine)
+        if quarantine:
+            self.world.checks.replica_deleted(self.broker, key)
+            self.world.count("quarantined")
+        opened = files.opened()
+        core = PartitionCore(key, self.broker.id, self.world.replica_config, opened)
+        alarm = Alarm(self.host, core.next_deadline_ms, lambda: self.feed(key, ev.Tick()))
+        self.hosted[key] = Hosted(core, files, alarm)
+        self.world.checks.replica_opened(self.broker, key, files, core)
+        return opened.log_state
+
+    def drop(self, key: Key) -> None:
+        hosted = self.hosted.pop(key, None)
+        if hosted is not None:
+            hosted.alarm.off = True
+            self.broker.serving.drop(key)
+        self.broker.disk.delete(key)
+        self.world.checks.replica_deleted(self.broker, key)
+
+    # -- events in, effects out --------------------------------------------------------------------
+
+    def feed(self, key: Key, event: ev.Event) -> None:
+        """The one way into a partition core."""
+        hosted = self.hosted.get(key)
+        if hosted is None or not self.host.alive:
+            return
+        self.world.engine.note(self.host.name, (key[1], event.story()))
+        effects = hosted.core.handle(event, self.host.now_ms())
+        try:
+            self._carry_out(key, hosted, effects)
+        except SimulatedStop:
+            self.world.faults.kill_now(self.broker)
+            return
+        if self.host.alive and self.hosted.get(key) is hosted:
+            self.world.checks.after_step(self.broker, key, hosted.core)
+            hosted.alarm.arm()
+
+    def _carry_out(self, key: Key, hosted: Hosted, effects: list[ev.Effect]) -> None:
+        queue = deque(effects)
+        while queue and self.host.alive and self.hosted.get(key) is hosted:
+            effect = queue.popleft()
+            if self.broker.dies_now():
+                return
+            try:
+                queue.extend(self._do(key, hosted, effect))
+            except StorageFailed as error:
+                self.world.count("storage errors")
+                log = getattr(effect, "log", RECORDS)
+                queue = deque(hosted.core.handle(ev.StorageFailed(log, error.message), self.host.now_ms()))
+
+    def _do(self, key: Key, hosted: Hosted, effect: ev.Effect) -> list[ev.Effect]:
+        """Carry out one effect. Returns the effects of what the core was told synchronously."""
+        broker, world, core = self.broker, self.world, hosted.core
+        match effect:
+            case ev.Append(log, data, headers):
+                self._append(key, hosted, log, data, headers)
+            case ev.Flush(log):
+                self._flush(key, hosted, log)
+            case ev.WakeReaders(log, high_watermark):
+                world.checks.watermark(broker, key, log, high_watermark, core)
+                broker.serving.wake(key)
+            case ev.AnswerProduce() | ev.AnswerGroup() | ev.AnswerBarrier() | ev.Refuse():
+                broker.serving.answer(key, core, effect)
+            case ev.SendFetch(to, fetch):
+                self._send_to_primary(to, "fetch", fetch)
+            case ev.SendProgress(to, progress):
+                self._send_to_primary(to, "progress", progress)
+            case ev.SendData():
+                self._send_data(hosted, effect)
+            case ev.PersistEpoch(epoch):
+                hosted.files.persist_epoch(epoch)
+            case ev.RoleChanged(role, epoch, reason):
+                world.checks.role_changed(broker, key, role, epoch, reason)
+                broker.serving.wake(key)
+            case ev.ReplayState():
+                return core.handle(ev.StateReplayed(hosted.files.state_entries()), self.host.now_ms())
+            case ev.RebuildProducers():
+                return core.handle(ev.ProducersRebuilt(hosted.files.producers()), self.host.now_ms())
+            case _:
+                self._do_rare(key, hosted, effect)
+        return []
+
+    def _do_rare(self, key: Key, hosted: Hosted, effect: ev.Effect) -> None:
+        broker, checks, copies = self.broker, self.world.checks, self.world.copies(self.broker, key)
+        match effect:
+            case ev.Truncate(log, offset):
+                self._truncate(key, hosted, log, offset)
+            case ev.ResetLog(log, offset):
+                hosted.flushing[log].end = 0
+                hosted.files.reset(log, offset)
+                copies[log].reset(offset)
+                checks.shrunk(broker, key, "resets")
+            case ev.AdvanceStart(log, offset):
+                copies[log].advance_start(hosted.files.advance_start(log, offset))
+                self.world.count("log start moved")
+            case ev.SendAlterIsr(proposal):
+                self.world.count("proposals")
+                broker.ask("alter", AlterIsrs([proposal]))
+            case ev.SendResign(entry):
+                self.world.count("resignations")
+                broker.ask("resign", Resign(broker.id, broker.node.broker_epoch, [entry]))
+            case ev.SendReport(report):
+                if broker.joined:
+                    broker.ask("report", Report(broker.id, broker.node.broker_epoch, [report]))
+            case ev.DeleteReplica(_):
+                self.drop(key)
+            case ev.RefreshMetadata():
+                self.world.count("refreshes asked")  # the parked request answers as soon as there is news
+            case _:
+                raise AssertionError(f"unknown effect {effect!r}")
+
+    # -- replication -------------------------------------------------------------------------------
+
+    def _send_to_primary(self, to: int, kind: str, message: Any) -> None:
+        session = self.broker.peers.get(to)
+        if session is None:
+            if to != NO_BROKER:
+                self.broker.reach(to)
+            return
+        self._sent += 1
+        self.broker.send(session, (kind, self._sent, self.broker.id, self.broker.node.broker_epoch, message))
+
+    def _send_data(self, hosted: Hosted, effect: ev.SendData) -> None:
+        session = self.world.network.sessions.get(effect.session)
+        if session is None or not session.up[session.side(self.broker)]:
+            return
+        payload = []
+        for log in (RECORDS, STATE):
+            read = effect.reads[log]
+            data, headers = hosted.files.read(log, *read) if read is not None else (b"", [])
+            payload.append(ev.LogBatches(data, headers))
+        self.broker.send(session, ("data", self.broker.id, effect.data, (payload[0], payload[1])))
+
+    # -- disk --------------------------------------------------------------------------------------
+
+    def _append(self, key: Key, hosted: Hosted, log: int, data: ev.Bytes, headers: list[Any]) -> None:
+        hosted.files.append(log, data, headers)
+        copy = self.world.copies(self.broker, key)[log]
+        for _, header in headers:
+            copy.append((header.base_offset, header.next_offset, header.epoch, header.crc))
+        if log == STATE and self.asking is not None:
+            self.asking.state_end, self.asking = headers[0][1].next_offset, None
+
+    def _truncate(self, key: Key, hosted: Hosted, log: int, offset: int) -> None:
+        hosted.flushing[log].end = min(hosted.flushing[log].end, offset)
+        end = hosted.files.truncate(log, offset)
+        if end != offset:
+            raise Violation("core and log agree on the log end", f"{self.broker} {key} log {log}: {offset}, cut at {end}")
+        part = hosted.core.part
+        recovered = part is not None and part.recovery_epoch > 0
+        self.world.copies(self.broker, key)[log].truncate(offset, recovered=recovered)
+        self.world.checks.shrunk(self.broker, key, "truncations")
+
+    def _flush(self, key: Key, hosted: Hosted, log: int) -> None:
+        state = hosted.flushing[log]
+        if state.running:
+            state.again = True
+            return
+        state.running, state.again = True, False
+        state.end = self.world.copies(self.broker, key)[log].end
+        engine, weather = self.world.engine, self.world.weather
+        delay_us = int(weather.flush_us * (0.3 + engine.rng.random()))
+        if not self.world.calm and (self.broker.slow_disk or engine.chance(weather.slow_flush)):
+            delay_us += int(engine.rng.random() * weather.slow_flush_us)
+        self.host.deliver_after(delay_us, self._flush_ended, key, hosted, log)
+
+    def _flush_ended(self, key: Key, hosted: Hosted, log: int) -> None:
+        state = hosted.flushing[log]
+        state.running = False
+        if self.hosted.get(key) is not hosted:
+            return
+        try:
+            end = hosted.files.sync(log, state.end)
+            copy = self.world.copies(self.broker, key)[log]
+            copy.synced = max(copy.synced, min(end, copy.end))
+            if state.again:
+                self._flush(key, hosted, log)
+            self._checkpoint(hosted)
+        except StorageFailed as error:
+            self.world.count("sync errors")
+            self.feed(key, ev.StorageFailed(log, error.message))
+            self.broker.leave_after_failed_sync()
+            return
+        except SimulatedStop:
+            self.world.faults.kill_now(self.broker)
+            return
+        self.feed(key, ev.Flushed(log, end))
+
+    def _checkpoint(self, hosted: Hosted) -> None:
+        """At least every second."""
+        if self.host.now_ms() - hosted.marked_ms >= 1_000:
+            hosted.marked_ms = self.host.now_ms()
+            hosted.files.checkpoint(hosted.core.high_watermark)
