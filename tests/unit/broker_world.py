@@ -12,7 +12,7 @@ import asyncio
 import datetime
 import ipaddress
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,13 @@ from ferryline.protocol.metadata import (
 from ferryline.protocol.records import encode_batch
 from ferryline_broker.app import Broker, bind
 from ferryline_broker.config import BrokerConfig
-from ferryline_broker.join import Joined, TlsFolder, signing_request
+from ferryline_broker.join import Joined, TlsFolder, certificate_names, signing_request
 from ferryline_broker.log.files import FileStorage
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.node import raise_error
 from ferryline_service.session import ServerSession, SessionEndpoint
-from ferryline_service.tls import TlsFiles, node_client_context, node_names
+from ferryline_service.tls import TlsFiles, identity_broker_id, node_client_context, node_identity, node_names
 
 CLAIM_KEY = b"k" * 32
 DEADLINE_S = 10.0
@@ -116,7 +116,7 @@ class TestCa:
             .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(minutes=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=400))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
@@ -132,13 +132,18 @@ class TestCa:
     def sign(self, csr_pem: str, broker_id: int | None) -> str:
         """A certificate for a request; the role name is added."""
         csr = x509.load_pem_x509_csr(csr_pem.encode())
-        names = ["127.0.0.1", "localhost", *node_names(self.cluster_id, broker_id)]
+        try:
+            asked = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            extra = [*asked.get_values_for_type(x509.DNSName), *map(str, asked.get_values_for_type(x509.IPAddress))]
+        except x509.ExtensionNotFound:
+            extra = ["127.0.0.1", "localhost"]
+        names = [*dict.fromkeys([*extra, *node_names(self.cluster_id, broker_id)])]
         return self._build(csr.subject, csr.public_key(), names).public_bytes(serialization.Encoding.PEM).decode()
 
-    def files(self, folder: Path, broker_id: int | None) -> TlsFiles:
+    def files(self, folder: Path, broker_id: int | None, names: Sequence[str] = ()) -> TlsFiles:
         tls = TlsFolder(folder)
         key = tls.private_key()
-        csr = signing_request(key, [])
+        csr = signing_request(key, names)
         tls.store(Joined(broker_id or 0, self.sign(csr, broker_id), self.pem.decode(), self.cluster_id))
         return tls.files()
 
@@ -186,6 +191,7 @@ class ScriptedCoordinator:
         app = web.Application()
         app.router.add_routes(self.endpoint.routes())
         app.router.add_post("/v1/join", self.join)
+        app.router.add_post("/v1/renew", self.renew)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=self.tls.server)
@@ -211,6 +217,15 @@ class ScriptedCoordinator:
                 "ca": self.ca.pem.decode(),
                 "cluster_id": self.cluster_id,
             }
+        )
+
+    async def renew(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        broker_id = identity_broker_id(node_identity(request.get_extra_info("peercert"), self.cluster_id))
+        assert broker_id, "renewal needs the certificate of a broker"
+        cert = self.ca.sign(body["csr"], broker_id)
+        return web.json_response(
+            {"broker_id": broker_id, "cert": cert, "ca": self.ca.pem.decode(), "cluster_id": self.cluster_id}
         )
 
     def _opened(self, session: ServerSession) -> None:
@@ -379,6 +394,7 @@ class RunningBroker:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         broker.upkeep.close()
+        broker.renewal.close()
         broker.peers.close()
         broker.node_driver.close()
         for session in list(broker.endpoint.sessions):
@@ -434,7 +450,7 @@ class BrokerWorld:
         tls = TlsFolder(config.data_root / store.directory / "tls")
         broker_id = store.broker_id or self.coordinator.ids.setdefault(store.storage_id, len(self.coordinator.ids) + 1)
         if not tls.complete:
-            self.coordinator.ca.files(tls.folder, broker_id)
+            self.coordinator.ca.files(tls.folder, broker_id, certificate_names([address.internal], []))
             store.set_identity(self.coordinator.cluster_id, broker_id)
         http = aiohttp.ClientSession()
         running = RunningBroker(Broker(config, store, tls, address, http), http)

@@ -15,7 +15,7 @@ from ferryline_broker.core.partition import PartitionCore
 from ferryline_broker.join import TlsFolder, claim_token, join
 from ferryline_broker.lossy import LossyStorage
 from ferryline_broker.sabotage import core_class, lossy_storage
-from unit.broker_world import BrokerWorld, ScriptedCoordinator
+from unit.broker_world import BrokerWorld, ScriptedCoordinator, eventually
 
 
 def test_flags_beat_the_environment_and_the_environment_beats_the_file(
@@ -103,6 +103,14 @@ async def test_a_join_waits_for_its_coordinator_and_can_be_stopped(tmp_path: Pat
     assert await join(config, tls, "s", "https://127.0.0.1:1", "https://127.0.0.1:1", stopped=stop.is_set) is None
 
 
+async def test_a_certificate_that_lacks_a_name_is_renewed_while_the_broker_serves(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker(tls_names=["orders.example"])
+        renewal = broker.broker.renewal
+        await eventually(lambda: renewal.due() == "", "the new name is in the certificate")
+        assert await world.client(broker.url), "new sessions get the new certificate"
+
+
 def test_sabotage_needs_a_second_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FERRYLINE_ALLOW_SABOTAGE", raising=False)
     assert core_class() is PartitionCore
@@ -122,7 +130,6 @@ def test_sabotage_needs_a_second_permission(monkeypatch: pytest.MonkeyPatch) -> 
 
 async def crash_of_all(tmp_path: Path, *, kill: int) -> list[bytes]:
     """Produce on lossy disks, lose ``kill`` brokers as by a power cut, and read what is left of ten records."""
-    from unit.broker_world import eventually
     from unit.test_broker_path import read_all
 
     async with BrokerWorld(tmp_path) as world:

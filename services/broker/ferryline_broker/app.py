@@ -31,6 +31,7 @@ from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
+from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
 from ferryline_broker.sabotage import core_class, lossy_storage
 from ferryline_broker.upkeep import Upkeep
@@ -116,6 +117,7 @@ class Broker:
             broker_id=store.broker_id,
         )
         self.upkeep = Upkeep(config, store, partitions, self.node_driver, metrics)
+        self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
 
     def _on_metadata(self) -> None:
         self.peers.reconcile()
@@ -169,6 +171,7 @@ class Broker:
         await site.start()
         self.link.start()
         self.upkeep.start()
+        self.renewal.start(self.config.coordinator)
         announce_ready(
             service="broker",
             url=self.address.external,
@@ -178,6 +181,7 @@ class Broker:
         )
         ended = await self._until_ended(stop)
         self.upkeep.close()
+        self.renewal.close()
         self.peers.close()
         await runner.cleanup()
         await self.link.close()

@@ -269,6 +269,7 @@ class PartitionDriver:
         self.end_pass_soon()
 
     def _wake_readers(self, hosted: HostedReplica, effect: ev.WakeReaders) -> None:
+        hosted.unsaved = True
         if effect.log == RECORDS and hosted.readers:
             self._wake(hosted)
 

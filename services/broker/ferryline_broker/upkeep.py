@@ -22,7 +22,7 @@ from ferryline_service.logs import get_logger
 
 _log = get_logger()
 _SLICE_S = 0.01  # of work between two turns of the loop
-_TICK_S = 0.05
+_TICK_MS = 20
 _CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages cannot be believed (rule L11)
 _SCRUB_STEP_BYTES = 1024 * 1024
 
@@ -64,7 +64,7 @@ class Upkeep:
         config = self._config
         due = dict.fromkeys(("checkpoint", "disk", "retention", "scrub"), now_ms())
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_TICK_MS / 1000)
             now = now_ms()
             try:
                 if now >= due["disk"]:
@@ -72,7 +72,7 @@ class Upkeep:
                     self.check_disk()
                     self._store.purge_step()
                 if now >= due["checkpoint"]:
-                    due["checkpoint"] = now + config.checkpoint_ms // 2
+                    due["checkpoint"] = now + config.checkpoint_ms - 2 * _TICK_MS
                     await self._in_slices(self._checkpoints())
                 if now >= due["retention"]:
                     due["retention"] = now + config.retention_ms
