@@ -200,6 +200,23 @@ def test_a_move_whose_target_dies_goes_elsewhere_and_keeps_the_old_copy_meanwhil
     assert bench.state.held_by(1) == []
 
 
+def test_a_move_that_loses_the_replica_it_was_to_keep_keeps_the_one_it_was_to_remove() -> None:
+    bench = Bench(3, QUICK)
+    bench.create("t", partitions=1, min_isr=2)
+    first, second = bench.part().replicas
+    bench.ask(ev.DrainSet, first, True)
+    bench.play(2_000)
+    part = bench.part()
+    (third,) = part.adding
+    assert part.removing == (first,)
+    bench.ask(ev.DrainSet, first, False)
+    bench.kill(second)
+    bench.lively = True
+    bench.play(30_000)
+    assert set(bench.part().replicas) == {first, third}
+    assert set(bench.part().isr) == {first, third}
+
+
 def test_a_move_survives_a_coordinator_restart() -> None:
     bench = Bench(3, QUICK)
     bench.create("t", partitions=6)

@@ -53,13 +53,14 @@ class Moves:
             return
         self._look_ms = None
         wait = self._watch_brokers(change)
+        leave = self._to_leave(change)
         busy = False
         active = 0
         for record in change.parts():
             if record.meta.adding or record.meta.removing:
-                active += not self._step(change, record)
+                active += not self._step(change, record, leave)
                 busy = True
-        busy |= self._start(change, active)
+        busy |= self._start(change, active, leave)
         busy |= self._hand_over(change)
         self.unbalanced = busy
         if busy:
@@ -82,18 +83,17 @@ class Moves:
                 due.append(since)
         return due
 
+    def _to_leave(self, change: Change) -> list[int]:
+        """Brokers that no replica should stay on: drained, or away for too long."""
+        lost = change.now_ms - self._config.replacement_ms
+        brokers = [broker.meta for broker in change.brokers()]
+        return [b.id for b in brokers if b.draining or self._away_ms.get(b.id, change.now_ms) <= lost]
+
     # -- moves --------------------------------------------------------------------------------------
 
-    def _start(self, change: Change, active: int) -> bool:
+    def _start(self, change: Change, active: int, leave: list[int]) -> bool:
         """Plan over the targets, and begin as many moves as may run. Returns whether any is left to begin."""
-        brokers = change.brokers()
-        usable = [broker.meta.id for broker in brokers if change.usable(broker.meta.id)]
-        lost = change.now_ms - self._config.replacement_ms
-        leave = [
-            broker.meta.id
-            for broker in brokers
-            if broker.meta.draining or self._away_ms.get(broker.meta.id, change.now_ms) <= lost
-        ]
+        usable = [broker.meta.id for broker in change.brokers() if change.usable(broker.meta.id)]
         records = {record.meta.key: record for record in change.parts()}
         now = {key: target(record.meta) for key, record in records.items()}
         planned = rebalanced(now, usable, leave)
@@ -128,9 +128,9 @@ class Moves:
             removing=list(removing),
         )
 
-    def _step(self, change: Change, record: PartRecord) -> bool:
+    def _step(self, change: Change, record: PartRecord, leave: list[int]) -> bool:
         """Finish a move whose new replicas are in sync, give up one whose new replica is lost; whether it ended."""
-        part = record.meta
+        part = self._keep_instead(change, record.meta, leave)
         unfit = [b for b in part.adding if not change.usable(b) and b not in part.isr]
         if unfit:
             self._cancel(change, part, unfit)
@@ -152,6 +152,18 @@ class Moves:
         change.put_part(settled(done))
         change.note("move_finished", topic_id=part.topic_id, partition=part.partition, replicas=list(keep))
         return True
+
+    def _keep_instead(self, change: Change, part: PartitionMeta, leave: list[int]) -> PartitionMeta:
+        """A replica that was to stay has been lost meanwhile: keep a good one that was to go in its place."""
+        keep = target(part)
+        lost = [b for b in keep if b in leave and b not in part.adding]
+        good = [b for b in part.removing if change.usable(b) and b in part.isr]
+        instead = dict(zip(lost, good, strict=False))
+        if not instead:
+            return part
+        kept = tuple(instead.get(b, b) for b in keep)
+        removing = tuple(b for b in part.replicas if b not in kept)
+        return change.put_part(replace(part, replicas=(*kept, *removing), removing=removing))
 
     def _cancel(self, change: Change, part: PartitionMeta, unfit: list[int]) -> None:
         """Without the new replicas that were lost on the way; as many of the old ones stay as are needed instead."""
