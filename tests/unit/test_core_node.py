@@ -146,3 +146,12 @@ def test_a_lost_metadata_request_is_asked_again() -> None:
         if of(ev.RequestMetadata, core.handle(ev.Tick(), due)):
             return
     raise AssertionError("metadata was never asked for again")
+
+
+def test_a_primaryship_that_arrives_while_stopping_is_handed_over_at_once() -> None:
+    core = node()
+    registered(core)
+    core.handle(metadata(6, [part(1, primary=2)]), 20)
+    core.handle(ev.StopAsked(), 30)
+    effects = core.handle(metadata(7, [part(2, primary=1, epoch=2)]), 40)
+    assert [type(effect.event) for effect in of(ev.TellReplica, effects)] == [ev.MetaReceived, ev.HandOverAsked]

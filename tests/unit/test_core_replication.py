@@ -375,6 +375,23 @@ def test_a_replica_far_behind_begins_again_at_the_log_start() -> None:
     assert sorted(m.broker_id for m in pair.proposals()[-1].new_isr) == [1, 2]
 
 
+def test_an_old_record_does_not_prove_a_conflict() -> None:
+    """Broker 2 was cut off and removed, the log start moved past it; its own record still says that it is in sync."""
+    pair = started()
+    pair.cut = pair.fenced = {2}
+    pair.meta(part(1, 1, 2, (1,)), 1)
+    for token in range(5):
+        pair.produce(1, token)
+    pair.tell(1, ev.LogStartAdvanced(RECORDS, 4))
+    pair.disks[1].logs[RECORDS] = [b for b in pair.disks[1].logs[RECORDS] if b[0].base_offset >= 4]
+    pair.cut = pair.fenced = set()
+    pair.tell(2, ev.PeerUp(1))
+    assert pair.cores[2].role == "secondary"
+    assert pair.effects(ev.RefreshMetadata, 2)
+    pair.meta(part(1, 1, 2, (1,)), 2)
+    assert pair.disks[2].end(RECORDS) == 6
+
+
 def test_a_copy_that_was_deleted_and_made_again_does_not_count_with_what_the_old_one_had() -> None:
     pair = Pair((1, 2, 3))
     three = (1, 2, 3)

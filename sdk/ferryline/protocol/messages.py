@@ -303,7 +303,10 @@ class LogData(Message):
 
 
 class ReplicaData(Message):
-    """P -> S. ``error`` is a code of the error tree (NOT_PRIMARY, STALE_EPOCH, ...); then ``logs`` is empty."""
+    """P -> S. ``error`` is a code of the error tree (NOT_PRIMARY, STALE_EPOCH, ...); then ``logs`` is empty.
+
+    ``version``: of the partition record that the primary knew.
+    """
 
     topic_id: str
     partition: int
@@ -311,6 +314,7 @@ class ReplicaData(Message):
     fetch_id: int
     logs: tuple[LogData, LogData] | None = None
     error: str = ""
+    version: int = 0
 
 
 class ReplicaDatas(Message):

@@ -113,7 +113,8 @@ class Feeder:
             )
             due = diverging[log] is None and start <= position.fetch_offset < end
             reads.append((position.fetch_offset, end, replica.config.fetch_bytes_max) if due else None)
-        data = ReplicaData(*replica.key, self.sync.epoch, fetch.fetch_id, (logs[RECORDS], logs[STATE]))
+        version = replica.part.version if replica.part else 0
+        data = ReplicaData(*replica.key, self.sync.epoch, fetch.fetch_id, (logs[RECORDS], logs[STATE]), version=version)
         replica.out.append(SendData(member.session, to, data, (reads[RECORDS], reads[STATE])))
 
     def serve_parked(self, now_ms: int) -> None:

@@ -276,6 +276,8 @@ class NodeCore:
             self.open[key] = ""
         meta = MetaReceived(part, self.broker_epoch, self.coord_epoch, self._live)
         self.out.append(TellReplica(key, meta))
+        if self.stopping and part.primary == self.broker_id:
+            self.out.append(TellReplica(key, HandOverAsked(stopping=True)))  # elected by somebody else's hand-over
         if not mine:
             del self.open[key]
 

@@ -19,6 +19,7 @@ from ferryline.protocol.messages import (
     ReplicaFetch,
     ReplicaProgress,
 )
+from ferryline.protocol.metadata import PartitionMeta
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.events import (
     AdvanceStart,
@@ -51,6 +52,7 @@ class Secondary:
         self.outstanding: Outstanding | None = None
         self.retry_ms = 0
         self.failed = ""
+        self._primary_version = 0  # of the partition record that the last answer was given with
 
     def next_deadline_ms(self) -> int | None:
         if self.failed:
@@ -114,6 +116,7 @@ class Secondary:
             self.replica.out.append(RefreshMetadata())
             return
         self.outstanding = None
+        self._primary_version = data.version
         for log in BOTH_LOGS:
             if not self._take(log, data.logs[log], event.batches[log]):
                 if not self.failed:
@@ -183,6 +186,8 @@ class Secondary:
             part = replica.part
             assert part is not None
             if part.recovery_epoch <= replica.epochs[log].tail_epoch:
+                if self._behind(part):
+                    return False
                 # Committed data would be cut and nobody declared a loss: one of the two logs is wrong. Stop loudly.
                 self.failed = f"log {log}: primary of epoch {self.epoch} agrees only up to {cut}, committed here up to "
                 self.failed += str(replica.high_watermark[log])
@@ -198,9 +203,18 @@ class Secondary:
         part = replica.part
         assert part is not None
         if replica.broker_id in part.isr or replica.broker_id in part.elr:
+            if self._behind(part):
+                return False
             self.failed = f"log {log}: primary begins at {log_start}, this in-sync replica ends at "
             self.failed += str(replica.log_end[log])
             replica.stop(LOG_CONFLICT)
             return False
         replica.reset(log, log_start)
+        return True
+
+    def _behind(self, part: PartitionMeta) -> bool:
+        """The primary knows a later record than we do, and an old one must not prove a conflict: learn it, ask again."""
+        if self._primary_version <= part.version:
+            return False
+        self.replica.out.append(RefreshMetadata())
         return True
