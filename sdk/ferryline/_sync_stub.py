@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, get_overloads
 
-from ferryline import client, sync
+from ferryline import client
+from ferryline._mirrored import ASYNC_CLASSES, public_members
 
 WIDTH = 120
 STUB = Path(__file__).with_name("sync.pyi")
@@ -43,7 +44,7 @@ def render() -> str:
     """The text of the stub."""
     parts = [_HEAD]
     parts.append(_function("", "connect", client.connect) + "\n")
-    parts.extend(_class(cls) for cls in sync.ASYNC_CLASSES)
+    parts.extend(_class(cls) for cls in ASYNC_CLASSES)
     return "\n".join(parts)
 
 
@@ -58,7 +59,7 @@ def _class(cls: Any) -> str:
         lines.append("    def __next__(self) -> Message[T]: ...")
     if hasattr(cls, "__await__"):
         lines.append("    def wait(self) -> None: ...")
-    for name, member in sync.public_members(cls):
+    for name, member in public_members(cls):
         if isinstance(member, property):
             lines.append("    @property")
             member = member.fget

@@ -249,8 +249,8 @@ class Assignment:
     async def commit_processed(self, timeout: float) -> None:
         """Commit what the application has come back from.
 
-        A position that comes from the start policy counts too, unless the policy is "start": else a group that begins at
-        the end would begin at a later end after a restart, and what came in between would be lost to it.
+        A position that comes from the start policy counts too, unless the policy is "start": else a group that begins
+        at the end would begin at a later end after a restart, and what came in between would be lost to it.
         """
         await self.commit(
             {

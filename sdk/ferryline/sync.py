@@ -29,19 +29,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-import ferryline.admin
 import ferryline.client
-import ferryline.consumer
-import ferryline.producer
-import ferryline.subscription
-
-ASYNC_CLASSES: tuple[type, ...] = (
-    ferryline.client.Client,
-    ferryline.producer.Producer,
-    ferryline.consumer.Consumer,
-    ferryline.subscription.Subscription,
-    ferryline.admin.Admin,
-)
+from ferryline._mirrored import ASYNC_CLASSES, public_members
 
 
 class _Background:
@@ -162,13 +151,6 @@ def _property(name: str, twin: property) -> property:
         return _outward(_background.call(getattr, self._twin, name))
 
     return property(read, doc=twin.__doc__)
-
-
-def public_members(cls: type) -> Iterator[tuple[str, Any]]:
-    """What of an asynchronous class is mirrored: its public methods and properties, in the order of the source."""
-    for name, member in vars(cls).items():
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
-            yield name, member
 
 
 def _mirror(cls: type) -> type:

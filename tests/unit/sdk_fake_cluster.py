@@ -75,6 +75,7 @@ class Node:
         self.silent = False  # reads frames and answers none
         self.port = 0
         self.runner: web.AppRunner | None = None
+        self.routes: list[web.RouteDef] = []  # REST, as far as a test needs it
         self.endpoint: SessionEndpoint
 
     async def start(self) -> None:
@@ -86,7 +87,7 @@ class Node:
             metrics=ServiceMetrics("fake"),
         )
         app = web.Application()
-        app.add_routes(self.endpoint.routes())
+        app.add_routes([*self.endpoint.routes(), *self.routes])
         self.runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", self.port, ssl_context=self.cluster.ssl)

@@ -1,0 +1,28 @@
+"""Which asynchronous classes `ferryline.sync` mirrors, and what of them. Also read by the writer of its stub."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import ferryline.admin
+import ferryline.client
+import ferryline.consumer
+import ferryline.producer
+import ferryline.subscription
+
+ASYNC_CLASSES: tuple[type, ...] = (
+    ferryline.client.Client,
+    ferryline.producer.Producer,
+    ferryline.consumer.Consumer,
+    ferryline.subscription.Subscription,
+    ferryline.admin.Admin,
+)
+
+
+def public_members(cls: type) -> Iterator[tuple[str, Any]]:
+    """What of an asynchronous class is mirrored: its public methods and properties, in the order of the source."""
+    for name, member in vars(cls).items():
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            yield name, member
