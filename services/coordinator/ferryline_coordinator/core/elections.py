@@ -73,7 +73,8 @@ def fence(
     isr = tuple(b for b in part.isr if b not in gone)
     elr = tuple(dict.fromkeys((*part.elr, *removed))) if len(isr) < part.min_isr else ()
     part = replace(part, isr=isr, elr=elr)
-    if part.primary in gone:
+    waiting = part.primary == NO_BROKER and not frozen and can_elect(part, electable)  # an elr member became eligible
+    if part.primary in gone or waiting:
         part = elect(part, electable, reluctant, frozen=frozen, without=gone)
     return part
 
