@@ -15,7 +15,7 @@ from typing import Any
 import pydantic
 from aiohttp import web
 
-from ferryline.protocol.errors import FerrylineError, InternalError, InvalidArgument, MalformedRequest
+from ferryline.protocol.errors import ConnectionLost, FerrylineError, InternalError, InvalidArgument, MalformedRequest
 from ferryline_service.logs import get_logger
 from ferryline_service.metrics import ServiceMetrics
 
@@ -103,6 +103,8 @@ async def _answer(
         if http.status < 400:
             raise
         error, status = MalformedRequest(f"{request.method} {request.path[:200]}: {http.reason}"), http.status
+    except ConnectionResetError:
+        error = ConnectionLost("the client was gone before it was answered")  # nobody hears this
     except Exception as unexpected:
         _log.exception("request failed", request_id=request_id, path=request.path)
         error = InternalError(f"{type(unexpected).__name__}; see the log for request {request_id}")
