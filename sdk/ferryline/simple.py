@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from ferryline import sync
-from ferryline.protocol.errors import NotFound, TopicExists, UnknownTopic
+from ferryline.protocol.errors import ClientClosed, NotFound, TopicExists, UnknownTopic
 
 TOPIC, GROUP = "simple", "simple"
 
@@ -79,6 +79,8 @@ def subscribe(
             while not stopping.is_set():
                 for message in consumer.pull(max_records=1, max_wait=0.5):
                     callback(*_pair(message))
+        except ClientClosed:
+            pass  # `close` was called
         finally:
             consumer.close()
 

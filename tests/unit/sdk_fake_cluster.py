@@ -457,8 +457,8 @@ class FakeCluster:
         members = self._members[group]
         topics = sorted({topic for topics in members.values() for topic in topics} & set(self.topics))
         keys = [(self.topics[name].id, n) for name in topics for n in range(self.topics[name].config.partitions)]
-        names = sorted(members)
-        return {key: names[index % len(names)] for index, key in enumerate(keys)}
+        wanting = {self.topics[name].id: sorted(m for m in members if name in members[m]) for name in topics}
+        return {key: wanting[key[0]][index % len(wanting[key[0]])] for index, key in enumerate(keys)}
 
 
 def raise_code(code: str, **details: Any) -> None:
