@@ -61,6 +61,7 @@ def test_the_marker_is_gone_before_anything_else_happens(disk: MemoryStorage) ->
     node = started(disk)
     assert node.restart_class == RESTART_CLEAN
     disk.lose_unsynced()
+    assert not disk.exists("0/clean_stop")
     assert started(disk, "boot-2").restart_class == RESTART_OS_CRASH
 
 

@@ -141,6 +141,8 @@ def _keep_pages(inode: Inode, rng: random.Random) -> None:
         at = 0
         while at < len(data):
             end = min(len(data), (position + at) // PAGE_BYTES * PAGE_BYTES + PAGE_BYTES - position)
-            if rng.random() < 0.5:
-                apply_write(inode.disk, position + at, data[at:end])
+            fate = rng.random()
+            if fate < 0.5:
+                kept = end if fate < 0.4 else rng.randint(at, end)  # a page may be torn, too
+                apply_write(inode.disk, position + at, data[at:kept])
             at = end

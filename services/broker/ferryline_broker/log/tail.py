@@ -37,16 +37,15 @@ class Tail:
         return bool(self.offsets) and offset >= self.offsets[0]
 
     def span(self, offset: int, bytes_max: int, below: int, log_end: int, size: int) -> tuple[int, int]:
-        """Positions (from, to) of the batches to read, from the one that holds ``offset``; empty if none ends <= below.
+        """Positions (from, to) of the batches to read, from the one that holds ``offset``; equal if none ends <= below.
 
-        ``log_end`` and ``size`` are where the last batch ends. The first batch may be larger than ``bytes_max``.
+        ``log_end`` and ``size`` are where the last batch ends; ``offset < below``. The first batch may be larger than
+        ``bytes_max``.
         """
         offsets, positions = self.offsets, self.positions
         first = bisect_right(offsets, offset) - 1
         start = positions[first]
         last = len(offsets) if below >= log_end else bisect_right(offsets, below) - 1  # first batch not to be read
-        if last <= first:
-            return start, start
         stop = positions[last] if last < len(positions) else size
         if stop - start > bytes_max:
             last = max(first + 1, bisect_right(positions, start + bytes_max) - 1)
