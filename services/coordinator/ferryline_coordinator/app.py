@@ -22,6 +22,7 @@ from ferryline_coordinator.probing import Prober
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
+from ferryline_coordinator.store.memory import MemoryStore
 from ferryline_coordinator.store.sqlite import SqliteStore
 from ferryline_service.errors import error_middleware, read_json
 from ferryline_service.health import health_routes
@@ -35,6 +36,13 @@ _RELOAD_S = 60.0
 _log = get_logger()
 
 
+def open_store(config: CoordinatorConfig) -> MetaStore:
+    """The back-end that the settings name; nothing is opened before its first use."""
+    if config.store == "memory":
+        return MemoryStore()
+    return SqliteStore(config.data_dir / "meta")
+
+
 class Coordinator:
     """One coordinator process. `start` returns when it serves; `wait` when it must end; `stop` ends it."""
 
@@ -44,7 +52,7 @@ class Coordinator:
         self.metrics = CoordinatorMetrics(self._core)
         self.url = ""
         self.driver: Driver
-        self._store = store if store is not None else SqliteStore(config.data_dir / "meta")
+        self._store = store if store is not None else open_store(config)
         self._tls: TlsFiles | None = None
         self._prober: Prober
         self._sessions: Sessions

@@ -35,6 +35,9 @@ class CoordinatorConfig(BaseSettings):
     )
     join_token_dir: Path | None = Field(None, description="Directory of unused join tokens; default: in the data dir.")
     join_tokens: int = Field(16, ge=0, le=1000, description="Unused join tokens to keep in the directory.")
+    store: str = Field(
+        "sqlite", pattern="^(sqlite|memory)$", description="Where records are kept; memory forgets them at the end."
+    )
     plain_http: bool = Field(False, description="Serve without TLS, on loopback only: for tests.")
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")

@@ -31,6 +31,7 @@ def under_replicated(part: PartitionMeta) -> bool:
 
 
 def partition_json(state: CoordinatorState, part: PartitionMeta) -> dict[str, Any]:
+    """A partition, with the name of its topic; ``primary`` is null while there is none."""
     topic = state.topics.get(part.topic_id)
     record = state.parts.get(part.key)
     shown = as_json(part)

@@ -30,7 +30,7 @@ from ferryline_coordinator.core.records import (
 )
 from ferryline_coordinator.core.state import CoordinatorState, Key
 
-_VISIBLE = (BrokerRecord, TopicMeta, PartRecord, TopicGone)
+_VISIBLE = (BrokerRecord, TopicMeta, TopicGone)
 
 
 class Change:
@@ -42,6 +42,7 @@ class Change:
         self.coord_epoch = coord_epoch
         self.effects: list[Effect] = []
         self._puts: dict[str, Record] = {}
+        self._parts: dict[Key, PartRecord] = {}  # the partitions among the puts: a cluster has many, keys cost time
         self._deletes: dict[str, None] = {}
 
     # -- reading ------------------------------------------------------------------------------------
@@ -66,17 +67,18 @@ class Change:
         return [record for broker_id in sorted(ids) if (record := self.broker(broker_id)) is not None]
 
     def part(self, key: Key) -> PartRecord | None:
-        name = part_key(*key)
-        if name in self._deletes:
+        record = self._parts.get(key)
+        if record is not None:
+            return record
+        if self._deletes and part_key(*key) in self._deletes:
             return None
-        record = self._puts.get(name)
-        return record if isinstance(record, PartRecord) else self.state.parts.get(key)
+        return self.state.parts.get(key)
 
     def parts(self) -> list[PartRecord]:
         """All partitions in a fixed order. Costs time in proportion: for planning and rare commands."""
-        keys = set(self.state.parts)
-        keys.update(record.meta.key for record in self._puts.values() if isinstance(record, PartRecord))
-        return [record for key in sorted(keys) if (record := self.part(key)) is not None]
+        keys = self.state.part_keys()
+        new = [key for key in self._parts if key not in self.state.parts]
+        return [record for key in (sorted([*keys, *new]) if new else keys) if (record := self.part(key)) is not None]
 
     def parts_held(self, broker_id: int) -> list[PartRecord]:
         """Partitions with a replica on a broker, as of before this decision, in a fixed order."""
@@ -130,6 +132,7 @@ class Change:
     # -- writing ------------------------------------------------------------------------------------
 
     def put(self, record: Record) -> None:
+        assert not isinstance(record, PartRecord), "partitions are written by put_part"
         key = record_key(record)
         self._puts[key] = record
         self._deletes.pop(key, None)
@@ -141,11 +144,11 @@ class Change:
         is_frozen = frozen if frozen is not None else (working.frozen if working is not None else False)
         if known is not None:
             if replace(meta, version=known.meta.version) == known.meta and is_frozen == known.frozen:
-                self._puts.pop(part_key(*meta.key), None)
+                self._parts.pop(meta.key, None)
                 return known.meta
             meta = replace(meta, version=max(known.meta.version + 1, meta.version))
         check_partition(meta)
-        self._puts[part_key(*meta.key)] = PartRecord(meta, is_frozen)
+        self._parts[meta.key] = PartRecord(meta, is_frozen)
         return meta
 
     def put_broker(self, record: BrokerRecord) -> None:
@@ -157,6 +160,10 @@ class Change:
     def delete(self, key: str) -> None:
         self._deletes[key] = None
         self._puts.pop(key, None)
+
+    def delete_part(self, key: Key) -> None:
+        self._deletes[part_key(*key)] = None
+        self._parts.pop(key, None)
 
     def add(self, effect: Effect) -> None:
         self.effects.append(effect)
@@ -175,8 +182,10 @@ class Change:
     @property
     def visible(self) -> bool:
         """Whether anybody outside can see a change."""
-        return any(isinstance(record, _VISIBLE) for record in self._puts.values()) or any(
-            key.startswith("broker/") for key in self._deletes
+        return (
+            bool(self._parts)
+            or any(isinstance(record, _VISIBLE) for record in self._puts.values())
+            or any(key.startswith("broker/") for key in self._deletes)
         )
 
     def next_revision(self) -> int:
@@ -186,12 +195,7 @@ class Change:
     def finish(self) -> Decision:
         if self.visible:
             self.set_cluster(revision=self.state.revision + 1)
-        puts = [record for key, record in self._puts.items() if key != CLUSTER_KEY]
-        puts.sort(key=_put_order)
-        if CLUSTER_KEY in self._puts:
-            puts.insert(0, self._puts[CLUSTER_KEY])
+        # The cluster's record comes first, with the revision; partitions last, because they name brokers.
+        keys = sorted(self._puts, key=lambda key: (key != CLUSTER_KEY, key))
+        puts = [*(self._puts[key] for key in keys), *(self._parts[key] for key in sorted(self._parts))]
         return Decision(tuple(puts), tuple(sorted(self._deletes)), tuple(self.effects))
-
-
-def _put_order(record: Record) -> tuple[bool, str]:
-    return isinstance(record, PartRecord), record_key(record)  # partitions name brokers: those come first

@@ -52,6 +52,8 @@ class Group(msgspec.Struct):
 
 
 class Groups:
+    """All groups of the cluster. Members and owners are read from the records; sessions live here."""
+
     def __init__(self, config: CoreConfig, state: CoordinatorState) -> None:
         self._config = config
         self._state = state

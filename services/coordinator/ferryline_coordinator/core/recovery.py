@@ -54,6 +54,8 @@ class Reports:
 
 
 class Recovery:
+    """Chooses a primary where no rule may: on an operator's word, or by policy. It may lose records, and says so."""
+
     def __init__(self, config: CoreConfig, reports: Reports) -> None:
         self._config = config
         self._reports = reports

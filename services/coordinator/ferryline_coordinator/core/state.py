@@ -49,6 +49,7 @@ class CoordinatorState:
         self.replicas = 0  # of all partitions
         self._changes_max = changes_max
         self._loading = False
+        self._part_keys: list[Key] | None = None  # sorted; None: a partition came or went
 
     @property
     def revision(self) -> int:
@@ -77,6 +78,12 @@ class CoordinatorState:
 
     def part(self, topic_id: str, partition: int) -> PartRecord | None:
         return self.parts.get((topic_id, partition))
+
+    def part_keys(self) -> list[Key]:
+        """Keys of all partitions, in a fixed order. Not to be changed by the caller."""
+        if self._part_keys is None:
+            self._part_keys = sorted(self.parts)
+        return self._part_keys
 
     def held_by(self, broker_id: int) -> list[Key]:
         """Partitions with a replica on this broker, in a fixed order."""
@@ -117,7 +124,9 @@ class CoordinatorState:
         meta, known = record.meta, self.parts.get(record.meta.key)
         if not self._loading:
             self._check(meta)
-        if known is not None:
+        if known is None:
+            self._part_keys = None
+        else:
             assert meta.version > known.meta.version, (known, record)
             assert meta.epoch >= known.meta.epoch, (known, record)
             self._unhold(known.meta)
@@ -150,6 +159,7 @@ class CoordinatorState:
             case "part":
                 topic_id, _, number = rest.partition("/")
                 part = self.parts.pop((topic_id, int(number)), None)
+                self._part_keys = None
                 if part is not None:
                     self._unhold(part.meta)
             case "gone":

@@ -22,7 +22,7 @@ from ferryline_coordinator.core.elections import settled
 from ferryline_coordinator.core.events import PartitionsAdded, TopicAltered, TopicCreated, TopicDeleted
 from ferryline_coordinator.core.moves import target
 from ferryline_coordinator.core.placement import placed
-from ferryline_coordinator.core.records import TopicGone, gone_key, part_key, topic_key
+from ferryline_coordinator.core.records import TopicGone, gone_key, topic_key
 
 _YEARS_MS = 100 * 365 * 86_400_000
 _LIMITS: dict[str, tuple[int, int]] = {
@@ -68,6 +68,8 @@ def checked_config(settings: dict[str, Any], base: TopicConfig) -> TopicConfig:
 
 
 class Topics:
+    """Carries out commands on topics. A refused one changes nothing."""
+
     def __init__(self, config: CoreConfig) -> None:
         self._config = config
 
@@ -117,7 +119,7 @@ class Topics:
     def delete(self, change: Change, event: TopicDeleted) -> None:
         topic = self._existing(change, event.name)
         for number in range(topic.config.partitions):
-            change.delete(part_key(topic.id, number))
+            change.delete_part((topic.id, number))
         change.delete(topic_key(topic.id))
         change.put(TopicGone(topic.id, change.state.revision + 1))
         gone = change.state.gone
