@@ -35,6 +35,9 @@ class FailingStorage(FileStorage):
     def open(self, path: str, *, create: bool = False) -> Any:
         return _Failing(self, path, super().open(path, create=create))
 
+    def sync_all(self) -> bool:
+        return False
+
 
 class _Failing:
     def __init__(self, storage: FailingStorage, path: str, real: Any) -> None:

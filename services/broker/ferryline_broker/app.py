@@ -25,6 +25,7 @@ from ferryline_broker.core.partition import ReplicaConfig
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.join import TlsFolder, join
 from ferryline_broker.log.files import FileStorage
+from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.lossy import LossyStorage
 from ferryline_broker.metrics import BrokerMetrics
@@ -80,7 +81,8 @@ class Broker:
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.metrics = metrics = BrokerMetrics()
         self.tls = files = tls.files()
-        self.partitions = partitions = PartitionDriver(metrics, self._on_fatal)
+        group = GroupFlush(store.storage)
+        self.partitions = partitions = PartitionDriver(metrics, group, self._on_fatal)
         replica_config = ReplicaConfig(fetch_bytes_max=config.fetch_bytes_max, lag_max_ms=config.lag_max_ms)
         opener = Opener(store, metrics, replica_config, core_class())
         for hosted in opener.open_all(store.broker_id):
@@ -116,7 +118,7 @@ class Broker:
             metrics=metrics,
             broker_id=store.broker_id,
         )
-        self.upkeep = Upkeep(config, store, partitions, self.node_driver, metrics)
+        self.upkeep = Upkeep(config, store, group, partitions, self.node_driver, metrics)
         self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
 
     def _on_metadata(self) -> None:
@@ -212,9 +214,7 @@ class Broker:
         _log.info("stopped", clean=ended.clean, reason=ended.reason)
         try:
             if ended.clean:
-                for hosted in self.partitions.replicas.values():
-                    if not hosted.broken and hosted.core.role != "stopped":
-                        self.upkeep.checkpoint(hosted)
+                self.upkeep.last_checkpoints()
                 self.store.mark_clean_stop()
             self.store.close()
         except FerrylineError as error:

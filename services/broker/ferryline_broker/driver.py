@@ -16,71 +16,23 @@ from __future__ import annotations
 import asyncio
 import heapq
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
-from ferryline.protocol.messages import (
-    RECORDS,
-    STATE,
-    AlterIsr,
-    ReplicaData,
-    ReplicaFetch,
-    ReplicaProgress,
-    ReplicaReport,
-    ResignEntry,
-)
+from ferryline.protocol.messages import RECORDS, ResignEntry
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core import events as ev
 from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
+from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, Request
 from ferryline_service.logs import get_logger
 from ferryline_service.server_session import ServerSession
 
 _log = get_logger()
-Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse
-
-
-class Request(Protocol):
-    """Something that waits for answers of cores. `settle` once per token; `emit` at the end of the pass, when asked."""
-
-    def settle(self, index: int, answer: Answer) -> None: ...
-
-    def emit(self) -> None: ...
-
-
-class Emitter(Protocol):
-    """Something with work for the end of the pass."""
-
-    def emit(self) -> None: ...
-
-
-class PeerPort(Protocol):
-    """Where replication frames leave; each call only collects, `emit` sends."""
-
-    def add_fetch(self, to: int, fetch: ReplicaFetch) -> None: ...
-
-    def add_progress(self, to: int, progress: ReplicaProgress) -> None: ...
-
-    def add_data(self, session: int, data: ReplicaData, parts: list[ev.Bytes]) -> None: ...
-
-    def emit(self) -> None: ...
-
-
-class LinkPort(Protocol):
-    """Where messages to the coordinator leave; the same."""
-
-    def add_alter_isr(self, proposal: AlterIsr) -> None: ...
-
-    def add_resign(self, entry: ResignEntry) -> None: ...
-
-    def add_report(self, report: ReplicaReport) -> None: ...
-
-    def refresh_metadata(self) -> None: ...
-
-    def emit(self) -> None: ...
 
 
 class PartitionDriver:
@@ -90,8 +42,9 @@ class PartitionDriver:
     here. ``peers`` and ``link`` are set once, before the first event.
     """
 
-    def __init__(self, metrics: BrokerMetrics, on_fatal: Callable[[str], None]) -> None:
+    def __init__(self, metrics: BrokerMetrics, group: GroupFlush, on_fatal: Callable[[str], None]) -> None:
         self.metrics = metrics
+        self._group = group
         self.replicas: dict[ev.Key, HostedReplica] = {}
         self.peers: PeerPort
         self.link: LinkPort
@@ -328,28 +281,24 @@ class PartitionDriver:
             _log.exception("frames could not be sent")
 
     def _sync(self) -> None:
-        """Group commit: one fdatasync per log, however many batches were appended since the last."""
+        """Group commit: every log that is due becomes durable, however many batches were appended since the last."""
         self._sync_due = False
         dirty, self._dirty = self._dirty, []
         started = perf_counter()
-        flushed: list[tuple[HostedReplica, int, int]] = []
-        failed: list[tuple[HostedReplica, int, FerrylineError]] = []
         for hosted, log in dirty:
             hosted.flush_due[log] = False
-            if hosted.broken:
-                continue
-            try:
-                flushed.append((hosted, log, hosted.logs[log].flush()))
-            except (StorageFailed, StorageFull) as error:
-                failed.append((hosted, log, error))
+        due = [(hosted, log) for hosted, log in dirty if not hosted.broken]
+        failures = dict(self._group.flush([hosted.logs[log] for hosted, log in due]))
         self.metrics.flush_seconds.observe(perf_counter() - started)
-        for hosted, log, end in flushed:
-            self.feed(hosted, ev.Flushed(log, end))
-        for hosted, log, failure in failed:
-            self.storage_failed(hosted, log, failure)
-        if failed:
+        for hosted, log in due:
+            failure = failures.get(hosted.logs[log])
+            if failure is None:
+                self.feed(hosted, ev.Flushed(log, hosted.logs[log].flushed_end))
+            else:
+                self.storage_failed(hosted, log, failure)
+        for failure in failures.values():
             # Rule L10: what a failed fsync has lost nobody knows, and asking again would be told "done".
-            self._on_fatal(f"flush failed: {failed[0][2]}")
+            self._on_fatal(f"flush failed: {failure}")
         self._end_pass()
 
     # -- time ---------------------------------------------------------------------------------------
@@ -433,8 +382,3 @@ class PartitionDriver:
 
 def _ignore(_: int) -> None:
     return
-
-
-def total_bytes(replicas: Iterable[HostedReplica]) -> int:
-    """Bytes of all logs on disk."""
-    return sum(log.size_bytes for hosted in replicas for log in (hosted.logs[RECORDS], hosted.logs[STATE]))

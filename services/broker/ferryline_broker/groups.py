@@ -34,9 +34,10 @@ from ferryline.protocol.messages import (
     CommittedResult,
 )
 from ferryline_broker.core.events import AnswerGroup, Claimed, CommitAsked, CommittedAsked, Event, Refuse
-from ferryline_broker.driver import Answer, PartitionDriver
+from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.ports import Answer
 from ferryline_broker.produce import refusal_info
 from ferryline_broker.view import ClusterView
 from ferryline_service.claims import claim_token_valid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,9 +13,7 @@ from ferryline_broker.core.partition import PartitionCore, ReadVerdict
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.metrics import PartitionGauges, TopicCounts
-
-if TYPE_CHECKING:
-    from ferryline_broker.driver import Emitter
+from ferryline_broker.ports import Emitter
 
 _BROKEN_READ = "NOT_PRIMARY"
 _INT = struct.Struct(">i").unpack_from

@@ -19,9 +19,10 @@ from ferryline.protocol.messages import RECORDS, Offsets, OffsetsAnswer, Offsets
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
 from ferryline_broker.core.events import AnswerBarrier, BarrierAsked, Refuse
 from ferryline_broker.core.replica import ROLE_PRIMARY
-from ferryline_broker.driver import Answer, PartitionDriver
+from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.ports import Answer
 from ferryline_broker.produce import refusal_info
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession

@@ -27,9 +27,10 @@ from ferryline.protocol.messages import Produce, ProduceAnswer, ProduceEntry, Pr
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.records import HEADER_BYTES, NO_PRODUCER, BatchHeader, check_crc, read_header
 from ferryline_broker.core.events import AnswerProduce, Produced, Refuse
-from ferryline_broker.driver import Answer, PartitionDriver
+from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.ports import Answer
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession

@@ -37,8 +37,9 @@ from ferryline.protocol.partitioner import partition_of
 from ferryline.protocol.records import BatchHeader, decode_batch, encode_batch, split_batches
 from ferryline_broker.clock import wall_ms
 from ferryline_broker.core.events import AnswerProduce, Produced, Refuse
-from ferryline_broker.driver import Answer, PartitionDriver
+from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.ports import Answer
 from ferryline_broker.produce import check_batch, refusal_info
 from ferryline_broker.view import ClusterView
 from ferryline_service.errors import read_json

@@ -14,7 +14,9 @@ from ferryline_broker.config import BrokerConfig
 from ferryline_broker.core import events as ev
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.node_store import NodeStore
+from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.log.scrubber import Scrubber
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
@@ -24,6 +26,7 @@ _log = get_logger()
 _SLICE_S = 0.01  # of work between two turns of the loop
 _TICK_MS = 20
 _CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages cannot be believed (rule L11)
+_CHECKPOINTS_MAX = 200  # of one group: keeps it short
 _SCRUB_STEP_BYTES = 1024 * 1024
 
 
@@ -34,6 +37,7 @@ class Upkeep:
         self,
         config: BrokerConfig,
         store: NodeStore,
+        group: GroupFlush,
         partitions: PartitionDriver,
         node: NodeDriver,
         metrics: BrokerMetrics,
@@ -41,6 +45,7 @@ class Upkeep:
         self.disk_full = False
         self._config = config
         self._store = store
+        self._group = group
         self._partitions = partitions
         self._node = node
         self._metrics = metrics
@@ -99,26 +104,43 @@ class Upkeep:
     # -- checkpoints --------------------------------------------------------------------------------
 
     def _checkpoints(self) -> Iterator[None]:
-        for hosted in self._hosted():
-            if not hosted.unsaved:
-                continue
+        """Record what is flushed and committed, of everything that moved; one sync for many."""
+        moved = [hosted for hosted in self._hosted() if hosted.unsaved]
+        for first in range(0, len(moved), _CHECKPOINTS_MAX):
+            self._checkpoint_group(moved[first : first + _CHECKPOINTS_MAX])
+            yield
+        for hosted in moved:
+            if hosted.store.snapshot_due:
+                try:
+                    self._snapshot_producers(hosted)
+                except (StorageFailed, StorageFull) as error:
+                    _log.warning("snapshot has to wait", partition=hosted.name, error=str(error))
+                yield
+
+    def _checkpoint_group(self, moved: list[HostedReplica]) -> None:
+        asked: dict[ReplicaStore, HostedReplica] = {}
+        for hosted in moved:
             hosted.unsaved = False
-            try:
-                self.checkpoint(hosted)
-            except StorageFull as error:
+            asked[hosted.store] = hosted
+        marks = [(h.store, h.core.high_watermark[RECORDS], h.core.high_watermark[STATE]) for h in moved]
+        for store, error in self._group.checkpoint(marks):
+            hosted = asked[store]
+            if isinstance(error, StorageFull):
                 hosted.unsaved = True
                 _log.warning("checkpoint has to wait", partition=hosted.name, error=str(error))
-            except StorageFailed as error:
+            else:
                 self._partitions.storage_failed(hosted, RECORDS, error)
-            yield
 
-    def checkpoint(self, hosted: HostedReplica) -> None:
-        """Record what is flushed and committed. Between two events, so that core and log agree: a snapshot of the
-        dedupe table that knows more than the log would make a lost batch look like a duplicate."""
-        core = hosted.core
-        hosted.store.write_checkpoint(core.high_watermark[RECORDS], core.high_watermark[STATE])
-        if hosted.store.snapshot_due:
-            hosted.store.write_producer_snapshot(core.replica.producers.snapshot())
+    def _snapshot_producers(self, hosted: HostedReplica) -> None:
+        """Between two events, so that core and log agree: a snapshot of the dedupe table that knows more than the log
+        would make a lost batch look like a duplicate."""
+        hosted.store.write_producer_snapshot(hosted.core.replica.producers.snapshot())
+
+    def last_checkpoints(self) -> None:
+        """At a clean stop: everything, whether it moved or not. Raises StorageFailed, StorageFull."""
+        for hosted in self._hosted():
+            core = hosted.core
+            hosted.store.write_checkpoint(core.high_watermark[RECORDS], core.high_watermark[STATE])
 
     # -- retention ----------------------------------------------------------------------------------
 

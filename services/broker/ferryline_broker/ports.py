@@ -1,0 +1,50 @@
+"""What the partition driver calls: whoever waits for an answer, and the ways out to peers and coordinator."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ferryline.protocol.messages import AlterIsr, ReplicaData, ReplicaFetch, ReplicaProgress, ReplicaReport, ResignEntry
+from ferryline_broker.core import events as ev
+
+Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse
+
+
+class Request(Protocol):
+    """Something that waits for answers of cores. `settle` once per token; `emit` at the end of the pass, when asked."""
+
+    def settle(self, index: int, answer: Answer) -> None: ...
+
+    def emit(self) -> None: ...
+
+
+class Emitter(Protocol):
+    """Something with work for the end of the pass."""
+
+    def emit(self) -> None: ...
+
+
+class PeerPort(Protocol):
+    """Where replication frames leave; each call only collects, `emit` sends."""
+
+    def add_fetch(self, to: int, fetch: ReplicaFetch) -> None: ...
+
+    def add_progress(self, to: int, progress: ReplicaProgress) -> None: ...
+
+    def add_data(self, session: int, data: ReplicaData, parts: list[ev.Bytes]) -> None: ...
+
+    def emit(self) -> None: ...
+
+
+class LinkPort(Protocol):
+    """Where messages to the coordinator leave; the same."""
+
+    def add_alter_isr(self, proposal: AlterIsr) -> None: ...
+
+    def add_resign(self, entry: ResignEntry) -> None: ...
+
+    def add_report(self, report: ReplicaReport) -> None: ...
+
+    def refresh_metadata(self) -> None: ...
+
+    def emit(self) -> None: ...
