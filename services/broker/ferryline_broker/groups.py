@@ -105,6 +105,8 @@ class GroupRequest:
 
 
 class GroupHandler:
+    """Checks what claims and commits say, and lets the cores decide."""
+
     def __init__(self, driver: PartitionDriver, view: ClusterView, metrics: BrokerMetrics) -> None:
         self._driver = driver
         self._view = view

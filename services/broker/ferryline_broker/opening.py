@@ -81,6 +81,7 @@ class Opener:
 
 
 def log_config(config: TopicConfig) -> LogConfig:
+    """The part of a topic's settings that its logs follow."""
     return LogConfig(
         segment_bytes=max(_SEGMENT_BYTES_MIN, min(config.segment_bytes, 2**31)),
         segment_ms=config.segment_ms,

@@ -100,6 +100,8 @@ class _Readable:
 
 
 class RestApi:
+    """Handlers of the routes above; each reads or appends through the same cores as the sessions."""
+
     def __init__(self, driver: PartitionDriver, view: ClusterView) -> None:
         self._driver = driver
         self._view = view

@@ -75,9 +75,8 @@ class SegmentChain:
 
     def begin(self, base: int) -> Segment:
         """Create the next segment and make it the active one. Its name is durable after `sync`."""
-        stem = f"{self._path}/{base:020d}"
-        self._storage.unlink(stem + INDEX)  # of a segment that had this name before a cut
-        segment = Segment(self._storage, self._path, base, self._storage.open(stem + LOG, create=True))
+        file = self._storage.open(f"{self._path}/{base:020d}{LOG}", create=True)
+        segment = Segment(self._storage, self._path, base, file)
         segment.created_ms = self._wall_ms()
         self._names_dirty = True
         self.segments.append(segment)

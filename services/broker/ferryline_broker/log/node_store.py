@@ -39,10 +39,10 @@ from ferryline.protocol.messages import (
     RESTART_PROCESS_CRASH,
 )
 from ferryline_broker.log.envelope import SlotFile, pack, unpack
-from ferryline_broker.log.interface import Lock, Storage
 from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.replica_store import ReplicaStore, quarantine, replica_path
 from ferryline_broker.log.steps import drained, wall_clock_ms
+from ferryline_broker.log.storage import Lock, Storage
 
 FORMAT_MAGIC, NODE_MAGIC, CLEAN_MAGIC = b"FLFM", b"FLND", b"FLCS"
 DIRECTORIES_MAX = 1000  # tried before giving up: more brokers than this never share one data root

@@ -22,11 +22,11 @@ from ferryline.protocol.errors import StorageFull
 from ferryline.protocol.messages import LOG_DAMAGED, LOG_OK, LOG_TRUNCATED, RECORDS, STATE
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.log.envelope import SlotFile, pack, unpack
-from ferryline_broker.log.interface import Storage
 from ferryline_broker.log.model import NO_CHECKPOINT, LogCheckpoint, LogConfig, LogHooks, RecoveryReport
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.recovery import EPOCH_ANY
 from ferryline_broker.log.steps import drained, wall_clock_ms
+from ferryline_broker.log.storage import Storage
 
 META_MAGIC = b"FLRM"
 PRODUCERS_MAGIC = b"FLPS"
@@ -61,7 +61,9 @@ class ReplicaStore:
     def __init__(self, storage: Storage, path: str, topic_id: str, partition: int) -> None:
         """Use `open` or `recover`."""
         self.storage, self.path, self.topic_id, self.partition = storage, path, topic_id, partition
-        self.snapshot_producers: Callable[[], bytes] | None = None  # called at each roll of the records log
+        # Called at each roll of the records log, before the batch that made it roll: what it returns must not know that
+        # batch yet. Who cannot promise that leaves it out and calls `write_producer_snapshot` when `snapshot_due`.
+        self.snapshot_producers: Callable[[], bytes] | None = None
         self.logs: tuple[PartitionLog, PartitionLog]
         self._meta_file: SlotFile
         self._meta = ReplicaMeta()
