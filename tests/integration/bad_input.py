@@ -12,7 +12,7 @@ from typing import Any
 
 from ferryline.protocol.metadata import ClusterMetadata, PartitionMeta, TopicMeta
 from ferryline.protocol.records import decode_batch, encode_batch, split_batches
-from tests.integration.cluster import Cluster
+from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import Rest, Wire
 
 TOPIC = "victim"
@@ -28,17 +28,17 @@ def batch(*values: bytes, codec: str = "none", producer: tuple[int, int, int] = 
 class World:
     """One cluster under attack: its topic, and addresses by broker id."""
 
-    cluster: Cluster
+    cluster: ProcessCluster
     topic: TopicMeta
     urls: dict[int, str]
     metadata: ClusterMetadata
     pids: itertools.count[int] = field(default_factory=lambda: itertools.count(random.getrandbits(40)))
 
     @classmethod
-    async def make(cls, cluster: Cluster) -> World:
+    async def make(cls, cluster: ProcessCluster) -> World:
         """Create the topic and wait until each of its partitions has a primary and both copies."""
         async with Rest(cluster.url, cluster.ca) as rest:
-            body = {"name": TOPIC, "partitions": PARTITIONS, "replication": 2}
+            body = {"name": TOPIC, "config": {"partitions": PARTITIONS, "replication": 2}}
             status, answer = await rest.call("POST", "/v1/topics", body)
             assert status in (200, 201, 409), answer
         end = time.monotonic() + 15
@@ -79,18 +79,32 @@ class World:
     async def still_serves(self) -> None:
         """A record goes into each partition and comes out again, whatever happened before."""
         for partition in range(PARTITIONS):
-            value = b"proof %d" % random.getrandbits(60)
-            async with await self.primary(partition) as wire:
-                result = await wire.produce(self.topic.id, partition, PARTITIONS, batch(value))
-                assert result.error is None, result.error
-                fetched, payload = await wire.fetch(self.topic.id, partition, result.base_offset)
-                assert fetched.error is None, fetched.error
-                found = [
-                    record.value
-                    for at, header in split_batches(payload)
-                    for record in decode_batch(payload[at : at + header.size], header)
-                ]
-                assert value in found
+            for _ in range(20):
+                if await self._serves(partition):
+                    break
+                self.metadata = (await World.make(self.cluster)).metadata
+            else:
+                raise AssertionError(f"partition {partition} is at no primary for long")
+
+    async def _serves(self, partition: int) -> bool:
+        """False: the primary has moved, as it may at any time."""
+        value = b"proof %d" % random.getrandbits(60)
+        async with await self.primary(partition) as wire:
+            result = await wire.produce(self.topic.id, partition, PARTITIONS, batch(value))
+            if result.error is not None and result.error.code == "NOT_PRIMARY":
+                return False
+            assert result.error is None, result.error
+            fetched, payload = await wire.fetch(self.topic.id, partition, result.base_offset)
+            if fetched.error is not None and fetched.error.code == "NOT_PRIMARY":
+                return False
+            assert fetched.error is None, fetched.error
+            found = [
+                record.value
+                for at, header in split_batches(payload)
+                for record in decode_batch(payload[at : at + header.size], header)
+            ]
+            assert value in found
+            return True
 
 
 @dataclass(frozen=True)

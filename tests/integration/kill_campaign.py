@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--keys", type=int, default=8)
     parser.add_argument("--brokers", type=int, default=3)
     parser.add_argument("--fault", choices=FAULTS, default="kill")
-    parser.add_argument("--sabotage", default="", help="e.g. ack-before-replicate: must make this program exit 1")
+    parser.add_argument("--sabotage", default="", help="e.g. ack-before-replicate; with --fault kill-ahead: exit 1")
     parser.add_argument("--json", type=Path, help="write every account to this file")
     options = parser.parse_args()
     env = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": options.sabotage} if options.sabotage else None

@@ -38,8 +38,12 @@ async def world(cluster: ProcessCluster) -> World:
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 async def test_nonsense_gets_its_error_and_harms_nothing(world: World, row: Case) -> None:
-    assert await row.act(world) in row.codes
+    code = await row.act(world)
+    if code == "NOT_PRIMARY" and code not in row.codes:  # a primary moved while we looked: balancing, no answer
+        code = await row.act(await World.make(world.cluster))
+    assert code in row.codes
     await world.still_serves()
+    assert all(service.running for service in world.cluster.local.services.values())
 
 
 def test_the_table_is_as_long_as_promised() -> None:
@@ -183,7 +187,7 @@ for kind, header in (
 for kind, header in (
     (Kind.REGISTER, m.Register(1, "s", 1, m.RESTART_CLEAN, "https://x", "https://x", 0)),
     (Kind.HEARTBEAT, m.Heartbeat(1, 1, 1)),
-    (Kind.ALTER_ISR, m.AlterIsrs([])),
+    (Kind.ALTER_ISR, m.AlterIsrs([m.AlterIsr("t" * 32, 0, 1, 1, 1, 1, 1, 1, [m.IsrMember(1, 1)])])),
     (Kind.RESIGN, m.Resign(1, 1, [])),
     (Kind.REPORT, m.Report(1, 1, [])),
 ):
@@ -370,7 +374,7 @@ fetch_refused("offset -1", ("INVALID_ARGUMENT",), offset=-1)
 fetch_refused("offset far beyond the end", ("OFFSET_OUT_OF_RANGE", "LOG_TRUNCATED"), offset=10**15)
 fetch_refused("offset at the last number", ("OFFSET_OUT_OF_RANGE", "LOG_TRUNCATED"), offset=OFFSET_MAX)
 fetch_refused("offset beyond all numbers", ("INVALID_ARGUMENT", MALFORMED), offset=2**63 - 1)
-fetch_refused("an epoch that never was", ("LOG_TRUNCATED", "STALE_EPOCH"), offset=1, offset_epoch=10**6)
+fetch_refused("an epoch that never was", ("LOG_TRUNCATED", "STALE_EPOCH", "NOT_PRIMARY"), offset=1, offset_epoch=10**6)
 fetch_refused("bytes_max 0", ("INVALID_ARGUMENT",), bytes_max=0)
 fetch_refused("wait of a year", ("INVALID_ARGUMENT",), wait_ms=31_536_000_000)
 fetch_refused("wait -1", ("INVALID_ARGUMENT",), wait_ms=-1)

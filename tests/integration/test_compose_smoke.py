@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,9 @@ Eventually = Callable[..., Awaitable[Any]]
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A compose project of its own: name, volumes, port and addresses collide with nobody's."""
-    number = os.getpid() % 200
+def cluster() -> Iterator[DockerCluster]:
+    """A compose project of its own: name, volumes and port collide with nobody's."""
     volumes = Path(tempfile.mkdtemp(prefix="ferryline-compose-"))
-    monkeypatch.setenv("FERRYLINE_SUBNET", f"172.31.{number}.0/28")
     project = f"ferryline-smoke-{os.getpid()}"
     yield DockerCluster(project, volumes)
     # Whatever happened, no container, network or file stays.

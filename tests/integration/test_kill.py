@@ -43,6 +43,14 @@ async def test_everything_acknowledged_is_there_after_kill_9_of_all_processes_at
     assert account.healed_s is not None
 
 
+async def test_a_primary_that_dies_while_its_secondaries_are_held_back_has_promised_nothing(
+    cluster: ProcessCluster,
+) -> None:
+    account = await run_drill(plan(fault="kill-ahead"), cluster)
+    assert fits(account), account
+    assert account.verdict.acknowledged == RECORDS
+
+
 async def test_three_killings_in_a_row_each_heal(cluster: ProcessCluster) -> None:
     timing = await measure(cluster, 3, "KILL", rate=500)
     assert timing.good, timing
@@ -51,7 +59,7 @@ async def test_three_killings_in_a_row_each_heal(cluster: ProcessCluster) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "fault"), [("ack-before-replicate", "kill"), ("ack-before-flush", "kill-all")], ids=str
+    ("sabotage", "fault"), [("ack-before-replicate", "kill-ahead"), ("ack-before-flush", "kill-all")], ids=str
 )
 async def test_a_broker_that_acknowledges_too_early_is_found_out(
     tmp_path: Path, start_cluster: Any, sabotage: str, fault: str
@@ -61,6 +69,6 @@ async def test_a_broker_that_acknowledges_too_early_is_found_out(
     if fault == "kill-all":
         env["FERRYLINE_TEST_LOSSY_STORAGE"] = "1"
     cluster = await start_cluster(brokers=3, env=env)
-    account = await run_drill(plan(fault=fault), cluster)
+    account = await run_drill(plan(fault=fault, records=30_000, rate=8_000, delivery_s=6.0, recovery_s=6.0), cluster)
     assert not account.good, account
     assert account.lost > 0 or account.out_of_order > 0, account

@@ -108,7 +108,8 @@ async def test_a_test_fails_when_data_is_lost(start_cluster: object) -> None:
     from ferryline.cli.drill import Plan
 
     env = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": "ack-before-replicate"}
-    account = await run_seed(Plan(records=40_000, keys=8, victim_share=0.5, partitions=8, seed=3), env=env)
+    plan = Plan(records=30_000, keys=8, partitions=8, seed=3, fault="kill-ahead", delivery_s=6.0, recovery_s=6.0)
+    account = await run_seed(plan, env=env)
     assert not fits(account), account
 
 

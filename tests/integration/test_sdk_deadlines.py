@@ -172,17 +172,22 @@ async def all_calls(bench: Bench) -> dict[str, str]:
     return {name: text for name, text, _ in found}
 
 
+async def _failure(call: Awaitable[Any]) -> errors.FerrylineError | None:
+    """The typed error that a call ends with, if it does."""
+    try:
+        await call
+    except errors.FerrylineError as error:
+        return error
+    return None
+
+
 async def recovers(bench: Bench) -> None:
     """A record sent now reaches both consumers within RECOVERY_S of the first successful send."""
     value = b"after %d" % time.monotonic_ns()
     end = time.monotonic() + 15
-    while True:
-        try:
-            await bench.producer.send(TOPIC, value, partition=0)
-            break
-        except errors.FerrylineError as error:
-            assert time.monotonic() < end, f"sending never recovered: {error!r}"
-            await asyncio.sleep(0.1)
+    while (failed := await _failure(bench.producer.send(TOPIC, value, partition=0))) is not None:
+        assert time.monotonic() < end, f"sending never recovered: {failed!r}"
+        await asyncio.sleep(0.1)
     sent = time.monotonic()
     for consumer in (bench.reader, bench.member):
         while True:
@@ -322,15 +327,11 @@ async def test_a_full_disk_refuses_records_for_certain_and_recovers_without_a_re
     try:
         ballast.take(size)
         end = time.monotonic() + 10
-        while True:
-            try:
-                await bench.producer.send(TOPIC, b"x", partition=0)
-            except errors.FerrylineError as error:
-                assert error.definite, error
-                assert isinstance(error, errors.StorageFull | errors.DeadlineExceeded), error
-                break
+        while (refusal := await _failure(bench.producer.send(TOPIC, b"x", partition=0))) is None:
             assert time.monotonic() < end, "the full disk was never noticed"
             await asyncio.sleep(0.05)
+        assert isinstance(refusal, errors.StorageFull | errors.DeadlineExceeded), refusal
+        assert refusal.definite, refusal
         found = await all_calls(bench)
         reads = ("consumer.start", "consumer.pull", "consumer.commit", "consumer.committed", "consumer.seek")
         assert {name: found[name] for name in reads} == dict.fromkeys(reads, "value")

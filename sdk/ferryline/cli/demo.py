@@ -71,9 +71,17 @@ def app(
             code="NOT_INSTALLED",
             remedy="Install: pip install 'ferryline[server]'",
         )
-    fault = FAULTS[sabotage]
+    fault, patience = FAULTS[sabotage], 30.0 if sabotage is None else 10.0
     chosen = random.randrange(2**32) if seed is None else seed
-    plan = Plan(records=records, consumers=consumers, seed=chosen, rate=rate, fault=fault)
+    plan = Plan(
+        records=records,
+        consumers=consumers,
+        seed=chosen,
+        rate=rate,
+        fault=fault,
+        delivery_s=patience,
+        recovery_s=patience,
+    )
     form = of(ctx).flags.get("output") or "table"
     output = Output("json" if as_json else str(form))
     root = Path(tempfile.mkdtemp(prefix="ferryline-demo-"))

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 TOPIC, GROUP = "drill", "drill"
 YIELD_EVERY = 200  # records between two turns of the loop: acknowledgements and consumers go on meanwhile
-RECOVERY_S = 30.0
+START_S = 30.0
 STALL_S = 0.5  # well below the 3 s after which a silent broker is fenced
-DELIVERY_S = 30.0  # a record that was not acknowledged by then has an unknown outcome, and the drill goes on
 
 
 class Patient(Protocol):
@@ -72,6 +71,8 @@ class Plan:
     rate: float = 0.0  # records a second; 0 is as fast as it goes
     fault: str = "kill"
     seed: int = 0
+    delivery_s: float = 30.0  # a record not acknowledged by then is given up, and the drill goes on
+    recovery_s: float = 30.0  # how long to wait for every copy to be back
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ class Drill:
             await client.admin.create_topic(
                 TOPIC, partitions=plan.partitions, replication=plan.replication, min_isr=plan.min_isr
             )
-            await healed(client, TOPIC, plan.partitions, plan.replication, RECOVERY_S)
+            await healed(client, TOPIC, plan.partitions, plan.replication, START_S)
             traffic = self._traffic = self._make_traffic(client)
             tasks = [asyncio.create_task(traffic.consume(reading)) for _ in range(plan.consumers)]
             ticker = asyncio.create_task(self._tick())
             try:
                 started = time.perf_counter()
-                async with client.producer(linger=0.005, delivery_timeout=DELIVERY_S) as producer:
+                async with client.producer(linger=0.005, delivery_timeout=plan.delivery_s) as producer:
                     await self._send_all(client, producer)
                     await producer.flush()
                 seconds = time.perf_counter() - started
@@ -243,7 +244,7 @@ class Drill:
         self._phase = f"{self._killed} returns"
         started = time.perf_counter()
         await self._patient.start()
-        done = await healed(client, TOPIC, self.plan.partitions, self.plan.replication, RECOVERY_S)
+        done = await healed(client, TOPIC, self.plan.partitions, self.plan.replication, self.plan.recovery_s)
         return time.perf_counter() - started if done else None
 
     async def _tick(self) -> None:
