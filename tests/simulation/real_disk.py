@@ -191,6 +191,12 @@ class RealDisk:
         self._set_faults()
         return False  # nobody knows before the next recovery
 
+    def lose_unsynced(self) -> None:
+        """A power cut of which nothing unsynced survives: for scenarios, which must not depend on luck."""
+        self._boot += 1
+        self._storage.lose_unsynced()
+        self._set_faults()
+
     def survivors(self, key: Key) -> None:
         return None
 

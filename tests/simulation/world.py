@@ -13,6 +13,7 @@ from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import ReplicaConfig
 from ferryline_coordinator.core import events as ce
+from ferryline_coordinator.core.config import CoreConfig
 from tests.simulation.broker import Broker
 from tests.simulation.checks import Checks
 from tests.simulation.clients import Member, Producer, Reader
@@ -34,10 +35,13 @@ SETTLE_MS = 120_000  # virtual; after the last fault everything must be well aga
 class World:
     """`run` is the whole story: found, break, heal, check."""
 
-    def __init__(self, config: Config, seed: int, *, real_log: bool = False) -> None:
+    def __init__(
+        self, config: Config, seed: int, *, real_log: bool = False, weather: Weather | None = None,
+        core_config: CoreConfig | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.engine = Engine(seed)
-        self.weather: Weather = draw(self.engine.rng, config, real_log=real_log)
+        self.weather: Weather = weather or draw(self.engine.rng, config, real_log=real_log)
         self.calm = False
         self.counts: Counter[str] = Counter()
         self.topic = TOPIC
@@ -45,7 +49,7 @@ class World:
         self.history = History()
         self.store = Store()
         self.network = Network(self.engine, self.weather)
-        self.core_config = config_of(self.weather.fence_ms)
+        self.core_config = core_config or config_of(self.weather.fence_ms)
         self.replica_config = ReplicaConfig(
             fetch_bytes_max=2_000,
             fetch_wait_ms=self.weather.fetch_wait_ms,
@@ -311,7 +315,8 @@ class World:
             for broker_id in record.meta.replicas:
                 broker = self.broker_by_id(broker_id)
                 assert broker is not None
-                logs[key].append((broker.host.name, self._read_all(broker, key)))
+                end = broker.parts[key].core.high_watermark[RECORDS]
+                logs[key].append((broker.host.name, self.read_all(broker, key, end)))
         for send in self.history.sends.values():
             if send.outcome == OPEN:
                 raise Violation("liveness", f"{send.value!r} was never answered")
@@ -319,9 +324,10 @@ class World:
         if self.members and not any(lost.values()):
             self.history.check_processed([GROUP], {key: found[0][1] for key, found in logs.items()})
 
-    def _read_all(self, broker: Broker, key: Key) -> list[tuple[int, bytes]]:
+    def read_all(self, broker: Broker, key: Key, below: int) -> list[tuple[int, bytes]]:
+        """(offset, value) of every record on the broker's disk below ``below``."""
         hosted = broker.parts[key]
-        data, headers = hosted.files.read(RECORDS, hosted.core.log_start[RECORDS], hosted.core.high_watermark[RECORDS], 1 << 60)
+        data, headers = hosted.files.read(RECORDS, hosted.core.log_start[RECORDS], below, 1 << 60)
         found = []
         for at, header in headers:
             if not header.is_control:

@@ -1,0 +1,1 @@
+"""Stories of a cluster as text: commands, and what the real cores make of them."""
