@@ -316,6 +316,17 @@ def test_leftovers_of_unfinished_writes_are_swept_up() -> None:
     assert disk.listdir("log") == ["00000000000000000000.index", "00000000000000000000.log", "start"]
 
 
+def test_a_segment_of_which_nothing_survived_does_not_outlive_a_reset() -> None:
+    disk, sent, checkpoint = build(20, flushed=20, config=SMALL)
+    empty = f"log/{60:020d}.log"
+    disk.open(empty, create=True)
+    log = reopened(disk, checkpoint, SMALL)
+    assert contents(log) == sent
+    assert not disk.exists(empty)
+    log.reset(10)
+    assert reopened(disk, LogCheckpoint(), SMALL).log_state == LOG_OK
+
+
 # -- what a restart may trust -----------------------------------------------------------------------
 
 
