@@ -369,3 +369,17 @@ def test_a_group_is_deleted_only_without_members() -> None:
     assert not any(key.startswith(("group/", "owners/")) for key in bench.rows)
     with pytest.raises(UnknownGroup):
         bench.ask(ev.GroupDeleted, "g")
+
+
+def test_a_group_that_was_deleted_and_comes_back_goes_on_above_what_primaries_remember() -> None:
+    bench, team = group(2)
+    for _ in range(3):
+        team[0].leave()
+        settle(team)
+    highest = max(p.generation for member in team for p in member.owned.values())
+    assert highest > 1
+    for member in team:
+        member.leave()
+    bench.ask(ev.GroupDeleted, "g")
+    bench.restart()
+    assert min(p.generation for p in Member(bench, "new", ["t"]).beat().assigned) > highest

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ferryline.protocol.errors import Fenced, StaleBrokerEpoch, StaleCoordinator
-from ferryline.protocol.messages import Heartbeat, IsrMember, Resign, ResignEntry
+from ferryline.protocol.messages import Heartbeat, IsrMember, Report, Resign, ResignEntry
 from ferryline_coordinator.core import events as ev
 from unit.coordinator_bench import Bench, Halted
 
@@ -485,3 +485,19 @@ def test_a_failover_that_is_interrupted_after_any_commit_is_finished_by_the_next
         part = bench.part("t", number)
         assert part.primary == part.replicas[0]
         assert set(part.isr) == set(part.replicas)
+
+
+def test_a_complete_replica_that_is_up_leads_as_soon_as_the_one_before_it_is_excluded() -> None:
+    """The primary resigned to leave, nobody else in sync could lead; then its log turns out to be damaged."""
+    bench = cluster(replication=2, min_isr=2)
+    primary, secondary = other(bench)
+    bench.alter(bench.part(), [primary])
+    assert bench.part().elr == (secondary,)
+    broker = bench.brokers[primary]
+    broker.want = "stop"
+    bench.heartbeat(primary)
+    bench.ask(ev.ResignReceived, broker.session, Resign(primary, broker.epoch, [ResignEntry("t-id", 0, 1)]))
+    assert bench.part().primary == 0
+    damaged = bench.report(bench.part(), 9, state="damaged")
+    bench.ask(ev.ReportReceived, broker.session, Report(primary, broker.epoch, [damaged]))
+    assert (bench.part().primary, bench.part().isr) == (secondary, (secondary,))

@@ -105,8 +105,8 @@ class SessionEndpoint:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if self._closing:
             raise ShuttingDown("this service is stopping")
-        if len(self.sessions) + self._pending >= self._sessions_max:
-            raise Throttled(f"{self._sessions_max} sessions are open")
+        if len(self.sessions) + self._pending >= self._sessions_max and not self._is_node(request):
+            raise Throttled(f"{self._sessions_max} sessions are open")  # clients cannot crowd out the nodes
         ws = web.WebSocketResponse(compress=False, max_msg_size=FRAME_BYTES_MAX, heartbeat=PING_S, timeout=2.0)
         if not ws.can_prepare(request).ok:
             raise MalformedRequest("this address takes WebSocket upgrades only")
@@ -176,6 +176,9 @@ class SessionEndpoint:
         if message.type is WSMsgType.TEXT:
             raise MalformedRequest("a session carries binary messages, not text")
         return None
+
+    def _is_node(self, request: web.Request) -> bool:
+        return node_identity(request.get_extra_info("peercert"), self.cluster_id) is not None
 
     def _identity(self, request: web.Request, hello: Hello) -> str | None:
         identity = node_identity(request.get_extra_info("peercert"), self.cluster_id)

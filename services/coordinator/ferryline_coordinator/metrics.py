@@ -39,7 +39,7 @@ class CoordinatorMetrics(ServiceMetrics):
 
     def noted(self, note: Note) -> None:
         if note.name in self.notes:
-            self.notes[note.name] += 1
+            self.notes[note.name] += note.fields.get("count", 1)
 
 
 class _State(Collector):

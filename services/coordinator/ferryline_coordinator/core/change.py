@@ -85,6 +85,10 @@ class Change:
         found = (self.part(key) for key in self.state.held_by(broker_id))
         return [record for record in found if record is not None]
 
+    def written_parts(self) -> list[PartRecord]:
+        """Partitions that this decision changes, in a fixed order."""
+        return [self._parts[key] for key in sorted(self._parts)]
+
     def parts_of(self, topic: TopicMeta) -> list[PartRecord]:
         found = (self.part((topic.id, number)) for number in range(topic.config.partitions))
         return [record for record in found if record is not None]

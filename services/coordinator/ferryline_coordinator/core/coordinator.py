@@ -9,6 +9,7 @@ from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.metadata import TopicMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
+from ferryline_coordinator.core.elections import can_elect, elect
 from ferryline_coordinator.core.events import (
     Abandoned,
     AlterIsrsReceived,
@@ -36,7 +37,7 @@ from ferryline_coordinator.core.events import (
     TopicCreated,
     TopicDeleted,
 )
-from ferryline_coordinator.core.fencing import Fencing
+from ferryline_coordinator.core.fencing import Fencing, is_draining, note_elected
 from ferryline_coordinator.core.groups import Groups
 from ferryline_coordinator.core.membership import Membership
 from ferryline_coordinator.core.moves import Moves
@@ -160,7 +161,15 @@ class CoordinatorCore:
             change.add(Refuse(reply, error.info()))
         self.fencing.advance(change, self.registration)
         self.moves.look(change)
+        self._elect_waiting(change)
         return self._finish(change)
+
+    def _elect_waiting(self, change: Change) -> None:
+        """Whatever this decision did: nobody waits for a primary while there is a candidate."""
+        for record in change.written_parts():
+            if not record.frozen and can_elect(record.meta, change.electable):
+                after = elect(record.meta, change.electable, lambda b: is_draining(change, b))
+                note_elected(change, [change.put_part(after)])
 
     def _finish(self, change: Change) -> Decision:
         decision = change.finish()

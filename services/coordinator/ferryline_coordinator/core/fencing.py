@@ -14,12 +14,14 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from ferryline.protocol.metadata import NO_BROKER, PartitionMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import fence
 from ferryline_coordinator.core.events import Probe, ProbeEnded, RegisterReceived
 
 SILENT, GONE, REGISTERING, STOPPING = "silent", "gone", "registering", "stopping"
+NOTES_MAX = 20  # elections of one decision that are told one by one
 _FINAL = (REGISTERING, STOPPING)  # a sign of life does not lift these
 
 
@@ -177,6 +179,7 @@ def fence_brokers(change: Change, reasons: dict[int, str]) -> None:
     gone = sorted(reasons)
     electable = change.electable
     fenced_now = []
+    elected: list[PartitionMeta] = []
     for broker_id in gone:
         record = change.broker(broker_id)
         if record is not None and not record.meta.fenced:
@@ -190,9 +193,20 @@ def fence_brokers(change: Change, reasons: dict[int, str]) -> None:
         if after is not before:
             stored = change.put_part(after)
             if stored.primary != before.primary:
-                change.note("elected", topic_id=key[0], partition=key[1], primary=stored.primary, epoch=stored.epoch)
+                elected.append(stored)
+    note_elected(change, elected)
     for broker_id in fenced_now:
         change.note("fenced", "warning", broker=broker_id, reason=reasons[broker_id])
+
+
+def note_elected(change: Change, elected: list[PartitionMeta]) -> None:
+    """One note for each election, or one for all of them: a log line for each of thousands helps nobody."""
+    if len(elected) > NOTES_MAX:
+        offline = sum(part.primary == NO_BROKER for part in elected)
+        change.note("elected", count=len(elected), offline=offline)
+        return
+    for part in elected:
+        change.note("elected", topic_id=part.topic_id, partition=part.partition, primary=part.primary, epoch=part.epoch)
 
 
 def is_draining(change: Change, broker_id: int) -> bool:

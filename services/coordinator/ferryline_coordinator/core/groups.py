@@ -350,9 +350,12 @@ class Groups:
         group = self._groups.get(event.group)
         if group is not None and group.sessions:
             raise Conflict(f"group {event.group} has {len(group.sessions)} members", members=len(group.sessions))
+        floor = change.cluster.generation_floor
         for owners in self._all_owners(change, event.group):
+            floor = max(floor, *owners.generations)
             change.delete(owners_key(event.group, owners.topic_id))
         change.delete(group_key(event.group))
+        change.set_cluster(generation_floor=floor)
         self._groups.pop(event.group, None)
         change.reply(event.reply, record)
 
@@ -383,7 +386,9 @@ class Groups:
             missing = max(by_topic[topic_id]) + 1 - len(owners)
             owners.extend([""] * missing)
             generations.extend([0] * missing)
+            floor = change.cluster.generation_floor
             for number, member in by_topic[topic_id].items():
                 owners[number] = member
-                generations[number] += 1 if member else 0
+                if member:
+                    generations[number] = max(generations[number], floor) + 1
             change.put(GroupOwners(group.name, topic_id, tuple(owners), tuple(generations)))

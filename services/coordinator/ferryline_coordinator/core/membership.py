@@ -21,7 +21,7 @@ from ferryline_coordinator.core.events import (
     DrainSet,
     HeartbeatReceived,
 )
-from ferryline_coordinator.core.fencing import STOPPING, Fencing, is_draining
+from ferryline_coordinator.core.fencing import STOPPING, Fencing, is_draining, note_elected
 from ferryline_coordinator.core.records import BrokerRecord, broker_key
 from ferryline_coordinator.core.recovery import Reports
 from ferryline_coordinator.core.sessions import Sessions
@@ -82,16 +82,12 @@ class Membership:
         broker_id = record.meta.id
         change.put_broker(replace(record, meta=replace(record.meta, fenced=False)))
         change.note("unfenced", broker=broker_id)
-        for part in change.parts_held(broker_id):
-            if can_elect(part.meta, change.electable) and not part.frozen:
-                stored = change.put_part(elect(part.meta, change.electable, lambda b: is_draining(change, b)))
-                change.note(
-                    "elected",
-                    topic_id=stored.topic_id,
-                    partition=stored.partition,
-                    primary=stored.primary,
-                    epoch=stored.epoch,
-                )
+        elected = [
+            change.put_part(elect(part.meta, change.electable, lambda b: is_draining(change, b)))
+            for part in change.parts_held(broker_id)
+            if can_elect(part.meta, change.electable) and not part.frozen
+        ]
+        note_elected(change, elected)
 
     def _stopping(self, change: Change, record: BrokerRecord) -> None:
         """A broker wants to leave: no primaries for it from now on; it is fenced once it leads nothing any more."""

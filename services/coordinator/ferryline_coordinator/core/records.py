@@ -35,6 +35,7 @@ class ClusterRecord(msgspec.Struct, array_like=True, frozen=True):
     broker_epoch: int = 0
     feature_level: int = 1
     coord_epoch_floor: int = 0
+    generation_floor: int = 0  # primaries may remember generations up to this one, of groups that were deleted
 
 
 class BrokerRecord(msgspec.Struct, array_like=True, frozen=True):

@@ -41,6 +41,7 @@ from ferryline_coordinator.core.sessions import Sessions
 
 INCOMPLETE_LOGS = (LOG_DAMAGED, LOG_TRUNCATED, LOG_CONFLICT)
 URL_BYTES_MAX = 500
+LOST_GENERATIONS = 1 << 20  # more than a store can have forgotten
 
 
 def check_url(value: str, what: str) -> str:
@@ -142,7 +143,9 @@ class Registration:
             return False
         floor = seen + 1
         if change.cluster.coord_epoch_floor < floor:
-            change.set_cluster(coord_epoch_floor=floor)
+            # Primaries may remember later group generations, too.
+            generations = change.cluster.generation_floor + LOST_GENERATIONS
+            change.set_cluster(coord_epoch_floor=floor, generation_floor=generations)
             for record in change.parts():
                 if not record.frozen:
                     change.put_part(record.meta, frozen=True)
