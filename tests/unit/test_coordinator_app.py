@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import ssl
 import sys
@@ -457,6 +458,23 @@ async def test_bad_requests_get_their_documented_error_and_disturb_nobody(here: 
     assert (await here.rest("GET", "/readyz"))[0] == 200
     _, cluster = await here.rest("GET", "/v1/cluster")
     assert cluster["topics"] == 0
+
+
+async def test_the_served_openapi_document_names_every_route_and_resolves(here: Here) -> None:
+    _, api = await here.rest("GET", "/openapi.json")
+    assert api["openapi"].startswith("3.1")
+    served = {
+        (route.method.lower(), route.resource.canonical)
+        for route in here.coordinator._runner.app.router.routes()  # type: ignore[union-attr]
+        if route.resource is not None and route.resource.canonical.startswith("/v1/") and route.method != "HEAD"
+    }
+    assert served == {(method, path) for path, methods in api["paths"].items() for method in methods}
+    assert {("post", "/v1/topics"), ("get", "/v1/metadata"), ("post", "/v1/join")} <= served
+    text = json.dumps(api)
+    for name in set(re.findall(r"#/components/schemas/(\w+)", text)):
+        assert name in api["components"]["schemas"], name
+    ids = [operation["operationId"] for methods in api["paths"].values() for operation in methods.values()]
+    assert len(ids) == len(set(ids))
 
 
 async def test_a_request_id_is_kept_if_it_is_sane_and_made_otherwise(here: Here) -> None:

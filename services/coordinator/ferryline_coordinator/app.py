@@ -18,6 +18,7 @@ from ferryline_coordinator.core.coordinator import CoordinatorCore
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.metrics import CoordinatorMetrics
 from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
+from ferryline_coordinator.openapi import document
 from ferryline_coordinator.probing import Prober
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.sessions import Sessions
@@ -151,8 +152,12 @@ class Coordinator:
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about))
         app.router.add_routes(self.metrics.routes())
+        app.router.add_routes([web.get("/openapi.json", self._openapi)])
         app.on_shutdown.append(self._shut_down)
         return app
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(document(request.app.router.routes()))
 
     async def _shut_down(self, _: web.Application) -> None:
         self.driver.answer_parked()
