@@ -5,17 +5,12 @@ of root to the user 10001, then runs the service as the owner of the data direct
 (``docker run --user``), it only starts the service.
 """
 
-import fcntl
-import ipaddress
 import os
 import socket
-import struct
 import sys
 
 USER = 10001  # no such user on the host; nothing there opens to it by accident
 DIRECTORIES = ("/data", "/data/join-tokens", "/join")
-SIOCGIFADDR, SIOCGIFNETMASK = 0x8915, 0x891B
-NETWORK_ADDRESSES_MAX = 64  # more names than these do not belong into a certificate
 
 
 def give_up_root() -> None:
@@ -30,38 +25,15 @@ def give_up_root() -> None:
     os.setuid(uid)
 
 
-def own_interface() -> ipaddress.IPv4Interface | None:
-    """Address and network of the first interface that is not loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                address = fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24]
-                netmask = fcntl.ioctl(probe, SIOCGIFNETMASK, request)[20:24]
-            except OSError:
-                continue  # no address
-            found = ipaddress.IPv4Interface(f"{socket.inet_ntoa(address)}/{socket.inet_ntoa(netmask)}")
-            if not found.is_loopback:
-                return found
-    return None
-
-
 def advertise() -> None:
     """Let clients find a broker by the address of its container, which they reach from the host and from beside it.
 
-    A container that is made anew may get another address, but its data directory keeps the certificate of the first
-    start. So the certificate names every address of a small network: whoever holds it is a broker of this cluster
-    all the same.
+    A container that is made anew may get another address; the broker renews its certificate for it.
     """
-    interface = own_interface()
-    if interface is None:
-        return
+    name = socket.gethostname()
     port = os.environ.get("FERRYLINE_BROKER_PORT", "9443")
-    os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_EXTERNAL", f"https://{interface.ip}:{port}")
-    os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_INTERNAL", f"https://{socket.gethostname()}:{port}")
-    network = interface.network
-    names = [interface.ip] if network.num_addresses > NETWORK_ADDRESSES_MAX else network.hosts()
-    os.environ.setdefault("FERRYLINE_BROKER_TLS_NAMES", ",".join(str(name) for name in names))
+    os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_INTERNAL", f"https://{name}:{port}")
+    os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_EXTERNAL", f"https://{socket.gethostbyname(name)}:{port}")
 
 
 def main(command: list[str]) -> None:
