@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ferryline.core.membership import OpenPartition
-from ferryline.fetcher import Fetcher, Partition, located
+from ferryline.fetcher import Fetcher
 from ferryline.membership import Membership
 from ferryline.message import Source, TopicPartition
 from ferryline.options import ConsumerOptions
+from ferryline.partition import Partition, located
 from ferryline.positions import commit_alone, committed, look_up
 from ferryline.protocol.errors import FerrylineError, StaleMember, UnknownPartition
 from ferryline.protocol.messages import CommittedResult
 from ferryline.protocol.metadata import TopicMeta
+from ferryline.reader import Reader
 from ferryline.requests import Key
 
 if TYPE_CHECKING:
@@ -29,8 +31,7 @@ CLOSE_COMMIT_S = 3.0
 class Assignment:
     """Adds partitions to the fetcher and takes them away again.
 
-    ``in_hands``: whether the application still holds records of a partition; then `finished` must be called when it is
-    back. ``forgotten`` and ``failed`` tell the consumer what it must not touch any more, and what it must raise.
+    While the application holds records of a revoked partition, the reader tells `finished` when it is back.
     """
 
     def __init__(
@@ -38,17 +39,12 @@ class Assignment:
         client: Client,
         options: ConsumerOptions,
         fetcher: Fetcher,
-        *,
-        progress: Callable[[], object],
-        in_hands: Callable[[Partition], bool],
-        forgotten: Callable[[Partition], None],
-        failed: Callable[[FerrylineError], None],
+        reader: Reader,
     ) -> None:
         self._client = client
         self._options = options
         self._fetcher = fetcher
-        self._in_hands = in_hands
-        self._forgotten = forgotten
+        self._reader = reader
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._membership: Membership | None = None
@@ -60,11 +56,11 @@ class Assignment:
                 instance_id=options.instance_id,
                 session_ms=options.session_ms,
                 max_processing_s=options.max_processing,
-                progress=progress,
+                progress=reader.progress,
                 opened=self._opened,
                 revoked=self._revoked,
                 dropped=self._dropped,
-                failed=failed,
+                failed=reader.fail,
             )
 
     async def start(self, metas: list[TopicMeta]) -> None:
@@ -190,7 +186,8 @@ class Assignment:
             return
         partition.revoked = True
         partition.drop()
-        if not self._in_hands(partition):
+        self._reader.leave(partition)
+        if partition not in self._reader.hands:
             self._spawn(self._let_go(partition))
 
     def finished(self, partition: Partition) -> None:
@@ -216,7 +213,7 @@ class Assignment:
 
     def _forget(self, partition: Partition) -> None:
         self._fetcher.remove(partition.key)
-        self._forgotten(partition)
+        self._reader.forget(partition)
         if self._options.on_revoke is not None:
             self._options.on_revoke([TopicPartition(partition.source.topic, partition.source.partition)])
 

@@ -12,19 +12,20 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ferryline.assignment import Assignment
-from ferryline.fetcher import Fetcher, Partition, located
+from ferryline.fetcher import Fetcher
 from ferryline.message import Message, TopicPartition
 from ferryline.options import ConsumerOptions, OnPartitions, Where, check_where
+from ferryline.partition import Partition
 from ferryline.positions import committed, look_up
 from ferryline.protocol.errors import (
     ClientClosed,
-    CorruptBatch,
     FerrylineError,
     InvalidArgument,
     UnknownPartition,
     UnknownTopic,
 )
 from ferryline.protocol.limits import COMMIT_METADATA_BYTES_MAX, OFFSET_MAX, check_range
+from ferryline.reader import Reader
 from ferryline.requests import Key
 from ferryline.subscription import Handler, Subscription
 
@@ -35,7 +36,6 @@ log = logging.getLogger("ferryline.consumer")
 
 T = TypeVar("T")
 Position = tuple[str, int]  # (topic, partition), as TopicPartition
-ERROR_PAUSE_S = 0.5  # before a partition whose error was raised is fetched again
 
 
 class Consumer(Generic[T]):
@@ -88,11 +88,8 @@ class Consumer(Generic[T]):
             on_revoke=on_revoke,
         )
         self._fetcher: Fetcher | None = None
+        self._reader: Reader | None = None
         self._assignment: Assignment | None = None
-        self._hands: list[Partition] = []  # what the application was given last comes from these
-        self._reading: Partition | None = None  # iteration goes on here
-        self._handed_out = 0
-        self._error: FerrylineError | None = None  # the membership failed
         self._closed = False
 
     # -- life --------------------------------------------------------------------------------------
@@ -116,15 +113,8 @@ class Consumer(Generic[T]):
         self._fetcher = Fetcher(
             self._client, partition_bytes=options.partition_bytes, buffer_bytes=options.buffer_bytes
         )
-        self._assignment = Assignment(
-            self._client,
-            options,
-            self._fetcher,
-            progress=self._progress,
-            in_hands=self._holds,
-            forgotten=self._forgotten,
-            failed=self._failed,
-        )
+        self._reader = reader = Reader(self._fetcher, self._finished)
+        self._assignment = Assignment(self._client, options, self._fetcher, reader)
         self._client.closables.append(self)
         try:
             await self._assignment.start(metas)
@@ -146,21 +136,9 @@ class Consumer(Generic[T]):
             if self in self._client.closables:
                 self._client.closables.remove(self)
 
-    def _holds(self, partition: Partition) -> bool:
-        if self._reading is partition:
-            self._reading = None  # revoked: what is left of it is not handed out
-        return partition in self._hands
-
-    def _forgotten(self, partition: Partition) -> None:
-        if partition in self._hands:
-            self._hands.remove(partition)
-        if self._reading is partition:
-            self._reading = None
-
-    def _failed(self, error: FerrylineError) -> None:
-        self._error = error
-        if self._fetcher is not None:
-            self._fetcher.wake()
+    def _finished(self, partition: Partition) -> None:
+        if self._assignment is not None:
+            self._assignment.finished(partition)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -169,7 +147,8 @@ class Consumer(Generic[T]):
 
     async def __anext__(self) -> Message[T]:
         """The next record; ends when the consumer is closed. Raises LogTruncated, OffsetOutOfRange, UnknownTopic."""
-        partition = self._reading
+        reader = self._reader or self._not_started()
+        partition = reader.reading
         if partition is not None and partition.index < partition.count:
             # The common path: the record before this one is finished, the next is at hand.
             partition.processed = partition.position
@@ -177,53 +156,60 @@ class Consumer(Generic[T]):
             partition.index += 1
             partition.position = message.offset + 1
             return message
-        fetcher = self._running()
-        while True:
-            self._finish()
-            if self._closed:
-                raise StopAsyncIteration
-            partition = self._next_ready()
-            if partition is None:
-                await self._wait(None)
-                continue
-            taken = self._decoded(partition, 1)
-            if taken:
-                self._hand_out([partition])
-                self._reading = partition
-                fetcher.refill(partition)
-                return taken[0]
-            fetcher.refill(partition)
+        reader.finish()
+        while not self._closed:
+            found = reader.one()
+            if found is not None:
+                return found
+            await self._running().news(None)
+        raise StopAsyncIteration
 
     async def pull(self, max_records: int = 500, max_wait: float = 1.0) -> list[Message[T]]:
         """What is there now, up to ``max_records``; waits for something at most ``max_wait`` seconds, then is empty."""
         check_range(max_records, "max_records", 1, 10_000_000)
-        self._finish()
-        deadline = asyncio.get_running_loop().time() + max_wait
+        reader, loop = self._reader or self._not_started(), asyncio.get_running_loop()
+        reader.finish()
+        deadline = loop.time() + max_wait
         while True:
             if self._closed:
                 raise ClientClosed("the consumer is closed")
-            batch = self._gather(max_records)
-            if batch or not await self._wait(deadline - asyncio.get_running_loop().time()):
+            batch = reader.some(max_records)
+            if batch or not await self._running().news(deadline - loop.time()):
                 return batch
 
     async def batches(self, max_records: int = 500, max_wait: float = 1.0) -> AsyncIterator[list[Message[T]]]:
         """Lists of records: full ones, or what came within ``max_wait`` seconds after the first. Never empty."""
         check_range(max_records, "max_records", 1, 10_000_000)
-        loop = asyncio.get_running_loop()
+        reader = self._reader or self._not_started()
         while True:
-            self._finish()
+            reader.finish()
             batch: list[Message[T]] = []
-            deadline: float | None = None
-            while len(batch) < max_records:
-                if self._closed:
-                    return
-                more = self._gather(max_records - len(batch))
-                if more:
-                    batch = batch + more if batch else more
-                    deadline = deadline or loop.time() + max_wait
-                elif not await self._wait(None if deadline is None else deadline - loop.time()):
-                    break
+            try:
+                await self._fill(batch, max_records, max_wait)
+            except BaseException:
+                reader.put_back(batch)
+                raise
+            if self._closed:
+                return
             yield batch
+
+    async def _fill(self, batch: list[Message[T]], limit: int, max_wait: float) -> None:
+        fetcher, loop = self._running(), asyncio.get_running_loop()
+        reader = self._reader or self._not_started()
+        deadline: float | None = None
+        while len(batch) < limit and not self._closed:
+            try:
+                more = reader.some(limit - len(batch))
+            except FerrylineError as error:
+                if not batch:
+                    raise
+                reader.fail(error)  # what was gathered goes first
+                return
+            if more:
+                batch += more
+                deadline = deadline or loop.time() + max_wait
+            elif not await fetcher.news(None if deadline is None else deadline - loop.time()):
+                return
 
     def subscribe(self, handler: Handler) -> Subscription:
         """Call ``handler(message)``, sync or async, for each record, in order, until the subscription is stopped.
@@ -233,90 +219,14 @@ class Consumer(Generic[T]):
         """
         return Subscription(self, handler)
 
-    def _finish(self) -> None:
-        """The application is back: what it was given is processed."""
-        if self._hands:
-            hands, self._hands = self._hands, []
-            self._reading = None
-            for partition in hands:
-                partition.processed = partition.position
-                if partition.revoked and not partition.gone and self._assignment is not None:
-                    self._assignment.finished(partition)
-
-    def _hand_out(self, partitions: list[Partition]) -> None:
-        self._hands = partitions
-        self._handed_out += 1
-        for partition in partitions:
-            partition.policy = False
-
-    def _next_ready(self, *, raising: bool = True) -> Partition | None:
-        """The next partition with data, in turn. Raises the error of a partition once its data is used up.
-
-        With ``raising`` False the error stays for the next call, so that records already gathered are handed out.
-        """
-        fetcher = self._running()
-        if self._error is not None and raising:
-            error, self._error = self._error, None
-            raise error
-        ready = fetcher.ready
-        while ready:
-            partition = ready.popleft()
-            partition.queued = False
-            if partition.gone or partition.revoked or partition.paused:
-                continue
-            if partition.has_data:
-                return partition
-            if partition.error is not None:
-                if not raising:
-                    partition.queued = True
-                    ready.appendleft(partition)
-                    return None
-                error = partition.error
-                partition.error = None  # raised again if it is still so at the next fetch
-                partition.retry_at = asyncio.get_running_loop().time() + ERROR_PAUSE_S
-                fetcher.schedule()
-                raise error
-        return None
-
-    def _gather(self, limit: int) -> list[Message[T]]:
-        """Records at hand, from as many partitions as it takes."""
-        fetcher = self._running()
-        batch: list[Message[T]] = []
-        while len(batch) < limit:
-            partition = self._next_ready(raising=not batch)
-            if partition is None:
-                break
-            taken = self._decoded(partition, limit - len(batch))
-            if taken:
-                batch = batch + taken if batch else taken
-                if partition not in self._hands:
-                    self._hand_out([*self._hands, partition])
-            fetcher.refill(partition)
-        return batch
-
-    def _decoded(self, partition: Partition, limit: int) -> list[Message[T]]:
-        """Take records; bytes that do not decode are fetched again after their error was raised."""
-        try:
-            return partition.take(limit)
-        except CorruptBatch as error:
-            located_error = located(error, partition)
-            partition.drop()
-            partition.retry_at = asyncio.get_running_loop().time() + ERROR_PAUSE_S
-            self._running().schedule()
-            raise located_error from None
-
-    async def _wait(self, timeout: float | None) -> bool:
-        return await self._running().news(timeout)
-
     def _running(self) -> Fetcher:
         if self._fetcher is None:
-            raise ClientClosed("the consumer was not started: use `async with`, or await start()")
+            self._not_started()
+        assert self._fetcher is not None
         return self._fetcher
 
-    def _progress(self) -> object:
-        """Changes whenever the application takes a record; None while it waits for one. Read by another thread."""
-        partition = self._reading
-        return (self._handed_out, partition.index if partition is not None else 0) if self._hands else None
+    def _not_started(self) -> Reader:
+        raise ClientClosed("the consumer was not started: use `async with`, or await start()")
 
     # -- positions ---------------------------------------------------------------------------------
 
@@ -336,8 +246,7 @@ class Consumer(Generic[T]):
         """Hand nothing out of these partitions (default: all) until `resume`; the membership goes on."""
         for partition in self._several(partitions):
             partition.paused = True
-            if self._reading is partition:
-                self._reading = None
+            (self._reader or self._not_started()).leave(partition)
 
     def resume(self, *partitions: Position) -> None:
         """Go on where `pause` stopped."""
@@ -359,10 +268,7 @@ class Consumer(Generic[T]):
             found = await look_up(self._client, {target.key: goal}, timeout or self._client.timeout)
             offset = found[target.key].offset
             target = self._find(partition)
-        if self._reading is target:
-            self._reading = None
-        if target in self._hands:
-            self._hands.remove(target)
+        (self._reader or self._not_started()).forget(target)
         target.jump(offset)
         target.rewound = True
         target.policy = False

@@ -1,9 +1,8 @@
-"""Consumers on real sockets: order, positions, groups, and what happens when brokers and coordinators go away."""
+"""Consumers on real sockets: order, positions, and what happens when brokers go away."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,6 @@ import pytest
 
 import ferryline as fl
 from conftest import poll
-from ferryline import heartbeats
 from ferryline.message import Message
 from ferryline.protocol.errors import (
     ClientClosed,
@@ -24,7 +22,6 @@ from ferryline.protocol.errors import (
     LogTruncated,
     OffsetOutOfRange,
     RequestTimedOut,
-    StaleMember,
     UnknownPartition,
     UnknownTopic,
 )
@@ -162,6 +159,32 @@ async def test_a_pull_returns_at_once_when_there_is_something_and_empty_at_its_d
         started = time.monotonic()
         assert [message.value for message in await pulling] == [b"now"]
         assert time.monotonic() - started < 0.3
+
+
+async def test_records_of_a_batch_that_was_given_up_half_gathered_are_handed_out_again(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 30, partition=0)
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        gathering = consumer.batches(max_records=100, max_wait=30)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(gathering), 0.3)
+        assert [message.offset for message in await read(consumer, 30)] == list(range(30))
+
+
+async def test_what_stands_before_a_damaged_batch_is_handed_out_before_the_error(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 100, partition=0)
+    log = cluster.logs[cluster.topics["orders"].id, 0]
+    async with client.producer(linger=0) as producer:
+        await producer.send("orders", b"last", partition=0)
+    log.batches[-1] = log.batches[-1][:-3] + b"!" + log.batches[-1][-2:]
+    async with client.consumer("orders", partitions=[0]) as consumer:
+        offsets = [message.offset for message in await read(consumer, 100)]
+        assert offsets == list(range(100))
+        with pytest.raises(fl.errors.CorruptBatch, match="orders/0"):
+            await read(consumer, 1)
 
 
 async def test_control_records_are_stepped_over_and_lag_tells_the_truth(
@@ -426,186 +449,3 @@ async def test_every_call_against_silent_brokers_ends_by_its_deadline(cluster: F
             with pytest.raises((RequestTimedOut, DeadlineExceeded)):
                 await call()
             assert time.monotonic() - started < 1
-
-
-# -- groups ------------------------------------------------------------------------------------------
-
-
-async def test_members_share_the_partitions_and_each_record_goes_to_one(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    await fill(client, 400)
-    async with (
-        client.consumer("orders", group="g") as one,
-        client.consumer("orders", group="g") as two,
-    ):
-        await poll(lambda: len(one.assignment) == len(two.assignment) == 2, within_s=5)
-        assert not set(one.assignment) & set(two.assignment)
-        seen: list[tuple[int, int]] = []
-        async with asyncio.timeout(5):
-            while len(set(seen)) < 400:
-                for consumer in (one, two):
-                    seen += [(m.partition, m.offset) for m in await consumer.pull(max_wait=0.05)]
-
-
-async def test_a_member_that_leaves_hands_over_what_it_committed(cluster: FakeCluster, client: fl.Client) -> None:
-    await fill(client, 200)
-    seen: list[tuple[int, int]] = []
-    async with client.consumer("orders", group="g") as one:
-        while len(seen) < 100:
-            seen += [(m.partition, m.offset) for m in await one.pull(max_records=10)]
-        await one.commit()
-        two = client.consumer("orders", group="g")
-        await two.start()
-    async with two:
-        async with asyncio.timeout(5):
-            while len(seen) < 200:
-                seen += [(m.partition, m.offset) for m in await two.pull(max_wait=0.1)]
-    assert len(seen) == len(set(seen)) == 200
-
-
-async def test_auto_commit_never_commits_what_was_just_handed_out(cluster: FakeCluster, client: fl.Client) -> None:
-    await fill(client, 10, partition=0)
-    log = cluster.logs[cluster.topics["orders"].id, 0]
-    async with client.consumer("orders", group="g", auto_commit_interval=0.02) as consumer:
-        taken = 0
-        async for _ in consumer:
-            taken += 1
-            if taken == 3:
-                await poll(lambda: log.committed.get("g") == (2, ""), within_s=2)
-                await asyncio.sleep(0.1)
-                assert log.committed["g"] == (2, ""), "the third record is still being processed"
-                break
-        batch = await consumer.pull(max_records=4)
-        assert [message.offset for message in batch] == [3, 4, 5, 6]
-        await poll(lambda: log.committed["g"] == (3, ""), within_s=2)
-        await consumer.pull(max_records=1)
-        await poll(lambda: log.committed["g"] == (7, ""), within_s=2)
-    assert log.committed["g"] == (7, "")
-
-
-async def test_a_revoked_partition_is_released_only_after_its_records_are_finished_and_committed(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    await fill(client, 40)
-    revoked: list[fl.TopicPartition] = []
-    async with client.consumer("orders", group="g", on_revoke=revoked.extend) as one:
-        await poll(lambda: len(one.assignment) == 4, within_s=5)
-        batch = await read(one, 40)
-        ends = {p: 1 + max(m.offset for m in batch if m.partition == p) for p in range(4)}
-        async with client.consumer("orders", group="g") as two:
-            await asyncio.sleep(0.3)
-            assert two.assignment == [], "records of these partitions are still being processed"
-            assert revoked == []
-            pulling = asyncio.create_task(one.pull(max_wait=3))
-            await poll(lambda: len(two.assignment) == 2, within_s=5)
-            for _, partition in revoked:
-                log = cluster.logs[cluster.topics["orders"].id, partition]
-                assert log.committed["g"][0] == ends[partition]
-            assert await two.pull(max_wait=0.2) == []
-            pulling.cancel()
-
-
-async def test_a_fenced_member_is_told_when_it_commits_and_reads_no_further(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    await fill(client, 10, partition=0)
-    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
-        await read(consumer, 10)
-        cluster.logs[cluster.topics["orders"].id, 0].generations["g"] = 99
-        with pytest.raises(StaleMember, match="orders/0"):
-            await consumer.commit()
-
-
-async def test_a_commit_may_go_back_only_after_a_seek(cluster: FakeCluster, client: fl.Client) -> None:
-    await fill(client, 10, partition=0)
-    log = cluster.logs[cluster.topics["orders"].id, 0]
-    async with client.consumer("orders", group="g", auto_commit=False) as consumer:
-        messages = await read(consumer, 10)
-        await consumer.commit()
-        assert log.committed["g"] == (10, "")
-        await consumer.commit(messages[4], metadata="note")
-        assert log.committed["g"] == (5, "note"), "an explicit offset is meant"
-        await consumer.seek(("orders", 0), 2)
-        await read(consumer, 1)
-        await consumer.commit()
-        assert log.committed["g"] == (3, "")
-        assert await consumer.committed(("orders", 0)) == 3
-        assert await consumer.committed(("orders", 1)) == 0, "nothing was read, and that is a position, too"
-    async with client.consumer("orders", group="other", partitions=[1]) as other:
-        assert await other.committed(("orders", 1)) is None
-
-
-async def test_members_keep_their_partitions_while_the_coordinator_is_away(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    async with client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
-        await cluster.coordinator.stop()
-        await fill(client, 40)
-        assert len(await read(consumer, 40)) == 40
-        await consumer.commit()
-        await asyncio.sleep(0.3)
-        assert len(consumer.assignment) == 4
-        beats = len(cluster.beats)
-        await cluster.coordinator.start()
-        await poll(lambda: len(cluster.beats) > beats, within_s=3)
-        assert len(consumer.assignment) == 4
-
-
-async def test_heartbeats_go_on_while_the_application_blocks_the_loop_and_the_log_says_where(
-    cluster: FakeCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fake cluster shares the loop, so what is watched here are the attempts of the thread to reach it."""
-    monkeypatch.setattr(heartbeats, "STUCK_AFTER_S", 0.5)
-    caplog.set_level(logging.WARNING, logger="ferryline")
-    async with fl.connect(cluster.coordinator.url) as client, client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
-        assert client.heartbeats is not None
-        member = client.heartbeats._members[0]
-        before = member.sequence
-        time.sleep(2.5)  # noqa: ASYNC251  (that is the point)
-        assert member.sequence > before
-        await poll(lambda: [r for r in caplog.records if "has not come round" in r.message], within_s=2)
-        told = next(record.message for record in caplog.records if "has not come round" in record.message)
-        assert "test_sdk_consumer.py" in told
-
-
-async def test_heartbeats_end_when_one_record_is_processed_for_too_long(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    await fill(client, 2, partition=0)
-    async with client.consumer("orders", group="g", max_processing=0.3) as consumer:
-        await read(consumer, 1)
-        assert client.heartbeats is not None
-        member = client.heartbeats._members[0]
-        await poll(member.overdue, within_s=3)
-        sent = member.sequence
-        await asyncio.sleep(0.2)
-        assert member.sequence <= sent + 1
-        await read(consumer, 1)
-        await poll(lambda: member.sequence > sent + 2, within_s=3)
-
-
-async def test_what_the_coordinator_refuses_for_good_reaches_the_application(
-    cluster: FakeCluster, client: fl.Client
-) -> None:
-    cluster.on_heartbeat = lambda beat: InvalidArgument("session_ms: out of range", field="session_ms")
-    async with client.consumer("orders", group="g") as consumer:
-        with pytest.raises(InvalidArgument, match="session_ms"):
-            await consumer.pull(max_wait=3)
-
-
-async def test_a_group_without_membership_goes_on_where_it_stands(cluster: FakeCluster, client: fl.Client) -> None:
-    await fill(client, 10, partition=0)
-    for expected in ([0, 1, 2, 3], [4, 5, 6, 7]):
-        async with client.consumer("orders", group="solo", partitions=[0]) as consumer:
-            assert [message.offset for message in await read(consumer, 4)] == expected
-            await consumer.commit()
-    assert not cluster.beats
-
-
-async def test_leaving_takes_a_partition_out_of_the_group_at_once(cluster: FakeCluster, client: fl.Client) -> None:
-    async with client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
-    assert cluster.beats[-1].leave

@@ -27,216 +27,57 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
 
-import msgspec
-
+from ferryline.core.producer_events import (
+    BatchAnswered,
+    BatchClosed,
+    Closed,
+    CompleteBatch,
+    Effect,
+    Event,
+    FailBatch,
+    PartitionKey,
+    RefreshMetadata,
+    RepartitionBatch,
+    RouteChanged,
+    SendBatch,
+    SessionLost,
+    TimePassed,
+)
+from ferryline.core.producer_state import NEVER, BatchState, PartitionState, deadline_error, gone_error
 from ferryline.core.retry import Backoff, Jitter
 from ferryline.protocol.errors import (
     ClientClosed,
-    DeadlineExceeded,
     FerrylineError,
     NotPrimary,
     OutcomeUnknown,
     OutOfOrderSequence,
     UnknownProducer,
-    UnknownTopic,
 )
 from ferryline.protocol.limits import IN_FLIGHT_MAX
 from ferryline.protocol.metadata import NO_BROKER
 
+__all__ = [
+    "BatchAnswered",
+    "BatchClosed",
+    "Closed",
+    "CompleteBatch",
+    "Effect",
+    "Event",
+    "FailBatch",
+    "PartitionKey",
+    "ProducerCore",
+    "RefreshMetadata",
+    "RepartitionBatch",
+    "RouteChanged",
+    "SendBatch",
+    "SessionLost",
+    "TimePassed",
+]
+
 PEPOCH_MAX = 2**15 - 1  # i16 in the batch header
 SEQUENCE_WRAP = 2**31  # i32 in the batch header
 PID_BITS = 63
-NEVER = 2**62
-
-PartitionKey = tuple[str, int]  # (topic_id, partition)
-
-
-# -- events -----------------------------------------------------------------------------------------
-
-
-class Event(msgspec.Struct, frozen=True):
-    """Base of what may happen to a producer."""
-
-
-class BatchClosed(Event, frozen=True):
-    """The accumulator closed a batch. ``batch`` is a number that the driver never uses twice.
-
-    ``deadline_ms`` must not be before that of the batch closed before it in the same partition.
-    """
-
-    key: PartitionKey
-    batch: int
-    records: int
-    deadline_ms: int
-    partitions: int = 0  # count that its keys were hashed with; 0: its records have no keys
-
-
-class BatchAnswered(Event, frozen=True):
-    """The outcome of one attempt. With ``error`` None it is committed at ``base_offset``.
-
-    Also for an attempt that could not be handed to a session: error ConnectionFailed (definite: nothing was sent).
-    """
-
-    key: PartitionKey
-    batch: int
-    attempt: int
-    base_offset: int = -1
-    epoch: int = 0
-    error: FerrylineError | None = None
-
-
-class SessionLost(Event, frozen=True):
-    """The session to a broker ended: what was on its way there may or may not have been applied."""
-
-    broker: int
-
-
-class RouteChanged(Event, frozen=True):
-    """What the metadata says about a partition now. ``gone``: the topic does not exist any more.
-
-    Tell it for every partition of a topic whose partition count changed, too.
-    """
-
-    key: PartitionKey
-    broker: int
-    epoch: int
-    partitions: int = 0  # of the topic
-    gone: bool = False
-
-
-class TimePassed(Event, frozen=True):
-    """`next_deadline_ms` has come."""
-
-
-class Closed(Event, frozen=True):
-    """The application gives up what is unsettled. Nothing is sent after this."""
-
-
-# -- effects ----------------------------------------------------------------------------------------
-
-
-class Effect(msgspec.Struct, frozen=True):
-    """Base of what a driver is told to do."""
-
-
-class SendBatch(Effect, frozen=True):
-    """Seal the batch with this identity (`records.set_producer` if it carries another) and send it to ``broker``.
-
-    Exactly one BatchAnswered or SessionLost must follow for the attempt. Effects of one call are in sending order, and
-    a session must keep it. ``timeout_ms`` bounds the wait for the commit on the broker.
-    """
-
-    key: PartitionKey
-    batch: int
-    attempt: int
-    broker: int
-    pid: int
-    pepoch: int
-    sequence: int
-    timeout_ms: int
-
-
-class CompleteBatch(Effect, frozen=True):
-    """Acknowledged: its records stand at ``base_offset`` and above. Last word on this batch."""
-
-    key: PartitionKey
-    batch: int
-    base_offset: int
-
-
-class FailBatch(Effect, frozen=True):
-    """Last word on this batch. ``error.definite`` says whether it was surely not applied."""
-
-    key: PartitionKey
-    batch: int
-    error: FerrylineError
-
-
-class RepartitionBatch(Effect, frozen=True):
-    """Surely not applied, because the topic has another number of partitions now: route its records anew.
-
-    Last word on this batch. Given back in order, and only when no earlier batch of the partition is unsettled.
-    """
-
-    key: PartitionKey
-    batch: int
-
-
-class RefreshMetadata(Effect, frozen=True):
-    """The picture of the cluster is probably old; ask for a new one now."""
-
-
-# -- state ------------------------------------------------------------------------------------------
-
-
-class _Batch:
-    """One closed batch until its last word.
-
-    Invariants: awaited != 0 implies awaited in doubtful; ordinal < 0 implies clean.
-    """
-
-    __slots__ = ("answer_by_ms", "awaited", "deadline_ms", "doubtful", "error", "headmost", "number", "ordinal",
-                 "partitions", "records", "sequence")  # fmt: skip
-
-    def __init__(self, number: int, records: int, deadline_ms: int, partitions: int) -> None:
-        self.number = number
-        self.records = records
-        self.deadline_ms = deadline_ms
-        self.partitions = partitions
-        self.ordinal = -1  # under the present pepoch, one per batch; -1: no identity yet
-        self.sequence = -1  # on the wire: of its first record
-        self.awaited = 0  # attempt whose answer we wait for; 0: none
-        self.answer_by_ms = 0
-        self.headmost = False  # the awaited attempt was sent as the lowest unsettled of its partition
-        self.doubtful: set[int] = set()  # attempts that may have been applied
-        self.error: FerrylineError | None = None  # the last one, told with the deadline
-
-    @property
-    def clean(self) -> bool:
-        return not self.doubtful
-
-
-class _Partition:
-    """Sending state of one partition. ``queue`` holds its unsettled batches in the order in which they were closed.
-
-    Invariants: batches with an ordinal come before those without; ordinals rise along the queue; all lie in
-    [lowest unsettled, lowest unsettled + IN_FLIGHT_MAX).
-    """
-
-    __slots__ = ("armed_ms", "blocked_until_ms", "broker", "bumping", "epoch", "failures", "gone", "key",
-                 "next_ordinal", "next_sequence", "partitions", "pepoch", "pid", "queue")  # fmt: skip
-
-    def __init__(self, key: PartitionKey, pid: int) -> None:
-        self.key = key
-        self.pid = pid
-        self.pepoch = 0
-        self.next_ordinal = 0
-        self.next_sequence = 0
-        self.partitions = 0  # of the topic, as far as known
-        self.broker = NO_BROKER
-        self.epoch = -1
-        self.gone = False
-        self.bumping = False  # settle what is in doubt, then raise pepoch
-        self.failures = 0  # rounds without success since the last acknowledgement
-        self.blocked_until_ms = 0  # 0: not held back
-        self.queue: deque[_Batch] = deque()
-        self.armed_ms = NEVER  # earliest wake-up that stands in the heap
-
-    def wake_ms(self) -> int:
-        """When time alone may change something here."""
-        if not self.queue:
-            return NEVER
-        wake = self.queue[0].deadline_ms
-        for batch in self.queue:
-            if batch.awaited and batch.answer_by_ms < wake:
-                wake = batch.answer_by_ms
-            if batch.ordinal < 0:
-                break
-        if self.blocked_until_ms:
-            wake = min(wake, self.blocked_until_ms)
-        return wake
 
 
 class ProducerCore:
@@ -255,7 +96,7 @@ class ProducerCore:
         self.backoff = backoff or Backoff()
         self.history: deque[tuple[int, Event]] = deque(maxlen=history)  # shown with a failed assertion
         self._jitter = Jitter(pid)
-        self._partitions: dict[PartitionKey, _Partition] = {}
+        self._partitions: dict[PartitionKey, PartitionState] = {}
         self._timers: list[tuple[int, PartitionKey]] = []
         self._attempts = 0
         self._closed = False
@@ -312,12 +153,12 @@ class ProducerCore:
             return
         partition = self._partition(event.key)
         if partition.gone:
-            out.append(FailBatch(event.key, event.batch, _gone(event.key)))
+            out.append(FailBatch(event.key, event.batch, gone_error(event.key)))
             return
         deadline_ms = event.deadline_ms
         if partition.queue:  # a deadline earlier than its predecessor's could not be seen from the head of the queue
             deadline_ms = max(deadline_ms, partition.queue[-1].deadline_ms)
-        partition.queue.append(_Batch(event.batch, event.records, deadline_ms, event.partitions))
+        partition.queue.append(BatchState(event.batch, event.records, deadline_ms, event.partitions))
         self._pump(partition, now_ms, out)
 
     def _answered(self, event: BatchAnswered, now_ms: int, out: list[Effect]) -> None:
@@ -340,7 +181,13 @@ class ProducerCore:
         self._pump(partition, now_ms, out)
 
     def _refused(
-        self, partition: _Partition, batch: _Batch, event: BatchAnswered, awaited: bool, now_ms: int, out: list[Effect]
+        self,
+        partition: PartitionState,
+        batch: BatchState,
+        event: BatchAnswered,
+        awaited: bool,
+        now_ms: int,
+        out: list[Effect],
     ) -> None:
         error = event.error
         assert error is not None
@@ -377,7 +224,7 @@ class ProducerCore:
             partition.gone = True
             for batch in [b for b in partition.queue if b.clean]:
                 self._remove(partition, batch)
-                out.append(FailBatch(event.key, batch.number, _gone(event.key)))
+                out.append(FailBatch(event.key, batch.number, gone_error(event.key)))
             self._pump(partition, now_ms, out)
             return
         if event.partitions > partition.partitions:
@@ -388,7 +235,7 @@ class ProducerCore:
         self._retarget(partition, event.broker, event.epoch)
         self._pump(partition, now_ms, out)
 
-    def _retarget(self, partition: _Partition, broker: int, epoch: int) -> None:
+    def _retarget(self, partition: PartitionState, broker: int, epoch: int) -> None:
         """A new primaryship: do not wait for the old one, which may be paused for minutes. Its attempts stay doubtful,
         and the same identity is sent to the new primary in order."""
         partition.broker = broker
@@ -399,7 +246,7 @@ class ProducerCore:
         for batch in partition.queue:
             batch.awaited = 0
 
-    def _heed_hint(self, partition: _Partition, error: FerrylineError) -> bool:
+    def _heed_hint(self, partition: PartitionState, error: FerrylineError) -> bool:
         """A refusal may name the primary of a later epoch: use it without waiting for metadata."""
         broker, epoch = error.details.get("primary"), error.details.get("epoch")
         if isinstance(broker, int) and isinstance(epoch, int) and broker != NO_BROKER and epoch > partition.epoch:
@@ -418,12 +265,12 @@ class ProducerCore:
             self._expire(partition, now_ms, out)
             self._pump(partition, now_ms, out)
 
-    def _expire(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+    def _expire(self, partition: PartitionState, now_ms: int, out: list[Effect]) -> None:
         queue = partition.queue
         while queue and queue[0].deadline_ms <= now_ms:
             batch = queue[0]
             self._remove(partition, batch)
-            out.append(FailBatch(partition.key, batch.number, _deadline_error(partition.key, batch)))
+            out.append(FailBatch(partition.key, batch.number, deadline_error(partition.key, batch)))
         overdue = [batch for batch in queue if batch.awaited and batch.answer_by_ms <= now_ms]
         for batch in overdue:
             batch.awaited = 0  # still doubtful
@@ -442,10 +289,10 @@ class ProducerCore:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def _pump(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+    def _pump(self, partition: PartitionState, now_ms: int, out: list[Effect]) -> None:
         """Send what may be sent, in order, and arm the timer."""
         self._give_back(partition, out)
-        if partition.bumping and all(batch.clean for batch in _numbered(partition)):
+        if partition.bumping and all(batch.clean for batch in partition.numbered()):
             self._bump(partition)
         if now_ms >= partition.blocked_until_ms:
             partition.blocked_until_ms = 0
@@ -458,7 +305,7 @@ class ProducerCore:
             partition.armed_ms = wake_ms
             heapq.heappush(self._timers, (wake_ms, partition.key))
 
-    def _give_back(self, partition: _Partition, out: list[Effect]) -> None:
+    def _give_back(self, partition: PartitionState, out: list[Effect]) -> None:
         """Hand back what was hashed with another partition count, while nothing before it is in doubt."""
         queue = partition.queue
         while queue and queue[0].clean and 0 < queue[0].partitions < partition.partitions:
@@ -466,7 +313,7 @@ class ProducerCore:
             self._remove(partition, batch)
             out.append(RepartitionBatch(partition.key, batch.number))
 
-    def _send_due(self, partition: _Partition, now_ms: int, out: list[Effect]) -> None:
+    def _send_due(self, partition: PartitionState, now_ms: int, out: list[Effect]) -> None:
         lowest = partition.queue[0].ordinal
         for batch in partition.queue:
             if batch.ordinal < 0:
@@ -482,7 +329,9 @@ class ProducerCore:
             if not batch.awaited and not (partition.bumping and batch.clean):
                 self._send(partition, batch, now_ms, out, headmost=batch.ordinal == lowest)
 
-    def _send(self, partition: _Partition, batch: _Batch, now_ms: int, out: list[Effect], *, headmost: bool) -> None:
+    def _send(
+        self, partition: PartitionState, batch: BatchState, now_ms: int, out: list[Effect], *, headmost: bool
+    ) -> None:
         self._attempts += 1
         batch.awaited = self._attempts
         batch.doubtful.add(self._attempts)
@@ -502,7 +351,9 @@ class ProducerCore:
             )
         )
 
-    def _hold_back(self, partition: _Partition, error: FerrylineError | None, now_ms: int, out: list[Effect]) -> None:
+    def _hold_back(
+        self, partition: PartitionState, error: FerrylineError | None, now_ms: int, out: list[Effect]
+    ) -> None:
         """Wait a little before the next round. Several refusals of one round count once."""
         if now_ms < partition.blocked_until_ms:
             return
@@ -511,12 +362,12 @@ class ProducerCore:
         if error is None or error.refresh_metadata:
             out.append(RefreshMetadata())
 
-    def _remove(self, partition: _Partition, batch: _Batch) -> None:
+    def _remove(self, partition: PartitionState, batch: BatchState) -> None:
         partition.queue.remove(batch)
         if batch.ordinal >= 0:
             partition.bumping = True  # its number is a gap now
 
-    def _bump(self, partition: _Partition) -> None:
+    def _bump(self, partition: PartitionState) -> None:
         """A new pepoch: what is left is numbered from 0. Nothing may be in doubt under the old one."""
         assert all(batch.clean and not batch.awaited for batch in partition.queue), partition.key
         partition.bumping = False
@@ -529,30 +380,8 @@ class ProducerCore:
         for batch in partition.queue:
             batch.ordinal = batch.sequence = -1
 
-    def _partition(self, key: PartitionKey) -> _Partition:
+    def _partition(self, key: PartitionKey) -> PartitionState:
         partition = self._partitions.get(key)
         if partition is None:
-            partition = self._partitions[key] = _Partition(key, self.pid)
+            partition = self._partitions[key] = PartitionState(key, self.pid)
         return partition
-
-
-def _numbered(partition: _Partition) -> Iterator[_Batch]:
-    for batch in partition.queue:
-        if batch.ordinal < 0:
-            return
-        yield batch
-
-
-def _gone(key: PartitionKey) -> FerrylineError:
-    return UnknownTopic(f"topic {key[0]} was deleted", topic_id=key[0], partition=key[1])
-
-
-def _deadline_error(key: PartitionKey, batch: _Batch) -> FerrylineError:
-    cause = f"; last error: {batch.error}" if batch.error else ""
-    where = f"partition {key[1]} of topic {key[0]}"
-    if batch.clean:
-        error: FerrylineError = DeadlineExceeded(f"not delivered to {where} before the deadline{cause}")
-    else:
-        error = OutcomeUnknown(f"no acknowledgement from {where} before the deadline{cause}")
-    error.__cause__ = batch.error
-    return error
