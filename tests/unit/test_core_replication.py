@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from core_pair import KEY, Pair, batch, part
 
-from ferryline.protocol import records
 from ferryline.protocol.messages import LOG_CONFLICT, RECORDS, STATE
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.partition import ReplicaConfig
@@ -475,4 +474,3 @@ def test_cores_come_to_rest_when_a_peer_is_gone(lost: int) -> None:
 
 def test_the_key_of_a_core_is_its_partition() -> None:
     assert started().cores[1].key == KEY
-    assert records.HEADER_BYTES == records.HEADER.size

@@ -16,7 +16,16 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from ferryline.protocol.messages import LOG_CONFLICT, LOG_DAMAGED, RECORDS, STATE, ReplicaData, ReplicaReport
+from ferryline.protocol.messages import (
+    LOG_CONFLICT,
+    LOG_DAMAGED,
+    LOG_OK,
+    LOG_TRUNCATED,
+    RECORDS,
+    STATE,
+    ReplicaData,
+    ReplicaReport,
+)
 from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
 from ferryline_broker.core.events import (
     AlterIsrAnswered,
@@ -261,8 +270,10 @@ class PartitionCore:
         check_partition(part)
         assert replica.part is None or part.epoch >= replica.part.epoch, (part, replica.part)
         replica.part = part
-        if replica.repairing and replica.broker_id in part.isr:
+        if replica.broker_id in part.isr and not self.stopped:
             replica.repairing = False
+            if replica.log_state == LOG_TRUNCATED:  # it has fetched what it had lost; saying so again would exclude it
+                replica.log_state = LOG_OK
         if self.stopped:
             return
         if replica.broker_id not in part.replicas:

@@ -213,7 +213,7 @@ class Secondary:
         return True
 
     def _behind(self, part: PartitionMeta) -> bool:
-        """The primary knows a later record than we do, and an old one must not prove a conflict: learn it, ask again."""
+        """The primary knows a later record, and an old one must not prove a conflict: learn it and ask again."""
         if self._primary_version <= part.version:
             return False
         self.replica.out.append(RefreshMetadata())
