@@ -48,9 +48,10 @@ async def test_everything_is_back_after_all_processes_were_killed(cluster: Proce
                 assert batch, f"{len(found)} of {len(acked)} records are back"
                 found |= {(m.topic, m.partition, m.offset): m.raw for m in batch}
         assert found == acked
-        async with client.consumer("orders", group="readers", partitions=range(TOPICS["orders"])) as consumer:
-            now = {place.partition: await consumer.committed(place) or 0 for place in consumer.assignment}
-        assert now == committed
+        async with client.consumer(
+            "orders", group="readers", partitions=range(TOPICS["orders"]), auto_commit=False
+        ) as consumer:
+            assert await _committed(consumer) == committed
         await _goes_on(client, acked, committed)
 
 
@@ -60,19 +61,20 @@ def _meta(client: fl.Client, name: str) -> object:
     return meta
 
 
+async def _committed(consumer: fl.Consumer[bytes]) -> dict[int, int]:
+    return {place.partition: await consumer.committed(place) or 0 for place in consumer.assignment}
+
+
 async def _read_half(client: fl.Client) -> dict[int, int]:
     """A group reads half of the topic and commits; returns what it committed, by partition."""
-    committed = dict.fromkeys(range(TOPICS["orders"]), 0)
     seen = 0
     async with client.consumer("orders", group="readers", auto_commit=False) as consumer:
         while seen < RECORDS // 2:
             batch = await consumer.pull(200, 10.0)
             assert batch
             seen += len(batch)
-            for message in batch:
-                committed[message.partition] = message.offset + 1
         await consumer.commit()
-    return committed
+        return await _committed(consumer)
 
 
 async def _goes_on(client: fl.Client, acked: dict[tuple[str, int, int], bytes], committed: dict[int, int]) -> None:
