@@ -57,6 +57,7 @@ def quiet_weather(brokers: int) -> Weather:
         fetch_wait_ms=5_000,
         metadata_wait_ms=30_000,
         snapshot_bytes=1 << 20,
+        ambush=0.0,
         fault_gap_ms=1_000,
         fault_ms=1_000,
         weights={},

@@ -11,8 +11,9 @@ import argparse
 import os
 import sys
 
+from tests.simulation.kept_seeds import KEPT
 from tests.simulation.runner import Summary, run_all, run_seed, tell_failure
-from tests.simulation.settings import ALL, parse_configs
+from tests.simulation.settings import ALL, Config, parse_configs
 
 FAILURES_MAX = 5  # after that many the campaign stops: they are probably the same one
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trace", action="store_true", help="print every event, with --seed")
     parser.add_argument("--real-log", action="store_true", help="the product's log code on its MemoryStorage")
     parser.add_argument("--check-determinism", type=int, metavar="N", help="run N seeds twice and compare the traces")
+    parser.add_argument("--kept", action="store_true", help="run the seeds that once found a bug (kept_seeds.py)")
     parser.add_argument("--keep-going", action="store_true", help=f"do not stop after {FAILURES_MAX} failures")
     parser.add_argument("--all-counts", action="store_true", help="print every counter")
     options = parser.parse_args(arguments)
@@ -42,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     return _campaign(options, configs)
 
 
-def _one(options: argparse.Namespace, config: object) -> int:
-    outcome = run_seed(config, options.seed, trace=print if options.trace else None, real_log=options.real_log)  # type: ignore[arg-type]
+def _one(options: argparse.Namespace, config: Config) -> int:
+    outcome = run_seed(config, options.seed, trace=print if options.trace else None, real_log=options.real_log)
     if outcome.failure:
         print(tell_failure(outcome, real_log=options.real_log))
         return 1
@@ -65,9 +67,12 @@ def _twice(seeds: int, start: int, real_log: bool) -> int:
     return 0
 
 
-def _campaign(options: argparse.Namespace, configs: list) -> int:  # type: ignore[type-arg]
-    seeds = range(options.start, options.start + options.seeds)
-    jobs = [(configs[seed % len(configs)], seed, options.real_log) for seed in seeds]
+def _campaign(options: argparse.Namespace, configs: list[Config]) -> int:
+    if options.kept:
+        jobs = [(parse_configs(name)[0], seed, real_log) for name, seed, real_log, _ in KEPT]
+    else:
+        seeds = range(options.start, options.start + options.seeds)
+        jobs = [(configs[seed % len(configs)], seed, options.real_log) for seed in seeds]
     summary = Summary()
     for outcome in run_all(jobs, options.jobs):
         summary.add(outcome)
@@ -76,7 +81,7 @@ def _campaign(options: argparse.Namespace, configs: list) -> int:  # type: ignor
             if len(summary.failed) >= FAILURES_MAX and not options.keep_going:
                 break
         if summary.seeds % 100 == 0:
-            print(f"... {summary.seeds} of {options.seeds}, {len(summary.failed)} failed", flush=True)
+            print(f"... {summary.seeds} of {len(jobs)}, {len(summary.failed)} failed", flush=True)
     print(summary.text(everything=options.all_counts))
     for outcome in summary.failed:
         print(f"failed: --config {outcome.config} --seed {outcome.seed}: {outcome.failure.splitlines()[0][:200]}")

@@ -348,8 +348,8 @@ class Held:
 class Member(Client):
     """One member of a group: heartbeats, claims, reads, processes, commits after processing."""
 
-    HEARTBEAT_MS = 400
-    SESSION_MS = 4_000
+    HEARTBEAT_MS = 250
+    SESSION_MS = 1_200
 
     def __init__(self, world: World, group: str, number: int) -> None:
         super().__init__(world, f"m{number}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ferryline.protocol.messages import AlterIsr
+from ferryline_broker.core import events as ev
+from ferryline_coordinator.core import events as ce
 from tests.simulation.broker import Broker
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.engine import MS
 from tests.simulation.real_disk import RealDisk
-from ferryline_broker.core import events as ev
-from ferryline_coordinator.core import events as ce
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -26,6 +27,7 @@ class Faults:
         self.world = world
         self.engine = world.engine
         self.over = False
+        self._begun = False
         self.disks_lost = 0
         weights = world.weather.weights
         self._names = [name for name in weights if weights[name] > 0]
@@ -33,6 +35,7 @@ class Faults:
         self._mends: list[Callable[[], None]] = []
 
     def begin(self) -> None:
+        self._begun = True
         if self._names:
             self._next()
 
@@ -78,6 +81,66 @@ class Faults:
         for broker in self.world.brokers:
             self._restart(broker)
 
+    # -- ambushes ----------------------------------------------------------------------------------
+
+    def _ambushed(self, what: str) -> bool:
+        if self.over or not self._begun or not self.engine.chance(self.world.weather.ambush):
+            return False
+        self.world.count(f"ambush {what}")
+        self.engine.note("fault", f"ambush {what}")
+        return True
+
+    def proposing(self, broker: Broker, proposal: AlterIsr) -> int:
+        """A primary proposes an in-sync set. Returns how long (us) the proposal is held up."""
+        if not self._ambushed("proposal"):
+            return 0
+        others = [member.broker_id for member in proposal.new_isr if member.broker_id != broker.id]
+        victim = self.world.broker_by_id(self.engine.pick(others)) if others else None
+        choice = self.engine.between(0, 3)
+        if choice <= 1 and victim is not None and victim.host.alive:
+            self._strike_soon(victim, power=choice == 0)
+        elif choice == 2:
+            self.engine.after(self.engine.between(0, 20) * MS, self.kill_coordinator, self.world.coordinator)
+        elif victim is not None and victim.host.alive:
+            self._fence_wrongly(victim)
+        return self.engine.between(0, 800) * MS
+
+    def flushing(self, broker: Broker, *, primary: bool) -> int:
+        """A log is being flushed. Returns by how much (us) the disk is late."""
+        if not primary or not self._ambushed("flush"):
+            return 0
+        self._fence_wrongly(broker)
+        return self.engine.between(5, 400) * MS
+
+    def truncated(self, broker: Broker) -> None:
+        if self._ambushed("truncation"):
+            self._strike_soon(broker, power=self.engine.chance(0.5))
+
+    def promoted(self, broker: Broker) -> None:
+        if self._ambushed("promotion"):
+            self._strike_soon(broker, power=self.engine.chance(0.5))
+
+    def _strike_soon(self, broker: Broker, *, power: bool) -> None:
+        """Down within a few ms, and back soon."""
+
+        def strike() -> None:
+            if not broker.host.alive or self.over:
+                return
+            if power:
+                self._lose_power(broker)
+            else:
+                self.world.count("killed")
+                broker.die("kill -9 from ambush")
+            self.engine.after(self.engine.between(5, 150) * MS, self._restart, broker)
+
+        self.engine.after(self.engine.between(0, 8_000), strike)
+
+    def _fence_wrongly(self, broker: Broker) -> None:
+        coordinator = self.world.coordinator
+        coordinator.probes_lie_until_us = max(coordinator.probes_lie_until_us, self.engine.now_us + 400 * MS)
+        if broker.coordinator is not None:
+            self.world.network.end(broker.coordinator)
+
     # -- processes ---------------------------------------------------------------------------------
 
     def _broker(self) -> Broker | None:
@@ -119,13 +182,16 @@ class Faults:
             broker.steps_to_death = self.engine.between(0, 40)
 
     def _cut_power(self, broker: Broker) -> None:
+        self._lose_power(broker)
+        self._restart_later(broker)
+
+    def _lose_power(self, broker: Broker) -> None:
         self.world.count("power cuts")
         broker.die("power cut", power=True)
         if broker.disk.power_cut(self.engine.rng):
             self.world.count("power cuts that lost something")
         lossy = self.world.config.flush != "fsync" and not broker.disk.stopped_clean
         self.world.checks.disk_changed(broker, lossy=lossy)
-        self._restart_later(broker)
 
     def _power_cut(self) -> None:
         broker = self.engine.pick(self.world.brokers)
@@ -334,3 +400,9 @@ class Faults:
 
     def _consumer_joins(self) -> None:
         self.world.add_member()
+
+    def _consumer_pause(self) -> None:
+        if self.world.members:
+            member = self.engine.pick(self.world.members)
+            member.host.pause()
+            self._for_a_while(member.host.resume)

@@ -147,6 +147,8 @@ class Replicas:
                 hosted.files.persist_epoch(epoch)
             case ev.RoleChanged(role, epoch, reason):
                 world.checks.role_changed(broker, key, role, epoch, reason)
+                if role == "primary":
+                    world.faults.promoted(broker)
                 broker.serving.wake(key)
             case ev.ReplayState():
                 return core.handle(ev.StateReplayed(hosted.files.state_entries()), self.host.now_ms())
@@ -171,7 +173,11 @@ class Replicas:
                 self.world.count("log start moved")
             case ev.SendAlterIsr(proposal):
                 self.world.count("proposals")
-                broker.ask("alter", AlterIsrs([proposal]))
+                late_us = self.world.faults.proposing(broker, proposal)
+                if late_us:
+                    self.host.deliver_after(late_us, broker.ask, "alter", AlterIsrs([proposal]))
+                else:
+                    broker.ask("alter", AlterIsrs([proposal]))
             case ev.SendResign(entry):
                 self.world.count("resignations")
                 broker.ask("resign", Resign(broker.id, broker.node.broker_epoch, [entry]))
@@ -226,6 +232,7 @@ class Replicas:
         recovered = part is not None and part.recovery_epoch > 0
         self.world.copies(self.broker, key)[log].truncate(offset, recovered=recovered)
         self.world.checks.shrunk(self.broker, key, "truncations")
+        self.world.faults.truncated(self.broker)
 
     def _flush(self, key: Key, hosted: Hosted, log: int) -> None:
         state = hosted.flushing[log]
@@ -238,6 +245,7 @@ class Replicas:
         delay_us = int(weather.flush_us * (0.3 + engine.rng.random()))
         if not self.world.calm and (self.broker.slow_disk or engine.chance(weather.slow_flush)):
             delay_us += int(engine.rng.random() * weather.slow_flush_us)
+        delay_us += self.world.faults.flushing(self.broker, primary=hosted.core.role == "primary")
         self.host.deliver_after(delay_us, self._flush_ended, key, hosted, log)
 
     def _flush_ended(self, key: Key, hosted: Hosted, log: int) -> None:

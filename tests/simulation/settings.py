@@ -73,6 +73,7 @@ FAULTS = (
     "add_broker",
     "consumer_dies",
     "consumer_joins",
+    "consumer_pause",  # long enough to lose its partitions, then it goes on as if nothing was
 )
 
 
@@ -110,6 +111,7 @@ class Weather(msgspec.Struct):
     metadata_wait_ms: int
     snapshot_bytes: int
     # faults
+    ambush: float  # per proposal, flush of a primary, truncation and promotion: something happens just then
     fault_gap_ms: int
     fault_ms: int
     weights: dict[str, float]
@@ -129,12 +131,14 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         weights[common] *= 3
     for rare in ("power_cut_all", "kill_all", "lose_disk", "foreign_disk", "grow", "move", "drain", "add_broker"):
         weights[rare] *= 0.4
+    for churn in ("consumer_dies", "consumer_joins", "consumer_pause"):
+        weights[churn] *= 1.5
     lossy = rng.random() < 0.75
     return Weather(
         brokers=config.replication + some(0, 0, 0, 1, 1, 2),
-        partitions=some(1, 1, 1, 2),
+        partitions=some(1, 1, 2, 3),
         producers=some(1, 2, 2, 3),
-        members=some(0, 0, 1, 2, 3),
+        members=some(0, 1, 2, 2, 3),
         produce_gap_ms=some(60, 150, 400, 900),
         duration_ms=some(6_000, 12_000, 24_000),
         ordered={"replica": rng.random() < 0.4, "coordinator": rng.random() < 0.5},
@@ -158,6 +162,7 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         fetch_wait_ms=some(500, 2_000, 5_000),
         metadata_wait_ms=some(1_000, 5_000, 30_000),
         snapshot_bytes=some(600, 4_000, 1 << 20),
+        ambush=maybe(0.5, 0.12 * rng.random()),
         fault_gap_ms=some(150, 400, 1_000, 3_000),
         fault_ms=some(200, 800, 2_500, 6_000),
         weights=weights,

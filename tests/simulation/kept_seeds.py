@@ -1,0 +1,19 @@
+"""Seeds that once found a bug of the product: (configuration, seed, real log, what it was).
+
+A seed names a run only as long as the simulation draws in the same order; after a change of the simulation it is one seed
+more, no worse than another. The stories of the bugs stay true.
+"""
+
+from __future__ import annotations
+
+KEPT = (
+    ("3/2/fsync", 100, False, "a replica moved away and back within an epoch counted with what its deleted copy had"),
+    ("2/2/fsync", 8, False, "a move could never finish because the replica it was to keep was gone"),
+    ("2/1/fsync", 234, False, "a cancelled move dropped the only complete copy"),
+    ("2/2/fsync", 260, False, "logs parted inside a batch; a cancelled move dropped the only complete copy"),
+    ("2/1/fsync", 360, False, "a deposed primary told a reader that was ahead of it that the log had been cut"),
+    ("3/2/fsync", 430, False, "the same with an epoch later than its own"),
+    ("3/2/replicated", 341, False, "nobody was elected although a complete candidate was up"),
+    ("2/1/fsync", 90, False, "a healthy replica stopped for ever because an outdated record called it in sync"),
+    ("3/2/replicated", 173, False, "the same"),
+)

@@ -1,0 +1,205 @@
+"""The checkers are checked: for every anomaly a history that has it, made by hand, must be refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.ghost import Copy, Truth, Violation
+from tests.simulation.history import FAIL, INFO, OK, History, Poll, Send
+
+KEY = ("t", 0)
+Log = list[tuple[int, bytes]]
+
+
+def _send(history: History, value: bytes, order: int, outcome: str, offset: int = -1, *, at: int = 0) -> Send:
+    send = Send("p", order, KEY, value, at)
+    send.outcome, send.offset, send.ended_us = outcome, offset, at + 10
+    history.send(send)
+    return send
+
+
+def _good() -> tuple[History, Log]:
+    history = History()
+    _send(history, b"a", 1, OK, 1, at=0)
+    _send(history, b"b", 2, OK, 2, at=100)
+    _send(history, b"c", 3, INFO, at=200)
+    _send(history, b"d", 4, FAIL, at=300)
+    return history, [(1, b"a"), (2, b"b"), (4, b"c")]
+
+
+def _judge(history: History, log: Log, *others: Log, lost: list[tuple[int, int]] | None = None) -> None:
+    replicas = [(f"b{number}", found) for number, found in enumerate((log, *others))]
+    history.check({KEY: replicas}, {KEY: lost or []})
+
+
+def test_a_good_history_passes() -> None:
+    history, log = _good()
+    poll = Poll("m", KEY, 0)
+    poll.records, poll.next = [(1, b"a"), (2, b"b")], 3
+    history.polls.append(poll)
+    _judge(history, log, list(log))
+
+
+def _lost(history: History, log: Log) -> Log:
+    return [record for record in log if record[1] != b"b"]
+
+
+def _duplicate(history: History, log: Log) -> Log:
+    return [*log, (9, b"a")]
+
+
+def _aborted(history: History, log: Log) -> Log:
+    return [*log, (9, b"d")]
+
+
+def _phantom(history: History, log: Log) -> Log:
+    return [*log, (9, b"nobody")]
+
+
+def _moved(history: History, log: Log) -> Log:
+    return [(1, b"a"), (3, b"b"), (4, b"c")]
+
+
+def _swapped(history: History, log: Log) -> Log:
+    for send, offset in ((history.sends[b"a"], 2), (history.sends[b"b"], 1)):
+        send.offset = offset
+        send.ended_us = 10_000  # at the same time, so that only the order of the producer is broken
+    return [(1, b"b"), (2, b"a"), (4, b"c")]
+
+
+def _negative(history: History, log: Log) -> Log:
+    history.sends[b"a"].offset = -1
+    return log
+
+
+def _elsewhere(history: History, log: Log) -> Log:
+    history.sends[b"c"].key = ("t", 1)
+    return log
+
+
+def _late(history: History, log: Log) -> Log:
+    other = Send("q", 1, KEY, b"e", 500)
+    other.outcome, other.offset, other.ended_us = OK, 0, 510
+    history.send(other)
+    return [(0, b"e"), *log]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "rule"),
+    [
+        (_lost, "D2 lost write"),
+        (_duplicate, "D2 duplicate"),
+        (_aborted, "D2 G1a aborted read"),
+        (_phantom, "D2 phantom"),
+        (_moved, "D2 inconsistent offsets"),
+        (_swapped, "D2 nonmonotonic send"),
+        (_negative, "D2 offset sanity"),
+        (_elsewhere, "D2 phantom"),
+        (_late, "D2 real time"),
+    ],
+)
+def test_each_anomaly_is_named(spoil: object, rule: str) -> None:
+    history, log = _good()
+    spoilt = spoil(history, log)  # type: ignore[operator]
+    with pytest.raises(Violation) as caught:
+        _judge(history, spoilt)
+    assert caught.value.rule == rule
+
+
+def test_a_declared_loss_excuses_only_its_range() -> None:
+    history, log = _good()
+    _judge(history, _lost(history, log), lost=[(2, 3)])
+    with pytest.raises(Violation):
+        _judge(history, _lost(history, log), lost=[(3, 9)])
+
+
+def test_replicas_that_differ_after_healing_are_refused() -> None:
+    history, log = _good()
+    with pytest.raises(Violation, match="differ after healing"):
+        _judge(history, log, log[:-1])
+
+
+@pytest.mark.parametrize(
+    ("records", "until", "rule"),
+    [
+        ([(1, b"a")], 3, "D2 poll skip or inconsistent poll"),
+        ([(2, b"b"), (1, b"a")], 3, "D2 nonmonotonic poll"),
+        ([(1, b"a"), (2, b"c")], 3, "D2 poll skip or inconsistent poll"),
+        ([(1, b"zzz")], 2, "D2 phantom"),
+    ],
+)
+def test_bad_polls_are_named(records: Log, until: int, rule: str) -> None:
+    history, log = _good()
+    poll = Poll("m", KEY, 0)
+    poll.records, poll.next = records, until
+    history.polls.append(poll)
+    with pytest.raises(Violation) as caught:
+        _judge(history, log)
+    assert caught.value.rule == rule
+
+
+def test_a_group_that_skipped_a_record_is_refused() -> None:
+    history, log = _good()
+    history.processed[("g", KEY)] = {1: 1, 4: 2}
+    with pytest.raises(Violation, match="never processed"):
+        history.check_processed(["g"], {KEY: log})
+
+
+# -- the ghost --------------------------------------------------------------------------------------
+
+
+def _copies() -> tuple[Truth, Copy, Copy]:
+    truth = Truth(KEY, 0)
+    one, other = Copy(truth, "b0"), Copy(truth, "b1")
+    for copy in (one, other):
+        copy.append((0, 2, 1, 11))
+        copy.append((2, 3, 1, 12))
+    return truth, one, other
+
+
+def test_a_copy_is_complete_when_it_holds_what_was_committed_anywhere() -> None:
+    truth, one, other = _copies()
+    one.raise_watermark(3)
+    assert truth.end == 3
+    assert other.complete
+    assert not other.durably_complete
+    other.synced = 3
+    assert other.durably_complete
+
+
+def test_a_copy_that_was_cut_below_the_truth_is_incomplete() -> None:
+    _truth, one, other = _copies()
+    one.raise_watermark(3)
+    other.truncate(2, recovered=False)
+    assert not other.complete
+
+
+def test_no_offset_has_two_contents() -> None:
+    _truth, one, other = _copies()
+    one.raise_watermark(2)
+    other.truncate(0, recovered=False)
+    other.append((0, 2, 2, 99))
+    with pytest.raises(Violation, match="logs match below the high watermark"):
+        other.raise_watermark(2)
+
+
+@pytest.mark.parametrize("value", [4, 1])
+def test_a_watermark_is_never_above_the_end_and_never_falls(value: int) -> None:
+    _truth, one, _other = _copies()
+    one.raise_watermark(2)
+    with pytest.raises(Violation):
+        one.raise_watermark(value)
+
+
+def test_nothing_committed_is_cut_without_a_declared_loss() -> None:
+    _truth, one, _other = _copies()
+    one.raise_watermark(3)
+    with pytest.raises(Violation, match="no truncation below the high watermark"):
+        one.truncate(2, recovered=False)
+    one.truncate(2, recovered=True)
+
+
+def test_batches_must_follow_each_other() -> None:
+    _truth, one, _other = _copies()
+    with pytest.raises(Violation, match="contiguity"):
+        one.append((4, 5, 1, 1))
