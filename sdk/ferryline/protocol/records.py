@@ -198,9 +198,7 @@ def encode_batch(
 
 def epoch_start_batch(base_offset: int, epoch: int, broker_id: int) -> bytearray:
     """The control record that a new primary appends first (rule L1): it marks where its epoch begins."""
-    return encode_batch(
-        [(b"epoch-start", b"%d" % broker_id, [])], base_offset=base_offset, epoch=epoch, control=True
-    )
+    return encode_batch([(b"epoch-start", b"%d" % broker_id, [])], base_offset=base_offset, epoch=epoch, control=True)
 
 
 def set_producer(data: bytearray, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
