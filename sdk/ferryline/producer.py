@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from time import time_ns
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -86,7 +85,7 @@ class Producer:
         }
         self._buffer_bytes = buffer_bytes
         self._encode: Callable[[Any], Encoded] = encode if serializer is None else _checked(serializer)
-        self._batching: Batching | None = None
+        self._batching: Any = None  # Batching, once started; not Optional, for the common path
         self._topics: dict[str, TopicBuffer] = {}  # the dict of `Batching`
         self._new_future: Callable[[], RecordFuture] = _not_started
         self._closed = False
@@ -109,7 +108,8 @@ class Producer:
         await self._client.start()
         self._batching = Batching(self._client, **self._options)
         self._topics = self._batching.topics
-        self._new_future = asyncio.get_running_loop().create_future
+        # The C class itself: asyncio's create_future is a Python call around it, once per record.
+        self._new_future = partial(asyncio.Future, loop=asyncio.get_running_loop())
         self._client.closables.append(self)
 
     async def close(self, timeout: float = 30.0) -> None:
@@ -174,6 +174,40 @@ class Producer:
         The topic must be known (`start` learns all topics): UnknownTopic otherwise. Let the loop run now and then:
         answers are read only while it does.
         """
+        if type(value) is bytes and headers is None and partition is None and timestamp_ms is None:
+            # The common path: one lookup, one append. Whatever is unusual finds no open batch here, and goes on below.
+            if type(key) is str:
+                key = key.encode()
+            buffer = self._topics.get(topic)
+            if buffer is not None and type(key) is bytes:
+                accumulator = buffer.accumulators[crc32(key) % buffer.partitions]  # as partitioner.partition_of
+                size = len(value) + len(key)
+                batching, builder = self._batching, accumulator.builder
+                size_counted = size + RECORD_OVERHEAD
+                if (
+                    builder is not None
+                    and size <= buffer.max_record_bytes
+                    and batching.buffered + size_counted <= self._buffer_bytes
+                ):
+                    future = self._new_future()
+                    if builder.append(batching.stamp_ms or batching.stamp(), key, value, _NO_HEADERS):
+                        accumulator.futures.append(future)
+                        accumulator.bytes += size_counted
+                        accumulator.keyed = True
+                        batching.buffered += size_counted
+                        return future
+        return self._send(topic, value, key, headers, partition, timestamp_ms)
+
+    def _send(
+        self,
+        topic: str,
+        value: Any,
+        key: str | bytes | None,
+        headers: HeadersLike | None,
+        partition: int | None,
+        timestamp_ms: int | None,
+    ) -> RecordFuture:
+        """Everything that `send_nowait` promises, step by step."""
         pairs = _NO_HEADERS if headers is None else _pairs(headers)
         if type(value) is bytes:
             size = len(value)
@@ -196,28 +230,19 @@ class Producer:
             buffer = self._running().topic(topic)
         if size > buffer.max_record_bytes:
             raise _too_large(buffer, value, key, size)
-        batching = self._batching
+        batching = self._running()
         size += RECORD_OVERHEAD
-        if batching.buffered + size > self._buffer_bytes:  # type: ignore[union-attr]
+        if batching.buffered + size > self._buffer_bytes:
             raise self._full(size)
         if timestamp_ms is None:
-            timestamp_ms = time_ns() // 1_000_000
+            timestamp_ms = batching.stamp_ms or batching.stamp()
         elif timestamp_ms.__class__ is not int or not 0 <= timestamp_ms < OFFSET_MAX:
             raise InvalidArgument(f"timestamp_ms: {timestamp_ms!r} is not a time in ms", field="timestamp_ms")
         if partition is not None:
             _check_partition(buffer, partition)
         future = self._new_future()
-        batching.buffered += size  # type: ignore[union-attr]
-        if key is not None and partition is None and not buffer.moving:
-            # The common path: one lookup, one append.
-            accumulator = buffer.accumulators[crc32(key) % buffer.partitions]  # as partitioner.partition_of
-            builder = accumulator.builder
-            if builder is not None and builder.append(timestamp_ms, key, value, pairs):
-                accumulator.futures.append(future)
-                accumulator.bytes += size
-                accumulator.keyed = True
-                return future
-        batching.place(buffer, (timestamp_ms, key, value, pairs, size, future), partition)  # type: ignore[union-attr]
+        batching.buffered += size
+        batching.place(buffer, (timestamp_ms, key, value, pairs, size, future), partition)
         return future
 
     async def send_many(
