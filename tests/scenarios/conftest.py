@@ -1,4 +1,4 @@
-"""``pytest tests/scenarios --rewrite`` writes what is printed now into the files: read the difference before you keep it."""
+"""``pytest tests/scenarios --rewrite`` writes what is printed now into the files: read the difference then."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
     a: acknowledged at 1
     b: acknowledged at 2
 
-Several commands may stand above one ``----``; their outputs follow each other. `rewritten` gives the same text with what
-is printed now.
+Several commands may stand above one ``----``; their outputs follow each other. `rewritten` gives the same text with
+what is printed now.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``python -m tests.simulation``: seeds against the real cores; exit status 1 if any failed.
 
-    python -m tests.simulation --seeds 2000 --jobs 2          all configurations take turns
-    python -m tests.simulation --config 2/1/fsync --seed 7 --trace
-    python -m tests.simulation --check-determinism 20
+python -m tests.simulation --seeds 2000 --jobs 2          all configurations take turns
+python -m tests.simulation --config 2/1/fsync --seed 7 --trace
+python -m tests.simulation --check-determinism 20
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Broker:
-    """One broker over all its process lives. ``number`` is its place in the simulation, `id` what the cluster calls it."""
+    """One broker over all its process lives. ``number`` is its place in the simulation; the cluster calls it `id`."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
@@ -88,7 +88,7 @@ class Broker:
         try:
             self.restart = disk.start()
             world.checks.broker_started(self, self.restart)
-            states = {key: self.replicas.open(key, quarantine=False) for key in disk.keys()}
+            states = {key: self.replicas.open(key, quarantine=False) for key in disk.keys()}  # noqa: SIM118 - a disk is no dict
         except (StorageFailed, SimulatedStop) as error:
             world.count("died while starting")
             world.faults.died_starting(self, repr(error))
@@ -290,7 +290,7 @@ class Broker:
         _, number, result, error = frame
         if session is not self.coordinator:
             return
-        name, context = self.pending.pop(number, ("", None))
+        name, _ = self.pending.pop(number, ("", None))
         if not name:
             if isinstance(result, MetadataAnswer):  # an answer that came twice, or after its time: harmless
                 self.node_event(ev.MetadataReceived(result))

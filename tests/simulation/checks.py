@@ -137,7 +137,12 @@ class Checks:
         """A primary vouches for a replica, as it was in its registered life. What it lost later counts on."""
         broker, record = self.world.broker_by_id(broker_id), self.brokers[broker_id].meta
         since = self.lossy.get((broker.number, key)) if broker is not None else None
-        if broker is not None and since is not None and since[0] == record.storage_id and since[1] <= record.incarnation:
+        if (
+            broker is not None
+            and since is not None
+            and since[0] == record.storage_id
+            and since[1] <= record.incarnation
+        ):
             del self.lossy[broker.number, key]
 
     def _check_somebody_left(self, old: PartitionMeta, part: PartitionMeta) -> None:
@@ -172,7 +177,7 @@ class Checks:
             for (_, key), group in self.groups.items():
                 if key == part.key:
                     group.forgotten = True
-        for (number, key) in list(self.lossy):
+        for number, key in list(self.lossy):
             if key == part.key and self.world.brokers[number] is broker:
                 del self.lossy[number, key]
 
@@ -395,8 +400,10 @@ class Checks:
 
     def _check_read_back(self, key: Key, waiter: Waiter, group: GroupTruth, state: ev.GroupOffset) -> None:
         """K2, K3: an offset that is read back is not below a commit that was answered before."""
-        if group.commit > state.offset and group.commit_answered_us < waiter.asked_us and not (
-            group.forgotten or self.declared.get(key)
+        if (
+            group.commit > state.offset
+            and group.commit_answered_us < waiter.asked_us
+            and not (group.forgotten or self.declared.get(key))
         ):
             self.fail("K2/K3 committed offsets never fall", f"{key}: committed {group.commit}, read back {state}")
         if state.offset > self.world.truth(key)[RECORDS].end:
@@ -416,6 +423,6 @@ class Checks:
 
     def read_refused(self, consumer: str, key: Key, offset: int, error: Any) -> None:
         """LOG_TRUNCATED and OFFSET_OUT_OF_RANGE are possible only after a declared loss, or below the log start."""
-        if error.code in ("LOG_TRUNCATED", "OFFSET_OUT_OF_RANGE") and not self.declared.get(key):
-            if offset >= error.details.get("log_start", 0):
-                self.fail("no reader is ahead of the log", f"{consumer} {key} at {offset}: {error}")
+        ahead = error.code in ("LOG_TRUNCATED", "OFFSET_OUT_OF_RANGE") and offset >= error.details.get("log_start", 0)
+        if ahead and not self.declared.get(key):
+            self.fail("no reader is ahead of the log", f"{consumer} {key} at {offset}: {error}")

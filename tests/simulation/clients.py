@@ -152,9 +152,7 @@ class Producer(Client):
 
     def __init__(self, world: World, number: int) -> None:
         super().__init__(world, f"p{number}")
-        self.core = ProducerCore(
-            self.engine.rng.getrandbits(63), request_timeout_ms=3_000, backoff=Backoff(20, 800)
-        )
+        self.core = ProducerCore(self.engine.rng.getrandbits(63), request_timeout_ms=3_000, backoff=Backoff(20, 800))
         self.batches: dict[int, Batch] = {}
         self.sent = 0
         self.numbers = 0

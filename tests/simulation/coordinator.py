@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Store:
-    """What `MetaStore` promises: a commit is whole and durable, and fails for whoever campaigned before the last one."""
+    """What `MetaStore` promises: a commit is whole and durable, and fails for whoever is not the last to campaign."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -37,7 +37,7 @@ class Store:
         return self.epoch
 
     def commit(self, epoch: int, puts: dict[str, bytes], deletes: tuple[str, ...]) -> str:
-        """"ok" or "lost"."""
+        """ "ok" or "lost"."""
         if epoch != self.epoch:
             return "lost"
         for key in deletes:
@@ -273,7 +273,12 @@ class Coordinator:
 
 def config_of(fence_ms: int) -> CoreConfig:
     return CoreConfig(
-        fence_ms=fence_ms, probe_ms=300, replacement_ms=6_000, balance_ms=500, preferred_ms=2_000, handover_retry_ms=1_000
+        fence_ms=fence_ms,
+        probe_ms=300,
+        replacement_ms=6_000,
+        balance_ms=500,
+        preferred_ms=2_000,
+        handover_retry_ms=1_000,
     )
 
 

@@ -3,8 +3,8 @@
 `FastDisk` keeps batches in lists and knows for each log how far it was synced; that is quick enough for thousands of
 seeds. `real_disk.RealDisk` has the same face over the product's own log code on its `MemoryStorage`.
 
-A disk outlives the processes that use it. Everything except appends to the logs is durable when the call returns, as the
-effects of the cores demand.
+A disk outlives the processes that use it. Everything except appends to the logs is durable when the call returns, as
+the effects of the cores demand.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ class FastReplica:
             LogOpened(log.start, log.end, log.epochs(), max(log.start, min(self.marked[number], log.end)))
             for number, log in enumerate(self.logs)
         )
-        return OpenedReplica(
-            self.seen_epoch, (opened[0], opened[1]), self.producers(), self.log_state, self.repairing
-        )
+        return OpenedReplica(self.seen_epoch, (opened[0], opened[1]), self.producers(), self.log_state, self.repairing)
 
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
         if self.disk.write_error:
@@ -236,7 +234,9 @@ class FastReplica:
         return table
 
     def stored(self, log: int) -> list[tuple[int, int, int, int]]:
-        return [(b.header.base_offset, b.header.next_offset, b.header.epoch, b.header.crc) for b in self.logs[log].batches]
+        return [
+            (b.header.base_offset, b.header.next_offset, b.header.epoch, b.header.crc) for b in self.logs[log].batches
+        ]
 
     def start(self, log: int) -> int:
         return self.logs[log].start

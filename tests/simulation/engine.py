@@ -29,7 +29,7 @@ class Engine:
 
     def __init__(self, seed: int, *, events_max: int = 400_000) -> None:
         self.seed = seed
-        self.rng = random.Random(seed)  # noqa: S311 - reproducible on purpose
+        self.rng = random.Random(seed)
         self.now_us = 0
         self.steps = 0
         self.events_max = events_max

@@ -131,14 +131,13 @@ class History:
             send = self.sends[value]
             if send.outcome == OK and send.ended_us < latest_begin:
                 raise Violation(
-                    "D2 real time", f"{key}: {value!r} at {offset} was acknowledged before {whose!r} began, lies after it"
+                    "D2 real time",
+                    f"{key}: {value!r} at {offset} was acknowledged before {whose!r} began, lies after it",
                 )
             if send.began_us > latest_begin:
                 latest_begin, whose = send.began_us, value
 
-    def _check_polls(
-        self, logs: dict[Key, list[tuple[int, bytes]]], lost: dict[Key, list[tuple[int, int]]]
-    ) -> None:
+    def _check_polls(self, logs: dict[Key, list[tuple[int, bytes]]], lost: dict[Key, list[tuple[int, int]]]) -> None:
         for poll in self.polls:
             if lost.get(poll.key):
                 continue  # what was read before a declared loss may be gone

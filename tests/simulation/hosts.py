@@ -1,8 +1,8 @@
 """A host: something with a name, a clock of its own and process lives that begin and end.
 
-Whatever is addressed to a host (frames, timers, completions of its disk) names the life that it belongs to; nothing from
-an earlier life reaches a later one. A paused host (SIGSTOP) takes nothing in until it goes on; then everything that
-waited is handed over in order, as from a full socket buffer.
+Whatever is addressed to a host (frames, timers, completions of its disk) names the life that it belongs to; nothing
+from an earlier life reaches a later one. A paused host (SIGSTOP) takes nothing in until it goes on; then everything
+that waited is handed over in order, as from a full socket buffer.
 """
 
 from __future__ import annotations

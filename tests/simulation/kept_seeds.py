@@ -1,7 +1,7 @@
 """Seeds that once found a bug of the product: (configuration, seed, real log, what it was).
 
-A seed names a run only as long as the simulation draws in the same order; after a change of the simulation it is one seed
-more, no worse than another. The stories of the bugs stay true.
+A seed names a run only as long as the simulation draws in the same order; after a change of the simulation it is one
+seed more, no worse than another. The stories of the bugs stay true.
 """
 
 from __future__ import annotations

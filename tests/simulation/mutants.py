@@ -84,9 +84,11 @@ def patch(target: str, old: str, new: str) -> None:
     code = compile("from __future__ import annotations\n" + lines, f"<mutant of {target}>", "exec")
     module = sys.modules[function.__module__]
     names: dict[str, Any] = {}
-    exec(code, vars(module), names)  # noqa: S102 - our own source, changed by our own table
+    exec(code, vars(module), names)
     changed = names[name]
-    made = changed if wrapped is None or isinstance(changed, property | classmethod | staticmethod) else wrapped(changed)
+    made = (
+        changed if wrapped is None or isinstance(changed, property | classmethod | staticmethod) else wrapped(changed)
+    )
     plain = changed.fget if isinstance(changed, property) else getattr(changed, "__func__", changed)
     plain.__mutant_source__ = lines
     setattr(owner, name, made)
@@ -215,7 +217,7 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
     required = [mutant for mutant in MUTANTS if mutant.required]
     if options.random:
         seed = hashlib.sha256(f"{time.strftime('%Y-%m-%d')} {commit()}".encode()).digest()
-        return random.Random(seed).sample(required, min(options.random, len(required)))  # noqa: S311
+        return random.Random(seed).sample(required, min(options.random, len(required)))
     return required
 
 

@@ -6,9 +6,9 @@ Two kinds of sessions, drawn per seed and per kind of link:
 * *wild*: each frame on its own may be lost, doubled, late and overtaken, harsher than any transport that the product
   uses. Replication and the coordinator's messages must stand it (rules F2, L8, C2, C6).
 
-Clients always get ordered sessions: an idempotent producer relies on "at most once and in order" (see the producer core).
-A cut holds back frames of ordered sessions; it ends them if it outlasts the patience of either side, and loses frames of
-wild ones. Both ends of a session learn of its end on their own time.
+Clients always get ordered sessions: an idempotent producer relies on "at most once and in order" (see its core).
+A cut holds back frames of ordered sessions, and ends them if it outlasts the patience of either side; it loses frames
+of wild ones. Both ends of a session learn of its end on their own time.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Network:
         life = opener.host.life
         self.engine.after(self.delay_us(), self._arrive, opener, life, acceptor, kind, failed)
 
-    def _arrive(self, opener: Endpoint, life: int, acceptor: Endpoint, kind: str, failed: Callable[[str], None]) -> None:
+    def _arrive(
+        self, opener: Endpoint, life: int, acceptor: Endpoint, kind: str, failed: Callable[[str], None]
+    ) -> None:
         host = acceptor.host
         if not self.reachable(opener.host, host) or host.paused:
             self.engine.after(

@@ -17,7 +17,6 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_broker.log.memory import SimulatedStop
 from tests.simulation.disks import ReplicaFiles
-from tests.simulation.engine import MS
 from tests.simulation.ghost import Violation
 from tests.simulation.hosts import Alarm
 from tests.simulation.serving import Waiter
@@ -227,7 +226,9 @@ class Replicas:
         hosted.flushing[log].end = min(hosted.flushing[log].end, offset)
         end = hosted.files.truncate(log, offset)
         if end != offset:
-            raise Violation("core and log agree on the log end", f"{self.broker} {key} log {log}: {offset}, cut at {end}")
+            raise Violation(
+                "core and log agree on the log end", f"{self.broker} {key} log {log}: {offset}, cut at {end}"
+            )
         part = hosted.core.part
         recovered = part is not None and part.recovery_epoch > 0
         self.world.copies(self.broker, key)[log].truncate(offset, recovered=recovered)

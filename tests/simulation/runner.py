@@ -41,7 +41,9 @@ class Outcome(msgspec.Struct):
     counts: dict[str, int] = {}
 
 
-def run_seed(config: Config, seed: int, *, trace: Callable[[str], None] | None = None, real_log: bool = False) -> Outcome:
+def run_seed(
+    config: Config, seed: int, *, trace: Callable[[str], None] | None = None, real_log: bool = False
+) -> Outcome:
     """One seed under one configuration. Never raises for a failed run: the outcome tells."""
     world = World(config, seed, real_log=real_log)
     world.engine.trace = trace
@@ -104,7 +106,7 @@ def draw_again(outcome: Outcome) -> str:
     from tests.simulation.settings import parse_configs
 
     config = parse_configs(outcome.config)[0]
-    weather = draw(random.Random(outcome.seed), config)  # noqa: S311
+    weather = draw(random.Random(outcome.seed), config)
     weights = {name: round(weight, 2) for name, weight in weather.weights.items() if weight}
     fields = {name: getattr(weather, name) for name in weather.__struct_fields__ if name != "weights"}
     return f"{fields} faults {weights}"

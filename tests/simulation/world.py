@@ -130,8 +130,10 @@ class World:
         lines = [f"virtual {self.engine.now_ms} ms, cuts {sorted(self.network.cuts)}"]
         for broker_id, record in sorted(self.checks.brokers.items()):
             meta = record.meta
-            lines.append(f"record of broker {broker_id}: epoch {meta.broker_epoch} fenced {meta.fenced} "
-                         f"stopping {meta.stopping} draining {meta.draining} incarnation {meta.incarnation}")  # fmt: skip
+            lines.append(
+                f"record of broker {broker_id}: epoch {meta.broker_epoch} fenced {meta.fenced} "
+                f"stopping {meta.stopping} draining {meta.draining} incarnation {meta.incarnation}"
+            )
         lines += [f"record {record.meta} frozen {record.frozen}" for _, record in sorted(self.checks.parts.items())]
         for broker in self.brokers:
             lines.append(f"{broker}: alive {broker.host.alive} paused {broker.host.paused}")
@@ -192,7 +194,9 @@ class World:
 
     # -- commands ----------------------------------------------------------------------------------
 
-    def command(self, event: Callable[[int], ce.Event], done: Callable[[Any, ErrorInfo | None], None] | None = None) -> None:
+    def command(
+        self, event: Callable[[int], ce.Event], done: Callable[[Any, ErrorInfo | None], None] | None = None
+    ) -> None:
         """An operator's command to the coordinator; without answer if it dies meanwhile."""
         coordinator = self.coordinator
         if coordinator.host.alive and not coordinator.host.paused:
