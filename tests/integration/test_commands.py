@@ -72,7 +72,7 @@ def test_a_topic_lives_from_create_to_delete(ferryline: Run) -> None:
     found = as_json(ferryline("topic", "describe", "life", "--output", "json"))
     assert (found["retention_ms"], found["max_record_bytes"]) == (-1, 2 * 1024 * 1024)
     refused = ferryline("topic", "add-partitions", "life", "6", status=2)
-    assert "keys_move" in refused.stderr
+    assert "--keys-move" in refused.stderr
     ferryline("topic", "add-partitions", "life", "6", "--keys-move")
     assert as_json(ferryline("topic", "describe", "life", "-o", "json"))["partitions"] == 6
     ferryline("topic", "delete", "life", "--yes")
@@ -141,11 +141,11 @@ def test_a_group_has_lag_can_be_moved_and_forgotten(ferryline: Run) -> None:
     got = lines(ferryline("consume", "grouped", "--group", "billing", "--count", "4"))
     assert len(got) == 4
     described = as_json(ferryline("group", "describe", "billing", "--topic", "grouped", "-o", "json"))
-    assert described["lag"] == 6
+    assert 6 <= described["lag"] <= 8, "what is left, and at most one control record in each partition"
     rest = lines(ferryline("consume", "grouped", "--group", "billing", "--count", "6"))
     assert sorted(got + rest, key=int) == [str(n) for n in range(10)]
     shown = as_json(ferryline("group", "seek", "billing", "grouped", "--to", "start", "--dry-run", "-o", "json"))
-    assert sum(-row["change"] for row in shown) == 10
+    assert 10 <= sum(-row["change"] for row in shown) <= 12, "records, and perhaps control records"
     assert as_json(ferryline("group", "describe", "billing", "--topic", "grouped", "-o", "json"))["lag"] == 0
     ferryline("group", "seek", "billing", "grouped", "--to", "start")
     again = lines(ferryline("consume", "grouped", "--group", "billing", "--count", "10"))
@@ -180,9 +180,9 @@ def test_a_broker_is_drained_and_comes_back(ferryline: Run) -> None:
 
 
 def test_doctor_finds_nothing_wrong_here_and_the_right_thing_elsewhere(
-    ferryline: Run, cluster: LocalCluster, tmp_path: Path
+    ferryline: Run, cluster: LocalCluster, tmp_path: Path, eventually_blocking: Any
 ) -> None:
-    assert "all" in ferryline("doctor").stdout
+    eventually_blocking(lambda: "all their copies" in ferryline("doctor").stdout, within_s=30, what="all is well")
     other = tmp_path / "ca.crt"
     other.write_text(_another_ca())
     done = ferryline("doctor", "--ca", str(other), status=5)

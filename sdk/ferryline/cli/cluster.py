@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Health, partitions and in-sync sets.")
 
-ONLINE, UNDER_REPLICATED, READ_ONLY, OFFLINE = "online", "under-replicated", "read-only", "offline"
+ONLINE, MOVING, UNDER_REPLICATED, READ_ONLY, OFFLINE = "online", "moving", "under-replicated", "read-only", "offline"
 PARTITION_COLUMNS = ["topic", "partition", "state", "primary", "epoch", "replicas", "in_sync", "out_of_sync"]
 
 
@@ -33,7 +33,10 @@ def state_of(part: PartitionMeta) -> str:
         return OFFLINE
     if len(part.isr) < part.min_isr:
         return READ_ONLY
-    return ONLINE if len(part.isr) >= len(part.replicas) else UNDER_REPLICATED
+    settled = [broker for broker in part.replicas if broker not in part.adding]
+    if any(broker not in part.isr for broker in settled):
+        return UNDER_REPLICATED
+    return MOVING if part.adding or part.removing else ONLINE
 
 
 def partition_row(part: PartitionMeta, topic: str) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def health(ctx: typer.Context) -> None:
             "fenced_brokers": fenced,
             "topics": len(cluster.topics),
             "partitions": len(states),
+            "moving": states.count(MOVING),
             "under_replicated": states.count(UNDER_REPLICATED),
             "read_only": states.count(READ_ONLY),
             "offline": states.count(OFFLINE),

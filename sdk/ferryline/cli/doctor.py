@@ -120,25 +120,20 @@ def _state(broker: Any) -> tuple[str, str] | None:
 
 
 def _partitions(parts: list[Any], names: dict[str, str]) -> list[Finding]:
+    from ferryline.cli.cluster import MOVING, OFFLINE, READ_ONLY, UNDER_REPLICATED, state_of
     from ferryline.cli.diagnosis import FAIL, OK, WARN, Finding
 
-    def named(some: list[Any]) -> str:
-        first = ", ".join(f"{names.get(part.topic_id, part.topic_id)}/{part.partition}" for part in some[:NAMED_MAX])
-        return first + (f" and {len(some) - NAMED_MAX} more" if len(some) > NAMED_MAX else "")
-
-    offline = [part for part in parts if not part.primary]
-    short = [part for part in parts if part.primary and len(part.isr) < part.min_isr]
-    single = [part for part in parts if part.primary and part not in short and len(part.isr) < len(part.replicas)]
+    by_state: dict[str, list[str]] = {}
+    for part in parts:
+        by_state.setdefault(state_of(part), []).append(f"{names.get(part.topic_id, part.topic_id)}/{part.partition}")
     found: list[Finding] = []
-    if offline:
-        remedy = "They wait for a broker that has every acknowledged record: start the brokers that are fenced."
-        found.append(Finding(FAIL, "partitions", f"without a primary: {named(offline)}", remedy))
-    if short:
-        remedy = "Start the missing brokers, or lower min_isr: ferryline topic alter."
-        found.append(Finding(FAIL, "partitions", f"below min_isr, refusing records: {named(short)}", remedy))
-    if single:
-        remedy = (
-            "Copies are missing. They come back by themselves, or are replaced after 30 s if other brokers have room."
-        )
-        found.append(Finding(WARN, "partitions", f"under-replicated: {named(single)}", remedy))
+    for state, level, fact, remedy in (
+        (OFFLINE, FAIL, "without a primary", "They wait for a broker that has every acknowledged record: start those."),
+        (READ_ONLY, FAIL, "below min_isr, refusing records", "Start the missing brokers, or: ferryline topic alter."),
+        (UNDER_REPLICATED, WARN, "under-replicated", "Copies return by themselves, or are replaced after 30 s."),
+        (MOVING, OK, "moving to other brokers", ""),
+    ):
+        if some := sorted(by_state.get(state, [])):
+            more = f" and {len(some) - NAMED_MAX} more" if len(some) > NAMED_MAX else ""
+            found.append(Finding(level, "partitions", f"{fact}: {', '.join(some[:NAMED_MAX])}{more}", remedy))
     return found or [Finding(OK, "partitions", f"all {len(parts)} have a primary and all their copies")]

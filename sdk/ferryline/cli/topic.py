@@ -229,6 +229,8 @@ def add_partitions(
     """
     from ferryline.cli.connection import connected, run
 
+    if not keys_move:
+        raise UsageError("keys would move to other partitions: confirm that with --keys-move")
     invocation = of(ctx)
 
     async def act() -> None:
