@@ -102,12 +102,11 @@ class PartitionDriver:
             return
         try:
             effects = hosted.core.handle(event, now_ms())
-        except AssertionError as error:
+            if effects:
+                self._carry_out(hosted, effects)
+            self._arm(hosted)
+        except Exception as error:  # an assertion, or a mistake that leaves core and log in doubt about each other
             self._break(hosted, event, error)
-            return
-        if effects:
-            self._carry_out(hosted, effects)
-        self._arm(hosted)
 
     def feed_all(self, event: ev.Event, role: str = "") -> None:
         """Feed ``event`` to every core, or to those in ``role``."""
@@ -205,7 +204,7 @@ class PartitionDriver:
         self.end_pass_soon()
 
     def _send_data(self, hosted: HostedReplica, effect: ev.SendData) -> None:
-        data, parts = hosted.read_for_secondary(effect)
+        data, parts = hosted.read_for_secondary(effect, self.peers.room(effect.session))
         self.peers.add_data(effect.session, data, parts)
         self.end_pass_soon()
 
@@ -340,8 +339,10 @@ class PartitionDriver:
 
     # -- failed assertions --------------------------------------------------------------------------
 
-    def _break(self, hosted: HostedReplica, event: ev.Event, error: AssertionError) -> None:
+    def _break(self, hosted: HostedReplica, event: ev.Event, error: Exception) -> None:
         """An invariant does not hold: stop this partition loudly, let another replica lead; the others go on."""
+        if hosted.broken:
+            return
         story = [str(told)[:300] for told in list(hosted.core.story)[-40:]]
         _log.error(
             "invariant violated, partition stopped",
@@ -352,10 +353,11 @@ class PartitionDriver:
             story=story,
         )
         was_primary, epoch = hosted.core.role == "primary", hosted.core.epoch
-        reason = f"invariant violated: {str(error)[:200]}"
+        reason = f"invariant violated: {type(error).__name__}: {str(error)[:200]}"
+        hosted.follow_ups = []
         try:
             self._carry_out(hosted, hosted.core.abandon(reason))
-        except AssertionError:
+        except Exception:
             _log.exception("the partition could not even stop in order", partition=hosted.name)
         hosted.broken = reason
         if was_primary:

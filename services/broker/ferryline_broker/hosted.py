@@ -86,18 +86,19 @@ class HostedReplica:
         counts.records_out += _count_records(data)
         return data
 
-    def read_for_secondary(self, effect: SendData) -> tuple[ReplicaData, list[Bytes]]:
-        """Fill in the sizes of an answer to a fetch and read its payload. Raises StorageFailed."""
+    def read_for_secondary(self, effect: SendData, room: int) -> tuple[ReplicaData, list[Bytes]]:
+        """Fill in the sizes of an answer to a fetch and read its payload, of each log about ``room`` bytes at most, but
+        a whole batch. Raises StorageFailed."""
         data = effect.data
         parts: list[Bytes] = []
-        if data.logs is None or effect.reads == (None, None):
+        if data.logs is None or effect.reads == (None, None) or room <= 0:
             return data, []
         logs = list(data.logs)
         for log in (RECORDS, STATE):
             wanted = effect.reads[log]
             if wanted is not None:
                 start, below, bytes_max = wanted
-                part = self.logs[log].read(start, bytes_max, below)
+                part = self.logs[log].read(start, min(bytes_max, room), below)
                 if part:
                     parts.append(part)
                     logs[log] = msgspec.structs.replace(logs[log], size=len(part))

@@ -71,7 +71,14 @@ class NodeDriver:
         """Let the node core handle ``event`` and carry out what it wants."""
         node = self._node
         before = node.metadata.revision, node.metadata.coord_epoch
-        effects = node.handle(event, now_ms())
+        try:
+            effects = node.handle(event, now_ms())
+        except AssertionError as error:
+            # Nothing can be believed about this broker's place in the cluster any more: leave, and come back anew.
+            story = [str(told)[:300] for told in list(node.story)[-40:]]
+            _log.critical("invariant of the node violated", error=str(error)[:1000], story=story, exc_info=error)
+            self._stop_now(ev.StopNow(False, f"invariant violated: {str(error)[:200]}"))
+            return
         try:
             for effect in effects:
                 self._do[type(effect)](effect)

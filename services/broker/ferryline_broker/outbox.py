@@ -37,6 +37,10 @@ class DataOutbox:
         self._parts: list[Bytes] = []
         self._bytes = 0
 
+    @property
+    def held_bytes(self) -> int:
+        return self._bytes
+
     def add(self, data: ReplicaData, parts: list[Bytes]) -> None:
         self._answers.append(data)
         for part in parts:

@@ -41,6 +41,9 @@ from ferryline_service.tls import TlsFiles
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.02, 1.0
 _CONNECT_TIMEOUT_S = 2.0
+_BACKLOG_BYTES = 4 * 1024 * 1024  # unsent to one secondary: below this answers are as large as asked for ...
+_BACKLOG_BYTES_MAX = 32 * 1024 * 1024  # ... and above this they carry nothing
+_ROOM_FULL, _ROOM_TIGHT = 2**31, 64 * 1024
 _log = get_logger()
 
 
@@ -280,6 +283,18 @@ class Peers:
             # Only the newest session: the end of an overtaken one must not unpark what came after it.
             del self._current[session.broker_id]
             self._driver.feed_all(ev.PeerDown(session.broker_id), ROLE_PRIMARY)
+
+    def room(self, session: int) -> int:
+        """Less while much is unsent, so that the catch-up of many partitions costs neither memory without bound nor the
+        others' latency: a small append still passes where a large read has to wait for its next fetch."""
+        to = self._sessions.get(session)
+        if to is None:
+            return 0
+        state: PeerState = to.state
+        backlog = to.unsent_bytes + state.outbox.held_bytes
+        if backlog < _BACKLOG_BYTES:
+            return _ROOM_FULL
+        return _ROOM_TIGHT if backlog < _BACKLOG_BYTES_MAX else 0
 
     def add_data(self, session: int, data: ReplicaData, parts: list[ev.Bytes]) -> None:
         to = self._sessions.get(session)

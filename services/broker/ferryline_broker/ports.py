@@ -31,6 +31,9 @@ class PeerPort(Protocol):
 
     def add_progress(self, to: int, progress: ReplicaProgress) -> None: ...
 
+    def room(self, session: int) -> int:
+        """How many bytes of log the next answer to a secondary should carry at most; 0 for none at all."""
+
     def add_data(self, session: int, data: ReplicaData, parts: list[ev.Bytes]) -> None: ...
 
     def emit(self) -> None: ...

@@ -144,6 +144,11 @@ class ServerSession:
         """Collected and not yet handed to the transport."""
         return self._out_bytes
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Everything that the kernel has not taken yet."""
+        return self._out_bytes + self._transport.get_write_buffer_size()
+
     async def drained(self) -> None:
         """Return once the peer has caught up, or the session closed."""
         if self._draining is not None:
