@@ -301,6 +301,25 @@ def test_a_coordinator_older_than_what_brokers_saw_freezes_everything_and_starts
     assert bench.part().primary == 0
 
 
+def test_what_an_earlier_session_still_says_is_refused_and_is_no_sign_of_life() -> None:
+    bench = cluster()
+    primary, secondary = other(bench)
+    broker = bench.brokers[primary]
+    first = broker.session
+    bench.register(primary)
+    beat = Heartbeat(primary, broker.epoch, broker.incarnation, "run", bench.coord_epoch, bench.state.revision)
+    with pytest.raises(StaleBrokerEpoch, match="later session"):
+        bench.ask(ev.HeartbeatReceived, first, beat)
+    proposal = bench.part()
+    latest, broker.session = broker.session, first
+    assert bench.alter(proposal, [primary]).error == "STALE_BROKER_EPOCH"
+    broker.session = latest
+    bench.kill(primary)
+    with pytest.raises(StaleBrokerEpoch, match="later session"):
+        bench.ask(ev.HeartbeatReceived, latest, beat)
+    assert bench.part().primary == secondary
+
+
 # -- in-sync sets -----------------------------------------------------------------------------------
 
 

@@ -229,6 +229,18 @@ def test_a_move_survives_a_coordinator_restart() -> None:
     assert settled(bench)
 
 
+def test_the_old_copy_stays_until_the_new_one_is_in_sync_however_long_that_takes() -> None:
+    bench = Bench(3, QUICK)  # nobody catches up
+    bench.create("t", partitions=6)
+    before = {key: record.meta.isr for key, record in bench.state.parts.items()}
+    bench.start(4)
+    bench.play(60_000)
+    assert any(r.meta.adding for r in bench.state.parts.values())
+    assert {key: tuple(sorted(record.meta.isr)) for key, record in bench.state.parts.items()} == {
+        key: tuple(sorted(isr)) for key, isr in before.items()
+    }
+
+
 def test_the_last_complete_replica_is_never_removed() -> None:
     bench = Bench(3, QUICK)
     bench.create("t", partitions=1, replication=2)

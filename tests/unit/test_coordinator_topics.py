@@ -185,6 +185,8 @@ def test_a_parked_poll_is_answered_by_the_next_change_and_by_nothing_else() -> N
     assert len(answer.partitions) == 2
     assert copy.apply(answer)
     assert copy.revision == bench.state.revision
+    bench.create("u")  # the bench fails on a second answer
+    assert bench.core.polls.parked == 0
 
 
 def test_a_parked_poll_is_answered_with_nothing_when_its_wait_is_over() -> None:

@@ -169,6 +169,19 @@ async def test_a_second_coordinator_on_the_same_directory_is_kept_out(tmp_path: 
         await second.close()
 
 
+async def test_a_takeover_past_the_lock_is_noticed_at_the_next_commit(tmp_path: Path) -> None:
+    """A directory on a file system that loses locks."""
+    store = SqliteStore(tmp_path)
+    await store.campaign()
+    database = sqlite3.connect(tmp_path / "meta.sqlite")
+    database.execute("UPDATE meta SET number = number + 1 WHERE name = 'coord_epoch'")
+    database.commit()
+    database.close()
+    assert (await store.commit({"a": b"zombie"}, [])).outcome is Outcome.LOST
+    assert await values(store) == {}
+    await store.close()
+
+
 async def test_commits_are_synced_in_full_and_logged_ahead(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     await store.campaign()
