@@ -339,6 +339,14 @@ async def test_a_broker_whose_session_ends_and_port_is_closed_is_fenced_at_once(
     assert asyncio.get_running_loop().time() - started < 1.5
 
 
+async def test_a_coordinator_that_stops_doubts_nobody(here: Here) -> None:
+    broker = await here.broker("s-1")
+    await here.coordinator.stop()
+    assert broker.closed
+    assert not here.coordinator.driver.state.brokers[1].meta.fenced
+    assert here.coordinator.metrics.notes["fenced"] == 0
+
+
 async def test_an_in_sync_set_is_changed_over_a_session_and_an_old_life_is_refused(here: Here) -> None:
     one, two = await here.broker("s-1"), await here.broker("s-2")
     await here.rest("POST", "/v1/topics", {"name": "t", "config": {"partitions": 1}})

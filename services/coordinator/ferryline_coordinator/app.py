@@ -161,6 +161,7 @@ class Coordinator:
 
     async def _shut_down(self, _: web.Application) -> None:
         self.driver.answer_parked()
+        self._sessions.stop()
         await self._endpoint.close()
 
     def _not_ready(self) -> str:

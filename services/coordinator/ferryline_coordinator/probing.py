@@ -24,6 +24,8 @@ class Prober:
         )
 
     def start(self, probe: Probe) -> None:
+        if self._http.closed:
+            return
         task = asyncio.get_running_loop().create_task(self._run(probe))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

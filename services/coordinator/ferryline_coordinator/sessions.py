@@ -41,6 +41,7 @@ class Sessions:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._number = 0
+        self._stopping = False
         self._brokers: dict[int, ServerSession] = {}
         self._encoded: tuple[Any, bytes] = (None, b"")  # the last answer: a change is told to thousands alike
         self._handlers: dict[int, Callable[[ServerSession, Frame], None]] = {
@@ -74,7 +75,7 @@ class Sessions:
         if state.number:
             if self._brokers.get(session.broker_id) is session:
                 del self._brokers[session.broker_id]
-            if self._driver.serving:
+            if self._driver.serving and not self._stopping:
                 self._driver.post(ev.SessionClosed(state.number, session.broker_id))
 
     def on_frame(self, session: ServerSession, frame: Frame) -> None:
@@ -90,6 +91,10 @@ class Sessions:
         session = self._brokers.get(broker_id)
         if session is not None:
             session.tell(kind, message)
+
+    def stop(self) -> None:
+        """Sessions end from now on because this coordinator does: no broker is doubted for that."""
+        self._stopping = True
 
     def end_all(self) -> None:
         """Brokers connect and register again: a new term knows none of their sessions."""
