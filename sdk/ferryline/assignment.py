@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ferryline.core.membership import OpenPartition
 from ferryline.fetcher import Fetcher
@@ -19,6 +18,7 @@ from ferryline.protocol.messages import CommittedResult
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.reader import Reader
 from ferryline.requests import Key
+from ferryline.tasks import Tasks
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -45,7 +45,7 @@ class Assignment:
         self._options = options
         self._fetcher = fetcher
         self._reader = reader
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._closed = False
         self._membership: Membership | None = None
         if options.group is not None and options.partitions is None:
@@ -72,15 +72,14 @@ class Assignment:
             if self._options.partitions is None:
                 self._client.watch.on_change.append(self._metadata_changed)
         if self._options.auto_commit:
-            self._spawn(self._commit_now_and_then())
+            self._tasks.spawn(self._commit_now_and_then())
 
     async def close(self) -> None:
         """Commit what was processed (with auto-commit) and leave the group."""
         self._closed = True
         if self._metadata_changed in self._client.watch.on_change:
             self._client.watch.on_change.remove(self._metadata_changed)
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         try:
             if self._options.auto_commit:
                 await self.commit_processed(CLOSE_COMMIT_S)
@@ -89,11 +88,6 @@ class Assignment:
         finally:
             if self._membership is not None:
                 await self._membership.leave()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # -- alone -------------------------------------------------------------------------------------
 
@@ -149,7 +143,7 @@ class Assignment:
         elif self._options.start == "end":
             self._open(opening, source, max(opening.high_watermark, 0), fresh=True)
         else:
-            self._spawn(self._open_at(opening, source))
+            self._tasks.spawn(self._open_at(opening, source))
 
     async def _open_at(self, opening: OpenPartition, source: Source) -> None:
         """The start policy is a moment or an offset: the broker knows where that is."""
@@ -188,11 +182,11 @@ class Assignment:
         partition.drop()
         self._reader.leave(partition)
         if partition not in self._reader.hands:
-            self._spawn(self._let_go(partition))
+            self._tasks.spawn(self._let_go(partition))
 
     def finished(self, partition: Partition) -> None:
         """The application is done with what it had of a revoked partition."""
-        self._spawn(self._let_go(partition))
+        self._tasks.spawn(self._let_go(partition))
 
     async def _let_go(self, partition: Partition) -> None:
         """Commit what the application finished, then release, in this order: the next owner begins at the commit."""

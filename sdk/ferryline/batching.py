@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from time import time_ns
 from typing import TYPE_CHECKING
 
 from ferryline.accumulator import Accumulator, Batch, Record, TopicBuffer
@@ -39,6 +40,7 @@ class Batching:
         self.topics: dict[str, TopicBuffer] = {}
         self.buffered = 0
         self.closed = False
+        self.stamp_ms = 0  # 0: read the clock
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._linger_s = linger_s
@@ -55,6 +57,15 @@ class Batching:
         self._moved = asyncio.Event()
         self._flushes: list[tuple[int, asyncio.Future[None]]] = []
         client.watch.on_change.append(self._metadata_changed)
+
+    def stamp(self) -> int:
+        """The time in ms for records that are sent in this turn of the loop: the clock is read once for all of them."""
+        self.stamp_ms = time_ns() // 1_000_000
+        self._loop.call_soon(self._unstamp)
+        return self.stamp_ms
+
+    def _unstamp(self) -> None:
+        self.stamp_ms = 0
 
     # -- topics ------------------------------------------------------------------------------------
 
@@ -146,6 +157,7 @@ class Batching:
             builder = accumulator.builder = BatchBuilder(self._batch_bytes, self._compression)
             builder.append(timestamp_ms, key, value, pairs)
             accumulator.opened_ms = self._sender.now_ms()
+            self.stamp_ms = 0  # a caller that never lets the loop run must not stop time
             self._linger(buffer, accumulator, builder)
         accumulator.futures.append(future)
         accumulator.bytes += size

@@ -18,6 +18,7 @@ from ferryline.protocol.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     FerrylineError,
+    InternalError,
     PrimaryNotAvailable,
 )
 from ferryline.protocol.frames import Kind
@@ -28,6 +29,7 @@ log = logging.getLogger("ferryline.connections")
 
 POLL_MS = 30_000  # parked metadata poll
 POLL_MARGIN_S = 5.0
+ASK_COORDINATOR_S = 2.0  # then a broker is asked, whose copy is a little older
 COORDINATOR = 0  # key of the coordinator's session among those of brokers, whose ids begin at 1
 
 
@@ -181,18 +183,28 @@ class MetadataWatch:
         raise ConnectionFailed(f"{text}: {cause}" if cause else text, urls=self.urls) from cause
 
     async def ask(self, *, timeout: float) -> None:
-        """Fetch the metadata now from whoever answers first; used when a topic is not known (yet)."""
+        """Fetch the metadata now, from a coordinator if one answers soon, else from a broker.
+
+        Raises the last error when nobody answered within ``timeout`` seconds.
+        """
         deadline = asyncio.get_running_loop().time() + timeout
-        for slot in (0, 1):
+        last: FerrylineError = DeadlineExceeded(f"nobody answered within {timeout:g} s")
+        for slot in (0, 1, 0, 1):
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
-                return
+                break
+            if slot == 0:
+                left = min(left, ASK_COORDINATOR_S)
             try:
-                session = await asyncio.wait_for(self._source(slot), left)
-                await self._poll(session, 0, left)
+                async with asyncio.timeout(left):
+                    await self._poll(await self._source(slot), 0, left)
+            except TimeoutError:
+                pass
+            except FerrylineError as error:
+                last = error
+            else:
                 return
-            except (FerrylineError, TimeoutError) as error:
-                log.debug("metadata: %s", error)
+        raise last
 
     # -- the two loops -----------------------------------------------------------------------------
 
@@ -206,8 +218,11 @@ class MetadataWatch:
                 wait_ms = POLL_MS if self.routing.revision >= 0 else 0
                 await self._poll(session, wait_ms, wait_ms / 1000 + POLL_MARGIN_S)
                 failures = 0
-            except FerrylineError as error:
+            except Exception as error:
                 failures += 1
+                if not isinstance(error, FerrylineError):  # not foreseen: say so, and go on
+                    log.exception("metadata poll %d", slot)
+                    error = InternalError(str(error))
                 self._last_error = error
                 log.debug("metadata poll %d: %s", slot, error)
                 nudge.clear()

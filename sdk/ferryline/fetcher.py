@@ -28,6 +28,7 @@ from ferryline.protocol.messages import Fetch, FetchAnswer, FetchEntry, FetchRes
 from ferryline.protocol.metadata import NO_BROKER
 from ferryline.protocol.records import split_batches
 from ferryline.requests import Key
+from ferryline.tasks import Tasks
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -54,7 +55,7 @@ class Fetcher:
         self._jitter = Jitter(id(self))
         self._scheduled: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._news: asyncio.Future[bool] | None = None
         self._closed = False
         client.watch.on_change.append(self._metadata_changed)
@@ -111,10 +112,8 @@ class Fetcher:
         for handle in (self._scheduled, self._timer):
             if handle is not None:
                 handle.cancel()
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        self._tasks.cancel()
+        await self._tasks.join()
         self.wake()
 
     # -- fetching ----------------------------------------------------------------------------------
@@ -165,9 +164,20 @@ class Fetcher:
             entries.append(
                 FetchEntry(*partition.key, partition.fetch_offset, partition.fetch_epoch, self._partition_bytes)
             )
-        task = self._loop.create_task(self._fetch(broker, self._tickets, partitions, entries))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.spawn(self._fetch_and_settle(broker, self._tickets, partitions, entries))
+
+    async def _fetch_and_settle(
+        self, broker: int, ticket: int, partitions: list[Partition], entries: list[FetchEntry]
+    ) -> None:
+        try:
+            await self._fetch(broker, ticket, partitions, entries)
+        finally:  # whatever happened, no partition waits for a fetch that has ended
+            for partition in partitions:
+                if partition.ticket == ticket:
+                    partition.ticket = 0
+                    if not self._closed and partition.retry_at <= self._loop.time():
+                        self._failed(partition, None)
+            self.schedule()
 
     async def _fetch(self, broker: int, ticket: int, partitions: list[Partition], entries: list[FetchEntry]) -> None:
         connections = self._client.connections
@@ -183,7 +193,6 @@ class Fetcher:
                 if partition.ticket == ticket:
                     partition.ticket = 0
                     self._failed(partition, error)
-            self.schedule()
             return
         at = 0
         for result in answer.results:
@@ -191,10 +200,6 @@ class Fetcher:
             if partition_or_none is not None and partition_or_none.ticket == ticket:
                 self._arrived(partition_or_none, result, payload[at : at + result.size])
             at += result.size
-        for partition in partitions:
-            if partition.ticket == ticket:
-                partition.ticket = 0
-        self.schedule()
 
     def _arrived(self, partition: Partition, result: FetchResult, payload: memoryview) -> None:
         partition.ticket = 0

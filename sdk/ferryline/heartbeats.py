@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ferryline.core.retry import Backoff, Jitter
-from ferryline.protocol.errors import ClientClosed, ConnectionFailed, CoordinatorUnavailable, FerrylineError
+from ferryline.protocol.errors import (
+    ClientClosed,
+    ConnectionFailed,
+    CoordinatorUnavailable,
+    FerrylineError,
+    InternalError,
+)
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat
 from ferryline.transport import Connector, Session
@@ -200,8 +206,11 @@ class HeartbeatThread:
                     failures = 0
                     self._tell(member, member.on_answer, answer, sent)
                     pause_s = answer.heartbeat_ms / 1000
-                except FerrylineError as error:
+                except Exception as error:
                     failures += 1
+                    if not isinstance(error, FerrylineError):  # not foreseen: say so, and go on
+                        log.exception("heartbeat of group %s", member.declared.group)
+                        error = InternalError(str(error))
                     log.debug("heartbeat of group %s: %s", member.declared.group, error)
                     self._tell(member, member.on_error, error)
                     pause_s = min(pause_s, backoff.delay_ms(failures, jitter.next()) / 1000)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ferryline.core.membership import (
     AssignmentReceived,
@@ -37,6 +37,7 @@ from ferryline.protocol.messages import (
     GroupHeartbeat,
 )
 from ferryline.requests import Key, ask_primaries
+from ferryline.tasks import Tasks
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -81,7 +82,7 @@ class Membership:
             seed=secrets.randbits(63),
         )
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._timer: asyncio.TimerHandle | None = None
         self._joined = False
         self._closed = False
@@ -100,8 +101,7 @@ class Membership:
     async def leave(self) -> None:
         """Leave the group: what was held is free at once, not after the session."""
         self._closed = True
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         if self._timer is not None:
             self._timer.cancel()
         await self._heartbeats.leave(self._beat, self._core.heartbeat(leave=True))
@@ -121,7 +121,7 @@ class Membership:
             if isinstance(effect, Declare):
                 self._heartbeats.declare(self._beat, effect.heartbeat)
             elif isinstance(effect, ClaimPartition):
-                self._spawn(self._claim(effect))
+                self._tasks.spawn(self._claim(effect))
             elif isinstance(effect, OpenPartition):
                 self._opened(effect)
             elif isinstance(effect, RevokePartition):
@@ -148,11 +148,6 @@ class Membership:
             self._feed(MemberUnknown())
         elif not self._joined and not error.retriable and error.definite and not self._closed:
             self._failed(error)  # the coordinator will say the same the next time: unknown topic, denied, ...
-
-    def _spawn(self, work: Any) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _claim(self, claim: ClaimPartition) -> None:
         def header(keys: list[Key]) -> Claim:

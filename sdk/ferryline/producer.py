@@ -290,7 +290,8 @@ class Producer:
             raise ClientClosed("the producer is closed")
         if self._batching is None:
             raise ClientClosed("the producer was not started: use `async with`, or await start()")
-        return self._batching
+        batching: Batching = self._batching
+        return batching
 
     async def _when_there_is_room(self, send: Callable[[], RecordFuture]) -> RecordFuture:
         while True:

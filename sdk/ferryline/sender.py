@@ -6,6 +6,7 @@ No rule of the protocol stands here; those are in ``core/producer.py``.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,7 +27,14 @@ from ferryline.core.producer import (
     SessionLost,
     TimePassed,
 )
-from ferryline.protocol.errors import ConnectionFailed, FerrylineError, RequestTimedOut, from_info
+from ferryline.protocol.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    FerrylineError,
+    InternalError,
+    RequestTimedOut,
+    from_info,
+)
 from ferryline.protocol.frames import FLAG_MORE, Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX
 from ferryline.protocol.messages import Produce, ProduceAnswer, ProduceEntry
@@ -34,6 +42,8 @@ from ferryline.transport import Session
 
 if TYPE_CHECKING:
     from ferryline.client import Client
+
+log = logging.getLogger("ferryline.producer")
 
 PRODUCE_FRAME_BYTES = 4 * 1024 * 1024  # payload of one frame; a larger one only makes others on the session wait
 LATE_ANSWER_S = 60.0  # how long an answer may still settle an attempt that was given up
@@ -106,6 +116,7 @@ class Sender:
         self._connecting: dict[int, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
+        self._broken: FerrylineError | None = None
         self.room = self._core.room
         client.connections.on_lost.append(self._session_lost)
 
@@ -118,6 +129,10 @@ class Sender:
 
     def add(self, batch: Batch, deadline_ms: int) -> None:
         """Take a closed batch. `dispatch` sends what the core decides."""
+        if self._broken is not None:
+            batch.fail(self._broken)
+            self._left(batch)
+            return
         self._batches[batch.number] = batch
         partitions = batch.partitions if batch.keyed else 0
         self._feed(BatchClosed(batch.key, batch.number, len(batch.futures), deadline_ms, partitions))
@@ -154,8 +169,15 @@ class Sender:
     # -- the core ----------------------------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
+        if self._broken is not None:
+            return
         left: list[Batch] = []
-        for effect in self._core.handle(event, self.now_ms()):
+        try:
+            effects = self._core.handle(event, self.now_ms())
+        except AssertionError as failed:
+            self._break(failed)
+            return
+        for effect in effects:
             if isinstance(effect, SendBatch):
                 self._outbox.setdefault(effect.broker, []).append(effect)
             elif isinstance(effect, CompleteBatch):
@@ -178,6 +200,16 @@ class Sender:
             else:
                 self._left(batch)
         self._arm()
+
+    def _break(self, failed: AssertionError) -> None:
+        """An invariant does not hold: nothing more is sent, and nobody waits for what cannot come."""
+        log.critical("the producer stops: %s", failed)
+        self._broken = InternalError(f"the producer stopped: {str(failed).splitlines()[0][:200]}")
+        self._outbox.clear()
+        batches, self._batches = self._batches, {}
+        for batch in batches.values():
+            batch.fail(self._broken)
+            self._left(batch)
 
     def _arm(self) -> None:
         deadline_ms = self._core.next_deadline_ms()
@@ -221,8 +253,8 @@ class Sender:
             session = await connections.session(broker, timeout=connections.connector.connect_timeout + 1)
         except FerrylineError as error:
             del self._connecting[broker]
-            if not error.retriable:
-                error = ConnectionFailed(f"broker {broker}: {error}")
+            if isinstance(error, DeadlineExceeded):  # of this connection, not of the records
+                error = ConnectionFailed(f"broker {broker}: {error.message}")
             for send in self._waiting.pop(broker):
                 self.answered(send, error)
         else:

@@ -143,6 +143,7 @@ async def test_a_commit_may_go_back_only_after_a_seek(cluster: FakeCluster, clie
     await fill(client, 10, partition=0)
     log = cluster.logs[cluster.topics["orders"].id, 0]
     async with client.consumer("orders", group="g", auto_commit=False) as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
         messages = await read(consumer, 10)
         await consumer.commit()
         assert log.committed["g"] == (10, "")

@@ -520,3 +520,23 @@ async def test_nothing_is_left_behind_by_a_closed_client(cluster: FakeCluster) -
     others = {task for task in asyncio.all_tasks() if "ferryline/" in str(task.get_coro())}
     assert not {task for task in others if "sdk/ferryline" in repr(task.get_stack())}
     await poll(lambda: len(os.listdir("/proc/self/fd")) <= before + 1, within_s=5)
+
+
+async def test_an_invariant_that_does_not_hold_ends_in_an_error_for_every_record_and_not_in_silence(
+    cluster: FakeCluster, client: fl.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client.producer(linger=0) as producer:
+        await producer.send("orders", b"good", key="k")
+
+        def broken(*_: Any) -> Any:
+            raise AssertionError("ordinals went back\nlast events: ...")
+
+        monkeypatch.setattr(producer._batching._sender._core, "handle", broken)
+        futures = [producer.send_nowait("orders", b"", key=f"k{number}") for number in range(20)]
+        for future in futures:
+            with pytest.raises(fl.errors.InternalError, match="ordinals went back"):
+                await asyncio.wait_for(future, 2)
+        with pytest.raises(fl.errors.InternalError):
+            await producer.send("orders", b"")
+        assert producer.buffered_bytes == 0
+    assert "last events" in caplog.text
