@@ -68,6 +68,7 @@ async def test_a_rotten_segment_is_found_reported_and_not_served(tmp_path: Path)
             file.seek(400_000)
             file.write(b"rot")
         await eventually(lambda: hosted.core.role == "stopped", "the scrubber finds it")
+        await eventually(lambda: world.coordinator.reports, "and the coordinator hears of it")
         reports = [decode_header(frame.header, Report) for frame in world.coordinator.reports]
         assert reports[0].replicas[0].log_state == "damaged"
         answer, _ = await client.fetch([FetchEntry(topic.id, 0, 0)])

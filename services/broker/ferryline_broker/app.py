@@ -174,13 +174,7 @@ class Broker:
         self.link.start()
         self.upkeep.start()
         self.renewal.start(self.config.coordinator)
-        announce_ready(
-            service="broker",
-            url=self.address.external,
-            pid=os.getpid(),
-            broker_id=self.store.broker_id,
-            port=self._port(),
-        )
+        self.node_driver.on_serving = self._announce
         ended = await self._until_ended(stop)
         self.upkeep.close()
         self.renewal.close()
@@ -189,6 +183,13 @@ class Broker:
         await self.link.close()
         self.node_driver.close()
         return self._leave(ended)
+
+    def _announce(self) -> None:
+        """Registered, and the coordinator counts on this broker: whoever started it may go on."""
+        port: int = self.address.listening.getsockname()[1]
+        announce_ready(
+            service="broker", url=self.address.external, pid=os.getpid(), broker_id=self.store.broker_id, port=port
+        )
 
     async def _until_ended(self, stop: asyncio.Event) -> ev.StopNow:
         asked = asyncio.ensure_future(stop.wait())
@@ -221,10 +222,6 @@ class Broker:
             _log.error("stopped, but not cleanly", error=str(error))
             return EXIT_FAILED
         return EXIT_OK if ended.clean else EXIT_FAILED
-
-    def _port(self) -> int:
-        port: int = self.address.listening.getsockname()[1]
-        return port
 
 
 async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:

@@ -39,6 +39,7 @@ class NodeDriver:
         metrics: BrokerMetrics,
     ) -> None:
         self.on_metadata: Callable[[], None] = _nothing
+        self.on_serving: Callable[[], None] = _nothing  # called once, when first unfenced
         self.stopped: asyncio.Future[ev.StopNow] = asyncio.get_running_loop().create_future()
         self._node = node
         self._partitions = partitions
@@ -159,6 +160,9 @@ class NodeDriver:
     def _registered(self, effect: ev.Registered) -> None:
         self._metrics.fenced = effect.fenced
         _log.info("registered", broker_id=effect.broker_id, fenced=effect.fenced)
+        if not effect.fenced:
+            announce, self.on_serving = self.on_serving, _nothing
+            announce()
 
     def _stop_now(self, effect: ev.StopNow) -> None:
         if not self.stopped.done():
