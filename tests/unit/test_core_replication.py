@@ -374,6 +374,31 @@ def test_a_replica_far_behind_begins_again_at_the_log_start() -> None:
     assert sorted(m.broker_id for m in pair.proposals()[-1].new_isr) == [1, 2]
 
 
+def test_a_replica_whose_epochs_are_no_longer_retained_begins_again() -> None:
+    """The primary's log begins, in a later epoch, exactly where the uncommitted tail of this replica ends."""
+    pair = started()
+    pair.cut = pair.fenced = {1}
+    pair.produce(1, 1)
+    pair.meta(part(2, 2, 2, (2,)), 2)
+    for token in range(2, 6):
+        pair.produce(2, token)
+    pair.tell(2, ev.LogStartAdvanced(RECORDS, 2))
+    pair.disks[2].logs[RECORDS] = [b for b in pair.disks[2].logs[RECORDS] if b[0].base_offset >= 2]
+    pair.cut = pair.fenced = set()
+    pair.meta(part(2, 2, 2, (2,)), 1)
+    assert pair.cores[1].role == "secondary"
+    assert ev.ResetLog(RECORDS, 2) in pair.effects(ev.ResetLog, 1)
+    assert pair.disks[1].end(RECORDS) == pair.disks[2].end(RECORDS)
+
+
+def test_an_idle_secondary_is_never_taken_for_a_lagging_one() -> None:
+    pair = Pair(config=ReplicaConfig(lag_max_ms=300, fetch_wait_ms=5_000))
+    pair.meta(part(1, 1, 1, (1, 2)))
+    for _ in range(100):
+        pair.tick(100)
+    assert pair.proposals() == []
+
+
 def test_an_old_record_does_not_prove_a_conflict() -> None:
     """Broker 2 was cut off and removed, the log start moved past it; its own record still says that it is in sync."""
     pair = started()

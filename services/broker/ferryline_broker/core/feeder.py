@@ -90,6 +90,8 @@ class Feeder:
         news = any(fetch.positions[log].fetch_offset != replica.log_end[log] for log in BOTH_LOGS)
         waited = now_ms - member.parked_ms
         stale = member.told_watermark != replica.high_watermark and waited >= config.watermark_tell_ms
+        if not news:
+            member.caught_up_ms = now_ms  # it had everything until now, however long its fetch was parked
         if news or stale or waited >= config.fetch_wait_ms:
             self._answer(to, member, [None, None])
 

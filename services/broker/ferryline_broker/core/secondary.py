@@ -148,6 +148,8 @@ class Secondary:
         """Take over one log's part of an answer. False: nothing more can be done with this answer."""
         replica = self.replica
         if data.diverging is not None:
+            if self._begins_later(log, data):
+                return self._restart_at(log, data.log_start)
             return self._diverged(log, *data.diverging)
         if data.log_start > replica.log_end[log]:
             return self._restart_at(log, data.log_start)
@@ -196,6 +198,13 @@ class Secondary:
             replica.high_watermark[log] = cut  # an operator accepted the loss (unclean recovery)
         replica.truncate(log, cut)
         return True
+
+    def _begins_later(self, log: int, data: LogData) -> bool:
+        """The primary retains no epoch as old as our last one: it cannot compare, and nothing here is above its start
+        that ever committed."""
+        assert data.diverging is not None
+        start, high = self.replica.log_start[log], self.replica.high_watermark[log]
+        return data.diverging[0] < 0 and start < data.log_start >= high
 
     def _restart_at(self, log: int, log_start: int) -> bool:
         """Rule F6: the primary no longer has what we need next; only a replica that nobody counts on may jump."""
