@@ -28,7 +28,6 @@ from ferryline.protocol.errors import (
 )
 from ferryline.protocol.limits import (
     BATCH_BYTES_DEFAULT,
-    BATCH_BYTES_MAX,
     HEADER_NAME_BYTES_MAX,
     HEADERS_MAX,
     OFFSET_MAX,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ferryline.producer")
 
+BATCH_BYTES_LIMIT = 8 * 1024 * 1024  # a full batch of empty records stays below BATCH_RECORDS_MAX
 BUFFER_BYTES_DEFAULT = 64 * 1024 * 1024
 _NO_HEADERS: Pairs = []
 
@@ -72,7 +72,7 @@ class Producer:
             raise InvalidArgument(
                 f"compression: {compression!r} is not one of {', '.join(CODECS)}", field="compression"
             )
-        check_range(batch_bytes, "batch_bytes", 1024, BATCH_BYTES_MAX)
+        check_range(batch_bytes, "batch_bytes", 1024, BATCH_BYTES_LIMIT)
         check_range(buffer_bytes, "buffer_bytes", batch_bytes, 2**40)
         self._client = client
         self._options: dict[str, Any] = {

@@ -40,9 +40,13 @@ _PLAIN_JSON = (dict, list, tuple, int, float, bool)
 class Serializer(Protocol):
     """What a producer or consumer can be given instead of a type: ``encode`` and ``decode`` of one value."""
 
-    def encode(self, value: Any) -> Encoded: ...
+    def encode(self, value: Any) -> Encoded:
+        """(bytes, content type or None) of a value."""
+        ...
 
-    def decode(self, data: bytes | None) -> Any: ...
+    def decode(self, data: bytes | None) -> Any:
+        """The value of the bytes; None for a record without value."""
+        ...
 
 
 def encode(value: Any) -> Encoded:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import ssl
 import types
 from collections import deque
@@ -47,6 +48,8 @@ from ferryline.protocol.frames import (
 )
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
+
+log = logging.getLogger("ferryline.transport")
 
 PING_S = 4.0  # together with half of it for the pong: how long a half-open connection can go unnoticed
 CONNECT_S = 3.0  # TCP, TLS and HELLO together; a stopped process accepts connections and never answers
@@ -219,8 +222,11 @@ class Session:
                     on_answer(frame, None)
         except MalformedRequest as malformed:
             error = ConnectionLost(f"{self.url} sent what is not a frame: {malformed}")
-        except (OSError, RuntimeError, aiohttp.ClientError) as failed:
+        except (OSError, aiohttp.ClientError) as failed:
             error = ConnectionLost(f"{self.url}: {failed or type(failed).__name__}")
+        except Exception as failed:  # not foreseen; a session that nobody reads would leave its callers waiting
+            log.exception("reading from %s failed", self.url)
+            error = ConnectionLost(f"{self.url}: {type(failed).__name__}: {failed}")
         self._end(error)
 
     # -- ending ------------------------------------------------------------------------------------

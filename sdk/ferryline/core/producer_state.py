@@ -88,10 +88,12 @@ class PartitionState:
 
 
 def gone_error(key: PartitionKey) -> FerrylineError:
+    """What a batch for a deleted topic fails with."""
     return UnknownTopic(f"topic {key[0]} was deleted", topic_id=key[0], partition=key[1])
 
 
 def deadline_error(key: PartitionKey, batch: BatchState) -> FerrylineError:
+    """What a batch fails with at its deadline: surely not stored if it is clean, else unknown. Tells the last cause."""
     cause = f"; last error: {batch.error}" if batch.error else ""
     where = f"partition {key[1]} of topic {key[0]}"
     if batch.clean:
