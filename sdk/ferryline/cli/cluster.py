@@ -40,6 +40,7 @@ def state_of(part: PartitionMeta) -> str:
 
 
 def partition_row(part: PartitionMeta, topic: str) -> dict[str, Any]:
+    """A partition as every output form prints it."""
     return {
         "topic": topic,
         "partition": part.partition,

@@ -9,7 +9,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +25,8 @@ from ferryline.cli.settings import UsageError
 if TYPE_CHECKING:
     from ferryline.cli.bench.load import Load
     from ferryline.cli.settings import Settings
+
+UNSHOWN = ("url", "ca", "token", "topic")
 
 
 def app(
@@ -68,10 +69,7 @@ def app(
     scenarios = what or list(SCENARIOS)
     if unknown := [name for name in scenarios if name not in SCENARIOS]:
         raise UsageError(f"{unknown[0]!r} cannot be measured; known: {', '.join(SCENARIOS)}")
-    installed = importlib.util.find_spec("confluent_kafka") is not None
-    compare = installed if compare_confluent is None else compare_confluent
-    if compare and not installed:
-        raise Failed("confluent-kafka is not installed", remedy="pip install confluent-kafka")
+    compare = _comparing(compare_confluent)
     settings = of(ctx).settings
     output = Output("json" if as_json else settings.output)
     load = Load(
@@ -92,16 +90,13 @@ def app(
             if not sys.stderr.isatty():
                 warn(line)
 
-        started = time.time()
-        results = Bench(aimed, rounds, compare=compare, tell=tell).run(scenarios)
-    report = {
-        "machine": machine(),
-        "load": {name: value for name, value in asdict(load).items() if name not in ("url", "ca", "token", "topic")},
-        "rounds": rounds,
-        "brokers": brokers if _own_cluster(settings) else None,
-        "seconds": time.time() - started,
-        "results": results,
-    }
+        report = {
+            "machine": machine(),
+            "load": {name: value for name, value in asdict(load).items() if name not in UNSHOWN},
+            "rounds": rounds,
+            "brokers": brokers if _own_cluster(settings) else None,
+            "results": Bench(aimed, rounds, compare=compare, tell=tell).run(scenarios),
+        }
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)
         save.write_text(json.dumps(report, indent=2) + "\n")
@@ -109,6 +104,13 @@ def app(
         _report(report, output)
     else:
         output.one(report)
+
+
+def _comparing(asked: bool | None) -> bool:
+    installed = importlib.util.find_spec("confluent_kafka") is not None
+    if asked and not installed:
+        raise Failed("confluent-kafka is not installed", remedy="pip install confluent-kafka")
+    return installed if asked is None else asked
 
 
 def _own_cluster(settings: Settings) -> bool:
