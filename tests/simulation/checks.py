@@ -13,6 +13,7 @@ from ferryline.protocol.messages import (
     RESTART_FOREIGN,
     RESTART_OS_CRASH,
     STATE,
+    AlterIsr,
 )
 from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
 from ferryline.protocol.records import BatchHeader
@@ -57,6 +58,7 @@ class Checks:
         self.lossy: dict[tuple[int, Key], tuple[str, int]] = {}
         self.unclean: dict[int, int] = {}  # broker number -> incarnation that began with a loss, or what counts as one
         self.damaged: set[tuple[int, Key]] = set()  # replicas whose storage failed and that said so
+        self._vouched: dict[tuple[Key, int], int] = {}  # -> broker epoch named by the last accepted proposal
         self.coord_epoch = 0
         self.groups: dict[tuple[str, Key], GroupTruth] = {}
         self.declared: dict[Key, int] = {}  # recovery epochs that were seen
@@ -133,9 +135,16 @@ class Checks:
         if part.recovery_epoch and part.recovery_epoch != self.declared.get(part.key, 0):
             self._recovered(part)
 
+    def vouched(self, proposal: AlterIsr) -> None:
+        """The coordinator accepts this proposal."""
+        for member in proposal.new_isr:
+            self._vouched[(proposal.topic_id, proposal.partition), member.broker_id] = member.broker_epoch
+
     def _taken_in(self, key: Key, broker_id: int) -> None:
-        """A primary vouches for a replica, as it was in its registered life. What it lost later counts on."""
+        """A primary vouches for a replica, in the life that it has seen. What it lost in another one counts on."""
         broker, record = self.world.broker_by_id(broker_id), self.brokers[broker_id].meta
+        if self._vouched.get((key, broker_id)) != record.broker_epoch:
+            return
         since = self.lossy.get((broker.number, key)) if broker is not None else None
         if (
             broker is not None

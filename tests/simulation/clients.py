@@ -382,7 +382,9 @@ class Member(Client):
     def answered(self, context: Any, frame: Any) -> None:
         if context == "heartbeat":
             _, _, result, error = frame
-            if error is None and isinstance(result, GroupAssignment) and result.sequence > self.heard:
+            if error is not None and error.code == "UNKNOWN_MEMBER":
+                self.held.clear()  # its session has ended: whatever it held is somebody else's now; it joins anew
+            elif error is None and isinstance(result, GroupAssignment) and result.sequence > self.heard:
                 self.heard = result.sequence
                 self._assigned(result)
             return

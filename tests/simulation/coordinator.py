@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ferryline.protocol.messages import AlterIsrs, Heartbeat, Register, Report, Resign
+from ferryline.protocol.messages import AlterIsrs, AlterIsrsAnswer, Heartbeat, Register, Report, Resign
 from ferryline.protocol.metadata import MetadataRequest
 from ferryline_coordinator.core import events as ce
 from ferryline_coordinator.core.config import CoreConfig
@@ -103,12 +103,22 @@ class Coordinator:
             return
         self.world.engine.note(self.host.name, event)
         decision = self.core.handle(event, self.host.now_ms())
+        if isinstance(event, ce.AlterIsrsReceived):
+            self._note_vouchers(event, decision)
         self.core.apply(decision)
         if decision.durable or decision.effects:
             self.queue.append(decision)
             self._work()
         if self.host.alive:
             self.alarm.arm()
+
+    def _note_vouchers(self, event: ce.AlterIsrsReceived, decision: ce.Decision) -> None:
+        """Accepted proposals say which life of each member its primary has seen complete."""
+        for effect in decision.effects:
+            if isinstance(effect, ce.Reply) and isinstance(effect.message, AlterIsrsAnswer):
+                for proposal, result in zip(event.message.proposals, effect.message.results, strict=True):
+                    if result.accepted:
+                        self.world.checks.vouched(proposal)
 
     def _work(self) -> None:
         """Effects that need no commit leave at once, unless an earlier decision is still on its way to the disk."""

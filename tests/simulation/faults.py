@@ -28,6 +28,7 @@ class Faults:
         self.engine = world.engine
         self.over = False
         self._begun = False
+        self._successors_slow_until_us = 0
         self.disks_lost = 0
         weights = world.weather.weights
         self._names = [name for name in weights if weights[name] > 0]
@@ -106,10 +107,20 @@ class Faults:
         return self.engine.between(0, 800) * MS
 
     def flushing(self, broker: Broker, *, primary: bool) -> int:
-        """A log is being flushed. Returns by how much (us) the disk is late."""
-        if not primary or not self._ambushed("flush"):
+        """A log is being flushed. Returns by how much (us) the disk is late.
+
+        A primary is fenced wrongly in the middle of its flush, and its successor's disk may be slow too: then the flush
+        of the deposed one ends while nothing is committed yet in the new epoch.
+        """
+        if not primary:
+            return 0
+        if self.engine.now_us < self._successors_slow_until_us:
+            return self.engine.between(20, 300) * MS
+        if not self._ambushed("flush"):
             return 0
         self._fence_wrongly(broker)
+        if self.engine.chance(0.6):
+            self._successors_slow_until_us = self.engine.now_us + 600 * MS
         return self.engine.between(5, 400) * MS
 
     def truncated(self, broker: Broker) -> None:

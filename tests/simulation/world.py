@@ -255,6 +255,9 @@ class World:
                 break
             self.faults.restart_all()
             self._recover()
+            for broker_id, record in sorted(self.checks.brokers.items()):
+                if record.meta.draining:  # the command that ended it met a dead coordinator
+                    self.command(lambda reply, broker_id=broker_id: ce.DrainSet(reply, broker_id, False))
         trouble = self._well()
         if trouble is not None:
             raise Violation("D1.12 liveness after healing", trouble)
