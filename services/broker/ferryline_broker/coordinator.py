@@ -79,6 +79,7 @@ class CoordinatorLink:
         self._loop = asyncio.get_running_loop()
         self._runner: asyncio.Task[None] | None = None
         self._closed = False
+        self._unwanted = False
 
     @property
     def connected(self) -> bool:
@@ -100,6 +101,7 @@ class CoordinatorLink:
     def reset(self, reason: str) -> None:
         """The node core does not want this coordinator: connect again, to the next one."""
         _log.warning("leaving the coordinator", reason=reason)
+        self._unwanted = True
         if self._connection is not None:
             self._connection.abort()
 
@@ -113,7 +115,9 @@ class CoordinatorLink:
             attempt += 1
             try:
                 connection = await self._connect(url)
-            except FerrylineError as error:
+            except Exception as error:
+                if not isinstance(error, FerrylineError):
+                    _log.exception("session with the coordinator failed", url=url)
                 if str(error) != told:
                     told = str(error)
                     _log.warning("no session with the coordinator", url=url, error=told)
@@ -122,7 +126,7 @@ class CoordinatorLink:
                     delay = min(delay * 2, _RETRY_MAX_S)
                 continue
             told, delay = "", _RETRY_FIRST_S
-            attempt -= 1  # the same one first, when the session ends
+            attempt -= 1  # the same one first, when the session ends, unless the core does not want it any more
             self._lost.clear()
             if connection.closed:
                 continue
@@ -130,7 +134,9 @@ class CoordinatorLink:
             _log.info("session with the coordinator is open", url=url)
             self.listener.node_event(ev.CoordinatorUp())
             await self._lost.wait()
-            attempt += 1
+            if self._unwanted:
+                self._unwanted = False
+                attempt += 1
             await asyncio.sleep(_RETRY_FIRST_S)
 
     async def _connect(self, url: str) -> NodeConnection:

@@ -79,7 +79,9 @@ class PeerLink:
             self._hurry.clear()
             try:
                 connection = await self._peers.connect(self)
-            except FerrylineError as error:
+            except Exception as error:
+                if not isinstance(error, FerrylineError):
+                    _log.exception("session with a primary failed", broker=self.broker_id)
                 if str(error) != told:
                     told = str(error)
                     _log.warning("no session with a primary", broker=self.broker_id, error=told)

@@ -87,6 +87,8 @@ class Upkeep:
                     await self._in_slices(self._scrub(config.scrub_bytes_per_s))
             except (StorageFailed, StorageFull) as error:
                 _log.error("upkeep failed", error=str(error))
+            except Exception:  # a mistake in one chore must not end the others
+                _log.exception("upkeep failed")
 
     async def _in_slices(self, steps: Iterator[None]) -> None:
         """Run ``steps``, giving the loop a turn whenever a slice of time is used up."""
