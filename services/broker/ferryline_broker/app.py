@@ -45,6 +45,7 @@ from ferryline_service.session import SessionEndpoint
 
 _log = get_logger()
 _FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
+_FETCH_WAIT_MS, _FETCH_RETRY_SLACK_MS = 5_000, 2_000
 _STOP_SLACK_S = 3.0  # beyond the node core's own limit
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -83,7 +84,15 @@ class Broker:
         self.tls = files = tls.files()
         group = GroupFlush(store.storage)
         self.partitions = partitions = PartitionDriver(metrics, group, self._on_fatal)
-        replica_config = ReplicaConfig(fetch_bytes_max=config.fetch_bytes_max, lag_max_ms=config.lag_max_ms)
+        fetch_wait_ms = min(
+            _FETCH_WAIT_MS, config.lag_max_ms // 2
+        )  # an idle secondary must not look like a lagging one
+        replica_config = ReplicaConfig(
+            fetch_bytes_max=config.fetch_bytes_max,
+            fetch_wait_ms=fetch_wait_ms,
+            fetch_retry_ms=fetch_wait_ms + _FETCH_RETRY_SLACK_MS,
+            lag_max_ms=config.lag_max_ms,
+        )
         opener = Opener(store, metrics, replica_config, core_class())
         for hosted in opener.open_all(store.broker_id):
             partitions.host(hosted)
