@@ -75,6 +75,7 @@ __all__ = [
     "TimePassed",
 ]
 
+PARTIAL_IN_FLIGHT = 2  # one on its way, one behind it; more small ones cost brokers 1.6 times the CPU for each record
 PEPOCH_MAX = 2**15 - 1  # i16 in the batch header
 SEQUENCE_WRAP = 2**31  # i32 in the batch header
 PID_BITS = 63
@@ -104,9 +105,12 @@ class ProducerCore:
     # -- questions ---------------------------------------------------------------------------------
 
     def room(self, key: PartitionKey) -> bool:
-        """Whether a batch closed now would be sent at once: otherwise letting it grow costs no time."""
+        """Whether a batch that is not full should be closed now. Otherwise letting it grow costs next to no time.
+
+        Full batches do not ask. Under load this makes batches as large as the way to the acknowledgement is long.
+        """
         partition = self._partitions.get(key)
-        return partition is None or (len(partition.queue) < IN_FLIGHT_MAX and not partition.bumping)
+        return partition is None or (len(partition.queue) < PARTIAL_IN_FLIGHT and not partition.bumping)
 
     def unsettled(self) -> int:
         return sum(len(partition.queue) for partition in self._partitions.values())
