@@ -303,10 +303,10 @@ class Reader(Client):
             self._later(context)
 
 
-def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[int]:
-    """Records of one answer into a poll; returns their offsets. Each batch is compared with the truth at once."""
+def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[bytes]:
+    """Records of one answer into a poll; returns their values. Each batch is compared with the truth at once."""
     data, headers = found
-    offsets = []
+    values = []
     for at, header in headers:
         world.checks.polled(poll.consumer, poll.key, header)
         if header.next_offset <= poll.next:
@@ -315,9 +315,9 @@ def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[int]:
             for record in decode_batch(data[at : at + header.size], header):
                 if record.offset >= poll.next:
                     poll.records.append((record.offset, record.value or b""))
-                    offsets.append(record.offset)
+                    values.append(record.value or b"")
         poll.next, poll.epoch = header.next_offset, header.epoch
-    return offsets
+    return values
 
 
 def sought(world: World, poll: Poll, error: ErrorInfo) -> Poll:

@@ -51,7 +51,7 @@ class History:
     def __init__(self) -> None:
         self.sends: dict[bytes, Send] = {}
         self.polls: list[Poll] = []
-        self.processed: dict[tuple[str, Key], dict[int, int]] = {}  # group and partition -> offset -> times
+        self.processed: dict[tuple[str, Key], dict[bytes, int]] = {}  # group and partition -> value -> times
 
     def send(self, send: Send) -> None:
         assert send.value not in self.sends
@@ -166,6 +166,6 @@ class History:
         for group in groups:
             for key, log in sorted(logs.items()):
                 seen = self.processed.get((group, key), {})
-                missing = [offset for offset, _ in log if offset not in seen]
+                missing = [record for record in log if record[1] not in seen]
                 if missing:
-                    raise Violation("D4 K6", f"group {group} never processed {key} offsets {missing[:5]} of {len(log)}")
+                    raise Violation("D4 K6", f"group {group} never processed {missing[:5]} of {len(log)} in {key}")

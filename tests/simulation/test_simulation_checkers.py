@@ -140,7 +140,7 @@ def test_bad_polls_are_named(records: Log, until: int, rule: str) -> None:
 
 def test_a_group_that_skipped_a_record_is_refused() -> None:
     history, log = _good()
-    history.processed[("g", KEY)] = {1: 1, 4: 2}
+    history.processed[("g", KEY)] = {b"a": 1, b"c": 2}
     with pytest.raises(Violation, match="never processed"):
         history.check_processed(["g"], {KEY: log})
 
