@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ferryline.protocol.messages import AlterIsr, AlterIsrResult, IsrMember, ReplicaFetch
+from ferryline.protocol.messages import RECORDS, AlterIsr, AlterIsrResult, IsrMember, ReplicaFetch
 from ferryline.protocol.metadata import PartitionMeta
 from ferryline_broker.core.events import SendAlterIsr
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
@@ -181,10 +181,25 @@ class InSyncSet:
         self.maximal_isr = frozenset(self.isr)
         self.propose_after_ms = now_ms + self.replica.config.alter_retry_ms
 
+    # -- questions ----------------------------------------------------------------------------------
+
+    def retained_from(self) -> int:
+        """The lowest record offset that a member of the in-sync set still has to fetch, or the high watermark."""
+        fetched = [self.members[b].fetched[RECORDS] if b in self.members else 0 for b in self._others()]
+        return max(0, min([self.replica.high_watermark[RECORDS], *fetched]))
+
+    def lags(self) -> dict[int, int]:
+        """Records that each known secondary is behind the log end."""
+        end = self.replica.log_end[RECORDS]
+        return {b: end - max(m.fetched[RECORDS], 0) for b, m in sorted(self.members.items())}
+
+    def _others(self) -> list[int]:
+        return [b for b in self.isr if b != self.replica.broker_id]
+
     def next_deadline_ms(self) -> int | None:
         if self.proposal is not None:
             return self.proposal.deadline_ms
-        lags = (self._lag_deadline_ms(b) for b in self.isr if b != self.replica.broker_id)
+        lags = (self._lag_deadline_ms(b) for b in self._others())
         due = [max(lag, self.propose_after_ms) for lag in lags if lag is not None]
         if self.propose_after_ms:
             due.append(self.propose_after_ms)

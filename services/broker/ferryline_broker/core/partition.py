@@ -151,20 +151,13 @@ class PartitionCore:
 
     def retention_limit(self) -> int:
         """Nothing at or above this record offset may be deleted (rule L11)."""
-        limit = self.replica.high_watermark[RECORDS]
-        if self.primary:
-            for broker_id in self.primary.isr:
-                if broker_id != self.replica.broker_id:
-                    member = self.primary.sync.members.get(broker_id)
-                    limit = min(limit, member.fetched[RECORDS] if member else 0)
-        return max(limit, 0) if self.primary else self.replica.log_start[RECORDS]
+        if self.primary is None:
+            return self.replica.log_start[RECORDS]  # a secondary follows its primary's log start
+        return self.primary.sync.retained_from()
 
     def lag_of(self) -> dict[int, int]:
         """Records that each known secondary is behind the log end. For metrics."""
-        if self.primary is None:
-            return {}
-        end = self.replica.log_end[RECORDS]
-        return {b: end - max(m.fetched[RECORDS], 0) for b, m in sorted(self.primary.sync.members.items())}
+        return self.primary.sync.lags() if self.primary else {}
 
     def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
         """See `reading.check_read`."""
