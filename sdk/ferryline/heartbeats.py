@@ -116,6 +116,10 @@ class HeartbeatThread:
         member.declared = heartbeat
         self._call(self._wake, member)
 
+    def stop(self, member: Member) -> None:
+        """Stop the heartbeats of a member without a word; its session goes on until its end."""
+        self._call(self._remove, member)
+
     async def leave(self, member: Member, heartbeat: GroupHeartbeat) -> None:
         """Stop the heartbeats of a member and say goodbye, for at most ``LEAVE_S`` seconds."""
         member.declared = heartbeat
@@ -227,11 +231,14 @@ class HeartbeatThread:
         answer, _ = await session.request(Kind.GROUP_HEARTBEAT, sent, GroupAssignment, timeout=ANSWER_S)
         return answer, sent
 
-    async def _leave(self, member: Member) -> None:
+    def _remove(self, member: Member) -> None:
         if member.task is not None:
             member.task.cancel()
         if member in self._members:
             self._members.remove(member)
+
+    async def _leave(self, member: Member) -> None:
+        self._remove(member)
         async with asyncio.timeout(LEAVE_S):
             await self._send(member)
 

@@ -99,12 +99,18 @@ class Membership:
         await self._heartbeats.join(self._beat)
 
     async def leave(self) -> None:
-        """Leave the group: what was held is free at once, not after the session."""
+        """Leave the group: what was held is free at once, not after the session.
+
+        A static member does not say goodbye: the next process with its instance_id goes on with its partitions.
+        """
         self._closed = True
         self._tasks.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        await self._heartbeats.leave(self._beat, self._core.heartbeat(leave=True))
+        if self._core.instance_id:
+            self._heartbeats.stop(self._beat)
+        else:
+            await self._heartbeats.leave(self._beat, self._core.heartbeat(leave=True))
 
     def released(self, key: Key, generation: int) -> None:
         self._feed(Released(key, generation))
@@ -143,7 +149,12 @@ class Membership:
         self._feed(AssignmentReceived(answer, sent))
 
     def _refused(self, error: FerrylineError) -> None:
-        if isinstance(error, UnknownMember):
+        if isinstance(error, UnknownMember) and self._core.instance_id and self._joined:
+            # Another process took over the instance. Joining anew would take it back, and so on for ever.
+            self._feed(MemberUnknown())
+            self._heartbeats.stop(self._beat)
+            self._failed(error)
+        elif isinstance(error, UnknownMember):
             log.warning("group %s: %s; joining anew", self.group, error)
             self._feed(MemberUnknown())
         elif not self._joined and not error.retriable and error.definite and not self._closed:

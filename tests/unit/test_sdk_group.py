@@ -17,6 +17,7 @@ from ferryline.message import Message
 from ferryline.protocol.errors import (
     InvalidArgument,
     StaleMember,
+    UnknownMember,
 )
 from unit.sdk_fake_cluster import FakeCluster
 
@@ -226,6 +227,38 @@ async def test_a_group_without_membership_goes_on_where_it_stands(cluster: FakeC
             assert [message.offset for message in await read(consumer, 4)] == expected
             await consumer.commit()
     assert not cluster.beats
+
+
+async def test_a_static_member_goes_without_a_word_and_its_next_life_goes_on(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    async with client.consumer("orders", group="g", instance_id="worker-1") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+    assert cluster.beats[-1].instance_id == "worker-1"
+    assert not any(beat.leave for beat in cluster.beats)
+
+
+async def test_a_static_member_whose_instance_was_taken_over_ends_with_an_error(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    async with client.consumer("orders", group="g", instance_id="worker-1") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        cluster.on_heartbeat = lambda beat: UnknownMember("another process has this instance_id")
+        with pytest.raises(UnknownMember):
+            await consumer.pull(max_wait=3)
+        assert consumer.assignment == []
+        beats = len(cluster.beats)
+        await asyncio.sleep(0.3)
+        assert len(cluster.beats) <= beats + 1, "it would take the instance back"
+
+
+async def test_a_member_whose_session_ended_joins_anew(cluster: FakeCluster, client: fl.Client) -> None:
+    async with client.consumer("orders", group="g") as consumer:
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        cluster.on_heartbeat = lambda beat: UnknownMember("your session ended")
+        await poll(lambda: consumer.assignment == [], within_s=3)
+        cluster.on_heartbeat = None
+        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
 
 
 async def test_leaving_takes_a_partition_out_of_the_group_at_once(cluster: FakeCluster, client: fl.Client) -> None:
