@@ -46,9 +46,7 @@ class GroupFlush:
         self._note_single(begun, len(dirty))
         return failed
 
-    def checkpoint(
-        self, stores: Iterable[tuple[ReplicaStore, int, int]]
-    ) -> list[tuple[ReplicaStore, FerrylineError]]:
+    def checkpoint(self, stores: Iterable[tuple[ReplicaStore, int, int]]) -> list[tuple[ReplicaStore, FerrylineError]]:
         """Write checkpoints of (store, hw of records, hw of state); returns those that failed, the rest is durable."""
         written: list[ReplicaStore] = []
         failed: list[tuple[ReplicaStore, FerrylineError]] = []
