@@ -20,6 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ferryline import simple as simple
+    from ferryline import sync as sync
     from ferryline.admin import Admin as Admin
     from ferryline.client import Client as Client
     from ferryline.client import connect as connect
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from ferryline.message import TopicPartition as TopicPartition
     from ferryline.message import at as at
     from ferryline.producer import Producer as Producer
-    from ferryline.protocol.errors import FerrylineError as FerrylineError
-    from ferryline.protocol.errors import OutcomeUnknown as OutcomeUnknown
+    from ferryline.protocol import errors as errors
+    from ferryline.protocol.errors import *  # noqa: F403  (fl.UnknownTopic and the like)
     from ferryline.serializers import Serializer as Serializer
     from ferryline.tuning import tune_process as tune_process
 
@@ -43,8 +45,10 @@ _MODULES = {
     "At": "ferryline.message",
     "Client": "ferryline.client",
     "Consumer": "ferryline.consumer",
+    "FerrylineError": "ferryline.protocol.errors",
     "Headers": "ferryline.message",
     "Message": "ferryline.message",
+    "OutcomeUnknown": "ferryline.protocol.errors",
     "Producer": "ferryline.producer",
     "RecordMetadata": "ferryline.message",
     "Serializer": "ferryline.serializers",
@@ -55,7 +59,7 @@ _MODULES = {
 }
 _SUBMODULES = ("errors", "simple", "sync")
 
-__all__ = [*_MODULES, "FerrylineError", "OutcomeUnknown", "errors", "simple", "sync"]
+__all__ = [*_MODULES, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
