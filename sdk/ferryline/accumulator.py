@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import count, repeat
 
 from ferryline.message import RecordMetadata
 from ferryline.protocol.errors import FerrylineError
@@ -53,15 +54,15 @@ class Batch:
         return self.data
 
     def complete(self, base_offset: int) -> None:
-        """Resolve the futures, in order. A million of these a second: nothing in this loop that need not be."""
-        topic, partition = self.topic.name, self.key[1]
-        offset = base_offset
-        for future in self.futures:
+        """Resolve the futures, in order. A million of these a second: the loop over them runs in C."""
+        results = map(RecordMetadata, repeat(self.topic.name), repeat(self.key[1]), count(base_offset))
+        settling = map(asyncio.Future.set_result, self.futures, results)
+        while True:
             try:
-                future.set_result(RecordMetadata(topic, partition, offset))
+                deque(settling, maxlen=0)
             except asyncio.InvalidStateError:
-                pass  # the application has given this one up
-            offset += 1
+                continue  # the application has given this one up; go on behind it
+            return
 
     def fail(self, error: FerrylineError) -> None:
         for future in self.futures:

@@ -219,6 +219,10 @@ class Consumer(Generic[T]):
         """
         return Subscription(self, handler)
 
+    def finished(self) -> None:
+        """Say that what was handed out last is processed, without asking for more."""
+        (self._reader or self._not_started()).finish()
+
     def _running(self) -> Fetcher:
         if self._fetcher is None:
             self._not_started()

@@ -22,7 +22,8 @@ class Subscription:
     def __init__(self, consumer: Consumer[Any], handler: Handler) -> None:
         self._consumer = consumer
         self._handler = handler
-        self._stopping = asyncio.Event()
+        self._stopping = False
+        self._handling = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def __await__(self) -> Any:
@@ -30,27 +31,22 @@ class Subscription:
 
     async def stop(self) -> None:
         """End after the record that is being handled. Raises what the handler raised."""
-        self._stopping.set()
-        await self._task
+        self._stopping = True
+        if not self._handling:
+            self._task.cancel()  # it waits for a record: nothing is in its hands
+        try:
+            await self._task
+        except asyncio.CancelledError:
+            if not self._task.cancelled():
+                raise
 
     async def _run(self) -> None:
-        stopping = asyncio.get_running_loop().create_task(self._stopping.wait())
-        try:
-            while not self._stopping.is_set():
-                batch = await self._next(stopping)
-                for message in batch:
-                    result = self._handler(message)
-                    if inspect.isawaitable(result):
-                        await result
-                    # One record at a time is pulled, so that a stop never leaves given but unhandled records behind.
-        finally:
-            stopping.cancel()
-
-    async def _next(self, stopping: asyncio.Task[bool]) -> list[Message[Any]]:
-        pulling = asyncio.get_running_loop().create_task(self._consumer.pull(1, 3600.0))
-        await asyncio.wait({pulling, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not pulling.done():
-            pulling.cancel()
-            await asyncio.wait({pulling})
-            return [] if pulling.cancelled() else pulling.result()
-        return pulling.result()
+        async for message in self._consumer:
+            self._handling = True
+            result = self._handler(message)
+            if inspect.isawaitable(result):
+                await result
+            self._handling = False
+            if self._stopping:
+                self._consumer.finished()
+                return

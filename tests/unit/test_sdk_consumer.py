@@ -283,6 +283,23 @@ async def test_a_subscription_calls_its_handler_in_order_until_it_is_stopped(
         assert seen == list(range(50))
 
 
+async def test_stopping_in_the_middle_of_a_record_waits_for_it_and_counts_it(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    await fill(client, 5, partition=0)
+    begun = asyncio.Event()
+
+    async def handle(message: Message[Any]) -> None:
+        begun.set()
+        await asyncio.sleep(0.1)
+
+    async with client.consumer("orders", group="push") as consumer:
+        subscription = consumer.subscribe(handle)
+        await begun.wait()
+        await subscription.stop()
+    assert cluster.logs[cluster.topics["orders"].id, 0].committed["push"] == (1, "")
+
+
 async def test_what_a_handler_raises_ends_the_subscription_and_is_not_committed(
     cluster: FakeCluster, client: fl.Client
 ) -> None:
