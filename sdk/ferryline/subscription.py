@@ -32,6 +32,8 @@ class Subscription:
     async def stop(self) -> None:
         """End after the record that is being handled. Raises what the handler raised."""
         self._stopping = True
+        if asyncio.current_task() is self._task:
+            return  # the handler itself: it ends when the handler returns
         if not self._handling:
             self._task.cancel()  # it waits for a record: nothing is in its hands
         try:
