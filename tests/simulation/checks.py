@@ -315,6 +315,9 @@ class Checks:
         """A high watermark moved: everything below is committed from here on."""
         if self.world.copies(broker, key)[log].raise_watermark(value):
             self.world.count("commits of records" if log == RECORDS else "commits of state")
+            copy = self.world.copies(broker, key)[log]
+            if len(core.maximal_isr) == 1 and copy.synced < value:
+                self.fail("L9 alone means synced", f"{copy} commits {value} with nobody else")
             if core.role != "primary":
                 self.fail("only primaries commit", f"{broker} {key} log {log} to {value} as {core.role}")
             self._check_key(key)
@@ -395,6 +398,8 @@ class Checks:
         self._check_not_superseded("commit", key, event.generation, waiter, group)
         if event.offset > self.world.truth(key)[RECORDS].end and not self.declared.get(key):
             self.fail("K7 no commit beyond the high watermark", f"{key}: {event}")
+        if not event.reset:
+            self._check_read_back(key, waiter, group, state)
         if event.offset > group.commit:
             group.commit, group.commit_answered_us = event.offset, self.world.engine.now_us
 

@@ -150,8 +150,9 @@ class Batch:
 class Producer(Client):
     """An application that sends, and the driver of its `ProducerCore`."""
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: World, number: int, *, burst: int = 0) -> None:
         super().__init__(world, f"p{number}")
+        self.burst = burst  # batches that it sends at once when it begins
         self.core = ProducerCore(self.engine.rng.getrandbits(63), request_timeout_ms=3_000, backoff=Backoff(20, 800))
         self.batches: dict[int, Batch] = {}
         self.sent = 0
@@ -173,6 +174,11 @@ class Producer(Client):
         if topic is None or self.core.unsettled() >= UNSETTLED_MAX:
             return
         key = (topic.id, self.engine.between(0, topic.config.partitions - 1))
+        for _ in range(1 + self.burst):
+            self._batch(key)
+        self.burst = 0
+
+    def _batch(self, key: Key) -> None:
         sends = []
         for _ in range(self.engine.between(1, 3) if self.engine.chance(0.3) else 1):
             self.sent += 1
@@ -507,9 +513,11 @@ class Member(Client):
             self.refresh()
             self._again("commit", key, held)
             return
-        held.committed = held.poll.next
+        held.committed = offset = held.poll.next
+        if not held.reset and self.engine.chance(0.1):
+            offset = max(0, offset - 2)  # an application that commits in disorder must not move the group back
         self.ask(
-            primary, "commit", key, self.group, self.host.name, held.generation, held.poll.next, held.reset,
+            primary, "commit", key, self.group, self.host.name, held.generation, offset, held.reset,
             context=("commit", key, held),
         )  # fmt: skip
 

@@ -406,6 +406,9 @@ class Faults:
 
     # -- clients -----------------------------------------------------------------------------------
 
+    def _producer_joins(self) -> None:
+        self.world.add_producer(burst=4)
+
     def _consumer_dies(self) -> None:
         self.world.end_member()
 

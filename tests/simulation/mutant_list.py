@@ -193,6 +193,7 @@ TABLE = (
         ),
         ("Feeder.progress", "if member.fetched[log] >= 0:", "if True:"),
         ("Feeder.progress", "told = min(progress.flushed[log], member.fetched[log])", "told = progress.flushed[log]"),
+        required=False,
     ),
     _one(
         "progress-session-unchecked",
@@ -219,6 +220,7 @@ TABLE = (
         "state entries that name lost records count",
         "2/2/replicated,3/2/replicated",
         ("_stands", "return entry.offset <= log_end and", "return True or entry.offset <= log_end and"),
+        required=False,
     ),
     _one(
         "state-served-early",
@@ -226,6 +228,7 @@ TABLE = (
         "claims and commits before the epoch's start is committed",
         GROUPS,
         ("Primary.ready", "self.groups is not None and all(", "self.groups is not None or all("),
+        required=False,
     ),
     _one(
         "hand-over-to-anyone",
@@ -299,6 +302,7 @@ TABLE = (
         "a refusal of an earlier proposal ends the present one",
         ISR_MATTERS,
         ("InSyncSet.refused", "result.request_id != proposal.request_id or ", ""),
+        required=False,
     ),
     _one(
         "no-request-id",
@@ -306,6 +310,7 @@ TABLE = (
         "a doubled proposal may be accepted after it was refused",
         ISR_MATTERS,
         ("Partitions._refusal", "if epoch == proposal.broker_epoch and proposal.request_id <= highest:", "if False:"),
+        required=False,
     ),
     _one(
         "coord-epoch-unchecked",
@@ -370,6 +375,7 @@ OURS = (
         "what a deleted copy had counts for the new one",
         ALL,
         ("InSyncSet._may_join", " or member.version < part.version", ""),
+        required=False,
     ),
     _one(
         "elr-forgotten",
@@ -391,6 +397,7 @@ OURS = (
         "the rest of an in-sync set is not probed before a fence",
         "2/1/fsync",
         ("Fencing.advance", "peers = self._peers(change, gone)", "peers = set()"),
+        required=False,
     ),
     _one(
         "unfence-too-early",
@@ -406,6 +413,7 @@ OURS = (
         "a replica that reports damage stays a candidate",
         ALL,
         ("Registration.take_reports", "if report.log_state in INCOMPLETE_LOGS:", "if False:"),
+        real_log=True,
     ),
     _one(
         "move-drops-early",
@@ -413,6 +421,7 @@ OURS = (
         "old replicas leave before the new ones are in sync",
         ALL,
         ("Moves._step", "complete = all(b in part.isr for b in part.adding) and ", "complete = "),
+        required=False,
     ),
     _one(
         "foreign-stays",

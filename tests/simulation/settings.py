@@ -71,6 +71,7 @@ FAULTS = (
     "move",  # replicas of a partition go elsewhere
     "drain",  # a broker is asked to give everything up; later it is not any more
     "add_broker",
+    "producer_joins",  # with a burst, so that the first batches of an unknown producer meet changes
     "consumer_dies",
     "consumer_joins",
     "consumer_pause",  # long enough to lose its partitions, then it goes on as if nothing was

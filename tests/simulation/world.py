@@ -158,6 +158,12 @@ class World:
         for value in values:
             seen[value] = seen.get(value, 0) + 1
 
+    def add_producer(self, *, burst: int = 0) -> None:
+        if len(self.producers) < 12:
+            producer = Producer(self, len(self.producers), burst=burst)
+            self.producers.append(producer)
+            producer.start()
+
     def add_member(self) -> None:
         if self.weather.members == 0 or len(self.members) >= 5:
             return
@@ -230,9 +236,8 @@ class World:
         self.engine.run_until(30_000 * MS, self._founded)
         if not self._founded():
             raise Violation("liveness", "the topic was not created in 30 s without faults")
-        for number in range(self.weather.producers):
-            self.producers.append(Producer(self, number))
-            self.producers[-1].start()
+        for _ in range(self.weather.producers):
+            self.add_producer()
         for _ in range(self.weather.members):
             self.add_member()
         self.readers.append(Reader(self, 0))
