@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -27,6 +28,9 @@ async def start_cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Async
     yield start
     for cluster in made:
         await cluster.kill_all()
+    # The other side of every connection is gone now: one moment for the loop to see that, so that no socket outlives it.
+    await asyncio.sleep(0.1)
+    for cluster in made:
         for name in cluster.local.services:
             tail = cluster.logs(name).splitlines()[-LOG_LINES:]
             request.node.add_report_section("call", f"log of {name}", "\n".join(tail))
