@@ -28,7 +28,7 @@ async def start_cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Async
     yield start
     for cluster in made:
         await cluster.kill_all()
-    # The other side of every connection is gone now: one moment for the loop to see that, so that no socket outlives it.
+    # The other side of every connection is gone: one moment for the loop to see that, so that no socket outlives it.
     await asyncio.sleep(0.1)
     for cluster in made:
         for name in cluster.local.services:
