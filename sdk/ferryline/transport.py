@@ -57,6 +57,7 @@ CORRELATION_MAX = 2**32 - 1
 
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
+_CLOSING_TURNS = 3  # of the loop, until an aborted TLS transport has closed its socket; the loop may end right after
 OnAnswer = Callable[[Frame | None, FerrylineError | None], None]
 
 
@@ -86,6 +87,8 @@ class Session:
         self.error: FerrylineError | None = None  # why it ended; None while it is open
         self.on_lost: list[Callable[[Session], None]] = []
         self._ws = ws
+        connection = ws._response.connection
+        self._transport = connection.transport if connection is not None else None
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, OnAnswer] = {}
         self._correlation = 0
@@ -244,9 +247,9 @@ class Session:
         callbacks, self.on_lost = self.on_lost, []
         for callback in callbacks:
             callback(self)
-        response = getattr(self._ws, "_response", None)
-        if response is not None:
-            response.close()  # drop the socket at once: a closing handshake with a dead peer would only wait
+        self._ws._response.close()
+        if self._transport is not None:
+            self._transport.abort()  # a TLS goodbye waits for the other side, and a dead one never answers
 
     async def close(self) -> None:
         """Say goodbye (at most a second) and end; whatever is unanswered fails with ClientClosed."""
@@ -357,6 +360,8 @@ class Connector:
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
+            for _ in range(_CLOSING_TURNS):
+                await asyncio.sleep(0)
 
 
 def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> FerrylineError:
