@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -41,6 +42,7 @@ class Change:
         self.now_ms = now_ms
         self.coord_epoch = coord_epoch
         self.effects: list[Effect] = []
+        self._late: dict[int, Callable[[], Effect]] = {}  # by position in effects
         self._puts: dict[str, Record] = {}
         self._parts: dict[Key, PartRecord] = {}  # the partitions among the puts: a cluster has many, keys cost time
         self._deletes: dict[str, None] = {}
@@ -175,6 +177,12 @@ class Change:
     def reply(self, reply: int, message: Any) -> None:
         self.effects.append(Reply(reply, message))
 
+    def reply_at_end(self, reply: int, build: Callable[[], Any]) -> None:
+        """Answer with what holds when the decision is complete: a record that later rules of the same decision change
+        again keeps its version, so an answer built too early would show another record under the same number."""
+        self._late[len(self.effects)] = lambda: Reply(reply, build())
+        self.effects.append(Reply(reply, None))
+
     def refuse(self, reply: int, error: FerrylineError) -> None:
         self.effects.append(Refuse(reply, error.info()))
 
@@ -202,4 +210,5 @@ class Change:
         # The cluster's record comes first, with the revision; partitions last, because they name brokers.
         keys = sorted(self._puts, key=lambda key: (key != CLUSTER_KEY, key))
         puts = [*(self._puts[key] for key in keys), *(self._parts[key] for key in sorted(self._parts))]
-        return Decision(tuple(puts), tuple(sorted(self._deletes)), tuple(self.effects))
+        effects = [self._late[n]() if n in self._late else effect for n, effect in enumerate(self.effects)]
+        return Decision(tuple(puts), tuple(sorted(self._deletes)), tuple(effects))

@@ -30,25 +30,22 @@ class Partitions:
         proposals = event.message.proposals
         if len(proposals) > FRAME_ENTRIES_MAX:
             raise InvalidArgument(f"proposals: {len(proposals)} are more than {FRAME_ENTRIES_MAX}", field="proposals")
-        results = []
+        errors = []
         for proposal in proposals:
             error = self._refusal(change, event.session, proposal)
             if not error:
                 self._accept(change, proposal)
+            errors.append(error)
+
+        def result(proposal: AlterIsr, error: str) -> AlterIsrResult:
             record = change.part((proposal.topic_id, proposal.partition))
             part = record.meta if record is not None else None
-            results.append(
-                AlterIsrResult(
-                    proposal.topic_id,
-                    proposal.partition,
-                    proposal.request_id,
-                    not error,
-                    change.coord_epoch,
-                    part,
-                    error,
-                )
-            )
-        change.reply(event.reply, AlterIsrsAnswer(results))
+            key = (proposal.topic_id, proposal.partition, proposal.request_id)
+            return AlterIsrResult(*key, not error, change.coord_epoch, part, error)
+
+        change.reply_at_end(
+            event.reply, lambda: AlterIsrsAnswer([result(*pair) for pair in zip(proposals, errors, strict=True)])
+        )
 
     def _refusal(self, change: Change, session: int, proposal: AlterIsr) -> str:
         """Code of the guard of C6 that says no, "" if none does. A refusal is definite: nothing was changed."""
