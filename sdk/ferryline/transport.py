@@ -287,6 +287,14 @@ def _resume(sending: Coroutine[Any, Any, None], held_by: Any) -> Generator[Any, 
                 return
 
 
+def _abort(ws: aiohttp.ClientWebSocketResponse) -> None:
+    connection = ws._response.connection
+    transport = connection.transport if connection is not None else None
+    ws._response.close()
+    if transport is not None:
+        transport.abort()
+
+
 def _ending(ws: aiohttp.ClientWebSocketResponse) -> str:
     cause = ws.exception()
     if cause is not None:
@@ -308,10 +316,13 @@ class Connector:
         self._ssl = ssl_context(ca)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http: aiohttp.ClientSession | None = None
+        self._closed = False
 
     @property
     def http(self) -> aiohttp.ClientSession:
-        """The HTTP client for REST calls, with TLS and credentials set."""
+        """The HTTP client for REST calls, with TLS and credentials set. Raises ConnectionFailed once closed."""
+        if self._closed:  # a reconnect that comes late must not open what nobody will close
+            raise ConnectionFailed("the client was closed")
         if self._http is None or self._http.closed:
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl, keepalive_timeout=30),
@@ -337,7 +348,7 @@ class Connector:
                 try:
                     return await self._greet(url, ws, cluster_id, limit)
                 except BaseException:
-                    ws._response.close()
+                    _abort(ws)
                     raise
         except TimeoutError:
             raise ConnectionFailed(f"{url}: no session within {limit:g} s", url=url) from None
@@ -358,6 +369,7 @@ class Connector:
         return session
 
     async def close(self) -> None:
+        self._closed = True
         if self._http is not None:
             await self._http.close()
             for _ in range(_CLOSING_TURNS):
