@@ -11,7 +11,7 @@ import pytest
 from ferryline.cli.driver import ProcessCluster
 
 LOG_LINES = 40
-# Peers die in these tests with connections open, and the garbage collector may look between abort and closing of a socket:
+# Peers die here with connections open, and the garbage collector may look between abort and closing of a socket, which is
 # a matter of timing here. Leaks are an error in tests/unit, where nobody is killed.
 LENIENT = ("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 Start = Callable[..., Awaitable[ProcessCluster]]
