@@ -11,8 +11,8 @@ import pytest
 from ferryline.cli.driver import ProcessCluster
 
 LOG_LINES = 40
-# Peers die here with connections open, and the garbage collector may look between abort and closing of a socket, which is
-# a matter of timing here. Leaks are an error in tests/unit, where nobody is killed.
+# Peers die here with connections open, and the garbage collector may look between a socket's abort and its closing:
+# a matter of timing. Leaks are an error in tests/unit, where nobody is killed.
 LENIENT = ("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 Start = Callable[..., Awaitable[ProcessCluster]]
 
