@@ -220,7 +220,6 @@ TABLE = (
         "state entries that name lost records count",
         "2/2/replicated,3/2/replicated",
         ("_stands", "return entry.offset <= log_end and", "return True or entry.offset <= log_end and"),
-        required=False,
     ),
     _one(
         "state-served-early",
@@ -302,7 +301,6 @@ TABLE = (
         "a refusal of an earlier proposal ends the present one",
         ISR_MATTERS,
         ("InSyncSet.refused", "result.request_id != proposal.request_id or ", ""),
-        required=False,
     ),
     _one(
         "no-request-id",
