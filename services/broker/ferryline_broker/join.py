@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from ferryline.protocol.errors import (
     from_info,
 )
 from ferryline_broker.config import BrokerConfig
+from ferryline_service.files import write_durably
 from ferryline_service.logs import get_logger
 from ferryline_service.tls import TlsFiles
 
@@ -84,23 +84,6 @@ class TlsFolder:
     def store(self, joined: Joined) -> None:
         write_durably(self.ca, joined.ca.encode())
         write_durably(self.cert, joined.cert.encode())
-
-
-def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace ``path`` by ``content``: after a crash the old or the new content is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def signing_request(key: ec.EllipticCurvePrivateKey, names: Sequence[str]) -> str:

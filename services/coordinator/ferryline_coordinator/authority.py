@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ferryline.protocol.errors import Forbidden, InvalidArgument
+from ferryline_service.files import write_durably
 from ferryline_service.tls import node_names
 
 _CA_DAYS, _NODE_DAYS, _RENEW_DAYS = 3650, 825, 60
@@ -36,23 +37,6 @@ _HOST = re.compile(r"\A(?=.{1,253}\Z)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-
 _TOKEN = re.compile(r"\Afl1\.([0-9a-f]{32})\.([0-9a-f]{64})\Z")
 _STORAGE = re.compile(r"\A[A-Za-z0-9-]{1,64}\Z")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-
-
-def write_durably(path: Path, content: bytes, mode: int) -> None:
-    """Whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        os.write(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -105,8 +89,8 @@ class Authority:
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
         certificate = builder.sign(key, hashes.SHA256())
-        write_durably(key_path, _pem(key), 0o600)
-        write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        write_durably(key_path, _pem(key), mode=0o600)
+        write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return key, certificate
 
     def coordinator_files(self, cluster_id: str, hosts: Iterable[str]) -> tuple[Path, Path]:
@@ -121,8 +105,8 @@ class Authority:
                 return cert_path, key_path
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), node_names(cluster_id, None), names)
-        write_durably(key_path, _pem(key), 0o600)
-        write_durably(cert_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        write_durably(key_path, _pem(key), mode=0o600)
+        write_durably(cert_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return cert_path, key_path
 
     def sign_broker(self, csr_pem: str, broker_id: int, cluster_id: str) -> str:
@@ -172,7 +156,7 @@ class Authority:
     def _open_token_key(self) -> bytes:
         path = self.directory / "join.key"
         if not path.exists():
-            write_durably(path, secrets.token_bytes(32), 0o600)
+            write_durably(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()
 
     def new_token(self) -> str:
@@ -185,7 +169,7 @@ class Authority:
         unused = sum("." not in path.name for path in self.tokens.iterdir())
         for _ in range(wanted - unused):
             token = self.new_token()
-            write_durably(self.tokens / token.split(".")[1], token.encode(), 0o600)
+            write_durably(self.tokens / token.split(".")[1], token.encode(), mode=0o600)
         return max(0, wanted - unused)
 
     def use_token(self, token: str, storage_id: str) -> None:
@@ -197,7 +181,7 @@ class Authority:
             raise InvalidArgument("storage_id: expected 1 to 64 letters, digits and dashes", field="storage_id")
         used = self._used / match.group(1)
         mine = self._used / f"{match.group(1)}.{secrets.token_hex(4)}"
-        write_durably(mine, storage_id.encode(), 0o600)
+        write_durably(mine, storage_id.encode(), mode=0o600)
         try:
             os.link(mine, used)  # exclusive, and whole: whoever comes second sees who was first
         except FileExistsError:
