@@ -156,6 +156,7 @@ def test_a_group_has_lag_can_be_moved_and_forgotten(ferryline: Run) -> None:
 
 
 def test_the_cluster_shows_its_health_and_its_brokers(ferryline: Run) -> None:
+    ferryline("topic", "create", "shown")
     health = as_json(ferryline("cluster", "health", "-o", "json"))
     assert (health["health"], health["brokers"], health["offline"]) == ("good", 3, 0)
     assert len(as_json(ferryline("broker", "list", "-o", "json"))) == 3
