@@ -399,6 +399,29 @@ def test_an_idle_secondary_is_never_taken_for_a_lagging_one() -> None:
     assert pair.proposals() == []
 
 
+def test_a_secondary_that_fetches_but_never_flushes_is_proposed_out() -> None:
+    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500))
+    pair.meta(part(1, 1, 1, (1, 2)))
+    pair.hold_flush = {2}
+    pair.produce(1, 7)
+    for _ in range(20):
+        pair.tick(400)
+    asked = pair.effects(ev.SendFetch, 2)[-1].fetch.positions[RECORDS]
+    assert (asked.fetch_offset, asked.flushed) == (2, 1), "it has the record, behind the one that began the epoch"
+    assert [m.broker_id for m in pair.proposals()[0].new_isr] == [1]
+
+
+def test_a_secondary_whose_flushes_are_always_one_round_behind_stays() -> None:
+    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500))
+    pair.meta(part(1, 1, 1, (1, 2)))
+    for token in range(40):
+        pair.hold_flush = {2}
+        pair.produce(1, token)
+        pair.tick(400)
+        pair.tell(2, ev.Flushed(RECORDS, pair.disks[2].end(RECORDS) - 1))
+    assert pair.proposals() == []
+
+
 def test_an_old_record_does_not_prove_a_conflict() -> None:
     """Broker 2 was cut off and removed, the log start moved past it; its own record still says that it is in sync."""
     pair = started()

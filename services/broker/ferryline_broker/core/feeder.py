@@ -42,6 +42,7 @@ class Feeder:
         elif all(member.fetched[log] >= member.end_then[log] for log in BOTH_LOGS):
             member.caught_up_ms = max(member.caught_up_ms, member.last_fetch_ms)
         member.last_fetch_ms = now_ms
+        self.sync.marked(event.sender, member, now_ms)
         member.end_then = list(replica.log_end)
         member.parked = fetch
         member.parked_ms = now_ms
@@ -51,7 +52,7 @@ class Feeder:
             self._serve(event.sender, member, now_ms)
         return True
 
-    def progress(self, event: ProgressReceived) -> bool:
+    def progress(self, event: ProgressReceived, now_ms: int) -> bool:
         """A flush ended at a secondary. Counts per log, and only behind a fetch of this session that passed."""
         member, progress = self.sync.members.get(event.sender), event.progress
         if member is None or event.session != member.session or event.sender_epoch != member.broker_epoch:
@@ -62,6 +63,7 @@ class Feeder:
             if member.fetched[log] >= 0:
                 told = min(progress.flushed[log], member.fetched[log])
                 member.flushed[log] = max(member.flushed[log], told)
+        self.sync.marked(event.sender, member, now_ms)
         return True
 
     def peer_down(self, peer: int) -> None:

@@ -29,6 +29,8 @@ class Member:
         "fetched",
         "flushed",
         "last_fetch_ms",
+        "mark",
+        "marked_ms",
         "parked",
         "parked_ms",
         "session",
@@ -49,6 +51,8 @@ class Member:
         self.caught_up_ms = now_ms
         self.last_fetch_ms = now_ms
         self.end_then = [0, 0]  # our log ends when it last fetched: reaching them means it was caught up then
+        self.mark: tuple[int, ...] = (0, 0)  # our log ends at marked_ms: what counts of it has to pass them within lag_max_ms
+        self.marked_ms = now_ms
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -77,6 +81,15 @@ class InSyncSet:
         if member is None:
             return -1
         return member.flushed[log] if self.replica.fsync else member.fetched[log]
+
+    def marked(self, broker_id: int, member: Member, now_ms: int) -> None:
+        """The member said how far it is: once it has passed its mark, the present log end becomes the next one.
+
+        Having fetched is not enough to stay (rule L6): a secondary whose flush hangs goes on asking for more, and the
+        high watermark would stand still for as long as it does.
+        """
+        if all(self.progress(broker_id, log) >= member.mark[log] for log in BOTH_LOGS):
+            member.mark, member.marked_ms = tuple(self.replica.log_end), now_ms
 
     def committable(self, log: int) -> int:
         replica = self.replica
@@ -142,7 +155,9 @@ class InSyncSet:
         complete = all(self.progress(broker_id, log) >= replica.log_end[log] for log in BOTH_LOGS)
         if member.parked is not None and complete:
             return None
-        return member.caught_up_ms + replica.config.lag_max_ms
+        reached = all(self.progress(broker_id, log) >= member.mark[log] for log in BOTH_LOGS)
+        since_ms = member.caught_up_ms if reached else min(member.caught_up_ms, member.marked_ms)
+        return since_ms + replica.config.lag_max_ms
 
     def _may_join(self, broker_id: int, now_ms: int) -> bool:
         """It has everything, in this epoch, in its present life, and it asked knowing the record we propose from.

@@ -241,7 +241,7 @@ class Primary:
             self.advance(now_ms)
 
     def progress(self, event: ProgressReceived, now_ms: int) -> None:
-        if self.feeder.progress(event):
+        if self.feeder.progress(event, now_ms):
             self.sync.evaluate(now_ms)
             self.advance(now_ms)
 
