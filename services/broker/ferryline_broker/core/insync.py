@@ -51,7 +51,7 @@ class Member:
         self.caught_up_ms = now_ms
         self.last_fetch_ms = now_ms
         self.end_then = [0, 0]  # our log ends when it last fetched: reaching them means it was caught up then
-        self.mark: tuple[int, ...] = (0, 0)  # our log ends at marked_ms: what counts of it has to pass them within lag_max_ms
+        self.mark: tuple[int, ...] = (0, 0)  # our log ends at marked_ms: it has to pass them within lag_max_ms
         self.marked_ms = now_ms
 
 
