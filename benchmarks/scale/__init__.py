@@ -1,0 +1,1 @@
+"""How cost grows: with partitions, with connections, with bytes of log, and beyond one machine by simulation."""
