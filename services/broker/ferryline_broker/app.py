@@ -23,18 +23,17 @@ from ferryline_broker.core import events as ev
 from ferryline_broker.core.node import NodeConfig, NodeCore, NodeIdentity
 from ferryline_broker.core.partition import ReplicaConfig
 from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.faulty import open_storage
 from ferryline_broker.join import TlsFolder, join
-from ferryline_broker.log.files import FileStorage
 from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.node_store import NodeStore
-from ferryline_broker.lossy import LossyStorage
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
-from ferryline_broker.sabotage import core_class, lossy_storage
+from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
 from ferryline_service.errors import error_middleware
@@ -235,8 +234,8 @@ class Broker:
 
 async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:
     """The whole life of a broker. Returns its exit status."""
-    storage = LossyStorage(str(config.data_root)) if lossy_storage() else FileStorage(str(config.data_root))
-    store = NodeStore.open(storage)
+    storage, boot_id = open_storage(str(config.data_root))
+    store = NodeStore.open(storage, boot_id=boot_id)
     _log.info("data directory", directory=f"{config.data_root}/{store.directory}", restart=store.restart_class)
     address = bind(config)
     tls = TlsFolder(config.data_root / store.directory / "tls")

@@ -63,7 +63,7 @@ def core_class() -> type[PartitionCore]:
     kind = os.environ.get("FERRYLINE_SABOTAGE", "")
     if not kind:
         return PartitionCore
-    _check_allowed("FERRYLINE_SABOTAGE")
+    check_allowed("FERRYLINE_SABOTAGE")
     if kind not in KINDS:
         raise ValueError(f"FERRYLINE_SABOTAGE={kind[:50]!r} is not one of {', '.join(KINDS)}")
     _log.critical("SABOTAGE: this broker acknowledges what it does not keep", kind=kind)
@@ -74,11 +74,12 @@ def lossy_storage() -> bool:
     """Should unsynced bytes die with the process? Raises ValueError if it is asked for and not allowed."""
     if os.environ.get("FERRYLINE_TEST_LOSSY_STORAGE", "") != "1":
         return False
-    _check_allowed("FERRYLINE_TEST_LOSSY_STORAGE")
+    check_allowed("FERRYLINE_TEST_LOSSY_STORAGE")
     _log.critical("TEST STORAGE: unsynced bytes are kept in memory; kill -9 is a power cut")
     return True
 
 
-def _check_allowed(name: str) -> None:
+def check_allowed(name: str) -> None:
+    """Raise ValueError unless breaking things on purpose is allowed here."""
     if os.environ.get("FERRYLINE_ALLOW_SABOTAGE", "") != "1":
         raise ValueError(f"{name} is for proofs only; set FERRYLINE_ALLOW_SABOTAGE=1 to allow it")
