@@ -6,10 +6,10 @@ run in an order drawn from the seed; every event that is carried out enters the 
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 MS = 1000  # microseconds in a millisecond
 STORY_EVENTS = 400
 
-_mix_encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: type(value).__name__)
+_encode = msgspec.msgpack.Encoder(enc_hook=lambda value: type(value).__name__).encode
 
 
 class SimulationStuck(Exception):
@@ -30,6 +30,7 @@ class Engine:
     def __init__(self, seed: int, *, events_max: int = 400_000) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
+        self._random = self.rng.random
         self.now_us = 0
         self.steps = 0
         self.events_max = events_max
@@ -45,19 +46,20 @@ class Engine:
 
     def at(self, when_us: int, fn: Callable[..., None], *args: Any) -> None:
         self._count += 1
-        heapq.heappush(self._heap, (max(when_us, self.now_us), self.rng.random(), self._count, fn, args))
+        if when_us < self.now_us:
+            when_us = self.now_us
+        heappush(self._heap, (when_us, self._random(), self._count, fn, args))
 
     def after(self, delay_us: int, fn: Callable[..., None], *args: Any) -> None:
         self.at(self.now_us + delay_us, fn, *args)
 
     def run_until(self, until_us: int, done: Callable[[], bool] | None = None) -> bool:
         """Carry out events up to ``until_us``; stops early, and returns True, when ``done()`` holds after one."""
-        heap = self._heap
+        heap, events_max = self._heap, self.events_max
         while heap and heap[0][0] <= until_us:
-            when_us, _tie, _count, fn, args = heapq.heappop(heap)
-            self.now_us = when_us
+            self.now_us, _tie, _count, fn, args = heappop(heap)
             self.steps += 1
-            if self.steps > self.events_max:
+            if self.steps > events_max:
                 raise SimulationStuck(f"over {self.events_max} events at {self.now_ms} virtual ms")
             fn(*args)
             if done is not None and done():
@@ -67,18 +69,19 @@ class Engine:
 
     def note(self, who: str, what: Any) -> None:
         """Put ``what`` into the story and the trace hash. Cheap: it is printed only when somebody reads it."""
-        self.story.append((self.now_us, who, what))
-        self.hash = hash((self.hash, self.now_us, who, _mix_encoder.encode(what)))
+        now_us = self.now_us
+        self.story.append((now_us, who, what))
+        self.hash = hash((self.hash, now_us, who, _encode(what)))
         if self.trace is not None:
             self.trace(render(self.story[-1]))
 
     # -- drawing -----------------------------------------------------------------------------------
 
     def chance(self, probability: float) -> bool:
-        return probability > 0 and self.rng.random() < probability
+        return probability > 0 and self._random() < probability
 
     def between(self, low: int, high: int) -> int:
-        return low + int(self.rng.random() * (high - low + 1))
+        return low + int(self._random() * (high - low + 1))
 
     def pick(self, items: list[Any]) -> Any:
         return items[int(self.rng.random() * len(items))]

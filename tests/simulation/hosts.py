@@ -25,12 +25,16 @@ class Host:
         self.backlog: list[tuple[int, Callable[..., None], tuple[Any, ...]]] = []
         self._rate = 1.0 + drift  # local time per global time
         self._epoch_us = engine.between(0, 10**9)  # uptime at the start: no two clocks agree
+        self._at_us, self._at_ms = -1, 0  # the last answer of `now_ms`: asked several times at the same moment
 
     # -- time --------------------------------------------------------------------------------------
 
     def now_ms(self) -> int:
         """This host's CLOCK_BOOTTIME: it counts on while the process is paused."""
-        return int(self._epoch_us + self.engine.now_us * self._rate) // MS
+        now_us = self.engine.now_us
+        if now_us != self._at_us:
+            self._at_us, self._at_ms = now_us, int(self._epoch_us + now_us * self._rate) // MS
+        return self._at_ms
 
     def global_us(self, local_ms: int) -> int:
         """The first global time at which `now_ms` is not below ``local_ms``."""
@@ -85,6 +89,7 @@ class Alarm:
         self._deadline_ms = deadline_ms
         self._ring = ring
         self._armed_us = -1
+        self._armed_ms: int | None = None  # the deadline that `_armed_us` stands for
         self.off = False
 
     def arm(self) -> None:
@@ -92,9 +97,11 @@ class Alarm:
         deadline_ms = self._deadline_ms()
         if deadline_ms is None or self.off:
             return
+        if deadline_ms == self._armed_ms and self._armed_us >= 0:
+            return
         when_us = max(self._host.engine.now_us + 1, self._host.global_us(deadline_ms))
         if self._armed_us < 0 or when_us < self._armed_us:
-            self._armed_us = when_us
+            self._armed_us, self._armed_ms = when_us, deadline_ms
             self._host.engine.at(when_us, self._host.deliver, self._life, self._due, when_us)
 
     def _due(self, when_us: int) -> None:

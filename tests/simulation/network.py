@@ -219,7 +219,12 @@ class Network:
         if session.doomed and not session.drains:
             return
         end = session.ends[side]
-        end.host.deliver(session.lives[side], self._received, session, side, frame)
+        host = end.host
+        if host.alive and not host.paused and host.life == session.lives[side]:  # `deliver`, without its calls
+            if session.up[side]:
+                end.frame_received(session, frame)
+        else:
+            host.deliver(session.lives[side], self._received, session, side, frame)
 
     def _received(self, session: Session, side: int, frame: Any) -> None:
         if session.up[side]:
