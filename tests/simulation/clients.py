@@ -133,7 +133,7 @@ class Client:
 
     def poll_metadata(self) -> None:
         self.refresh()
-        self.host.deliver_after(self.engine.between(500, 1_500) * MS, self.poll_metadata)
+        self.host.deliver_after(self.engine.between(1_000, 3_000) * MS, self.poll_metadata)
 
 
 class Batch:
@@ -191,7 +191,7 @@ class Producer(Client):
     def _close(self, key: Key, sends: list[Send]) -> None:
         self.numbers += 1
         self.batches[self.numbers] = Batch(self.numbers, sends)
-        deadline_ms = self.host.now_ms() + self.engine.pick([4_000, 15_000, 60_000])
+        deadline_ms = self.host.now_ms() + self.engine.pick([4_000, 10_000, 25_000])
         self.event(BatchClosed(key, self.numbers, len(sends), deadline_ms))
 
     def event(self, event: Event) -> None:

@@ -128,6 +128,7 @@ class Coordinator:
                 weather, engine = self.world.weather, self.world.engine
                 delay_us = int(weather.flush_us * (0.3 + engine.rng.random()))
                 if not self.world.calm and engine.chance(weather.slow_flush):
+                    self.world.count("slow commits")
                     delay_us += int(engine.rng.random() * min(weather.slow_flush_us, 500_000))
                 self.host.deliver_after(delay_us, self._commit)
                 return

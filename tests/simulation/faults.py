@@ -1,12 +1,17 @@
 """The nemesis: at intervals drawn from the seed it breaks something, and mends it later.
 
 Every action draws its victims and its duration itself. `heal` ends all of them.
+
+What it does is a tape of numbered faults: ``s7`` is the seventh strike, ``a3`` the third ambush. Each draws from a source
+of its own, so that leaving one out (``World.without``) leaves the draws of the others as they were; `shrink.py` lives
+on that.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.messages import AlterIsr
 from ferryline_broker.core import events as ev
@@ -27,6 +32,11 @@ class Faults:
         self.world = world
         self.engine = world.engine
         self.over = False
+        self.struck: list[str] = []  # the tape, as far as it was played
+        self.rng = random.Random(f"faults of {self.engine.seed}")
+        self._tape = random.Random(f"tape of {self.engine.seed}")
+        self._ambushes = random.Random(f"ambushes of {self.engine.seed}")
+        self._strikes = self._ambush_count = 0
         self._begun = False
         self._successors_slow_until_us = 0
         self.disks_lost = 0
@@ -41,22 +51,38 @@ class Faults:
             self._next()
 
     def _next(self) -> None:
-        gap_us = int(self.engine.rng.random() * 2 * self.world.weather.fault_gap_ms * MS) + 1
+        gap_us = int(self._tape.random() * 2 * self.world.weather.fault_gap_ms * MS) + 1
         self.engine.after(gap_us, self._strike)
 
     def _strike(self) -> None:
         if self.over:
             return
-        name = self.engine.rng.choices(self._names, self._weights)[0]
-        self.world.count(f"fault {name}")
-        self.engine.note("fault", name)
-        getattr(self, f"_{name}")()
+        name = self._tape.choices(self._names, self._weights)[0]
+        self._strikes += 1
+        event = f"s{self._strikes}"
+        if event not in self.world.without:
+            self.rng = random.Random(f"{self.engine.seed} {event}")
+            self.struck.append(event)
+            self.world.count(f"fault {name}")
+            self.engine.note("fault", (event, name))
+            getattr(self, f"_{name}")()
         self._next()
+
+    # -- drawing: never from the source of the engine, or a fault that is left out would change everything else ------
+
+    def _pick(self, items: list[Any]) -> Any:
+        return items[int(self.rng.random() * len(items))]
+
+    def _between(self, low: int, high: int) -> int:
+        return low + int(self.rng.random() * (high - low + 1))
+
+    def _chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
 
     def _for_a_while(self, mend: Callable[[], None]) -> None:
         """``mend`` runs later, or with `heal`; running twice must not hurt."""
         self._mends.append(mend)
-        self.engine.after(int((0.1 + self.engine.rng.random() * 1.9) * self.world.weather.fault_ms * MS), mend)
+        self.engine.after(int((0.1 + self.rng.random() * 1.9) * self.world.weather.fault_ms * MS), mend)
 
     def heal(self) -> None:
         self.over = True
@@ -85,10 +111,16 @@ class Faults:
     # -- ambushes ----------------------------------------------------------------------------------
 
     def _ambushed(self, what: str) -> bool:
-        if self.over or not self._begun or not self.engine.chance(self.world.weather.ambush):
+        if self.over or not self._begun or self._ambushes.random() >= self.world.weather.ambush:
             return False
+        self._ambush_count += 1
+        event = f"a{self._ambush_count}"
+        if event in self.world.without:
+            return False
+        self.rng = random.Random(f"{self.engine.seed} {event}")
+        self.struck.append(event)
         self.world.count(f"ambush {what}")
-        self.engine.note("fault", f"ambush {what}")
+        self.engine.note("fault", (event, f"ambush {what}"))
         return True
 
     def proposing(self, broker: Broker, proposal: AlterIsr) -> int:
@@ -96,15 +128,15 @@ class Faults:
         if not self._ambushed("proposal"):
             return 0
         others = [member.broker_id for member in proposal.new_isr if member.broker_id != broker.id]
-        victim = self.world.broker_by_id(self.engine.pick(others)) if others else None
-        choice = self.engine.between(0, 3)
+        victim = self.world.broker_by_id(self._pick(others)) if others else None
+        choice = self._between(0, 3)
         if choice <= 1 and victim is not None and victim.host.alive:
             self._strike_soon(victim, power=choice == 0)
         elif choice == 2:
-            self.engine.after(self.engine.between(0, 20) * MS, self.kill_coordinator, self.world.coordinator)
+            self.engine.after(self._between(0, 20) * MS, self.kill_coordinator, self.world.coordinator)
         elif victim is not None and victim.host.alive:
             self._fence_wrongly(victim)
-        return self.engine.between(0, 800) * MS
+        return self._between(0, 800) * MS
 
     def flushing(self, broker: Broker, *, primary: bool) -> int:
         """A log is being flushed. Returns by how much (us) the disk is late.
@@ -115,21 +147,21 @@ class Faults:
         if not primary:
             return 0
         if self.engine.now_us < self._successors_slow_until_us:
-            return self.engine.between(20, 300) * MS
+            return self._between(20, 300) * MS
         if not self._ambushed("flush"):
             return 0
         self._fence_wrongly(broker)
-        if self.engine.chance(0.6):
+        if self._chance(0.6):
             self._successors_slow_until_us = self.engine.now_us + 600 * MS
-        return self.engine.between(5, 400) * MS
+        return self._between(5, 400) * MS
 
     def truncated(self, broker: Broker) -> None:
         if self._ambushed("truncation"):
-            self._strike_soon(broker, power=self.engine.chance(0.5))
+            self._strike_soon(broker, power=self._chance(0.5))
 
     def promoted(self, broker: Broker) -> None:
         if self._ambushed("promotion"):
-            self._strike_soon(broker, power=self.engine.chance(0.5))
+            self._strike_soon(broker, power=self._chance(0.5))
 
     def _strike_soon(self, broker: Broker, *, power: bool) -> None:
         """Down within a few ms, and back soon."""
@@ -142,9 +174,9 @@ class Faults:
             else:
                 self.world.count("killed")
                 broker.die("kill -9 from ambush")
-            self.engine.after(self.engine.between(5, 150) * MS, self._restart, broker)
+            self.engine.after(self._between(5, 150) * MS, self._restart, broker)
 
-        self.engine.after(self.engine.between(0, 8_000), strike)
+        self.engine.after(self._between(0, 8_000), strike)
 
     def _fence_wrongly(self, broker: Broker) -> None:
         coordinator = self.world.coordinator
@@ -156,7 +188,7 @@ class Faults:
 
     def _broker(self) -> Broker | None:
         alive = [broker for broker in self.world.brokers if broker.host.alive]
-        return self.engine.pick(alive) if alive else None
+        return self._pick(alive) if alive else None
 
     def _restart(self, broker: Broker) -> None:
         if not broker.host.alive and broker.wanted:
@@ -187,10 +219,10 @@ class Faults:
         broker = self._broker()
         if broker is None:
             return
-        if isinstance(broker.disk, RealDisk) and self.engine.chance(0.6):
-            broker.disk.stop_after(self.engine.between(0, 30))
+        if isinstance(broker.disk, RealDisk) and self._chance(0.6):
+            broker.disk.stop_after(self._between(0, 30))
         else:
-            broker.steps_to_death = self.engine.between(0, 40)
+            broker.steps_to_death = self._between(0, 40)
 
     def _cut_power(self, broker: Broker) -> None:
         self._lose_power(broker)
@@ -199,13 +231,13 @@ class Faults:
     def _lose_power(self, broker: Broker) -> None:
         self.world.count("power cuts")
         broker.die("power cut", power=True)
-        if broker.disk.power_cut(self.engine.rng):
+        if broker.disk.power_cut(self.rng):
             self.world.count("power cuts that lost something")
         lossy = self.world.config.flush != "fsync" and not broker.disk.stopped_clean
         self.world.checks.disk_changed(broker, lossy=lossy)
 
     def _power_cut(self) -> None:
-        broker = self.engine.pick(self.world.brokers)
+        broker = self._pick(self.world.brokers)
         self._cut_power(broker)
 
     def _power_cut_all(self) -> None:
@@ -216,7 +248,7 @@ class Faults:
         for broker in self.world.brokers:
             if broker.host.alive:
                 self.kill_now(broker)
-        if self.engine.chance(0.5):
+        if self._chance(0.5):
             self.kill_coordinator(self.world.coordinator)
 
     def _pause(self) -> None:
@@ -250,7 +282,7 @@ class Faults:
         self._for_a_while(mend)
 
     def _two(self) -> tuple[str, str]:
-        one, other = self.engine.rng.sample(self._names_of_nodes(), 2)
+        one, other = self.rng.sample(self._names_of_nodes(), 2)
         return one, other
 
     def _cut_pair(self) -> None:
@@ -262,8 +294,8 @@ class Faults:
 
     def _isolate(self) -> None:
         names = self._names_of_nodes()
-        lonely = self.engine.pick(names)
-        spared = self.engine.pick(names) if self.engine.chance(0.3) else ""
+        lonely = self._pick(names)
+        spared = self._pick(names) if self._chance(0.3) else ""
         pairs = []
         for other in names:
             if other not in (lonely, spared):
@@ -272,7 +304,7 @@ class Faults:
 
     def _end_sessions(self) -> None:
         for session in list(self.world.network.sessions.values()):
-            if self.engine.chance(0.3):
+            if self._chance(0.3):
                 self.world.network.end(session)
 
     # -- coordinator -------------------------------------------------------------------------------
@@ -298,8 +330,8 @@ class Faults:
         coordinator = self.world.coordinator
         if not coordinator.host.alive:
             return
-        if self.engine.chance(0.5):
-            coordinator.steps_to_death = self.engine.between(0, 30)
+        if self._chance(0.5):
+            coordinator.steps_to_death = self._between(0, 30)
         else:
             self.kill_coordinator(coordinator)
 
@@ -319,7 +351,7 @@ class Faults:
 
         def mend() -> None:
             old.host.resume()
-            lease_us = 0 if self.over else self.engine.between(0, 4_000) * MS
+            lease_us = 0 if self.over else self._between(0, 4_000) * MS
             self.engine.after(lease_us, old.die, "its lease has ended")
 
         self._for_a_while(mend)
@@ -330,7 +362,7 @@ class Faults:
         if self.disks_lost:
             return  # more than one would leave nothing to check
         self.disks_lost += 1
-        broker = self.engine.pick(self.world.brokers)
+        broker = self._pick(self.world.brokers)
         broker.die("disk destroyed", power=True)
         self.world.replace_disk(broker, same_id=False)
         self._restart_later(broker)
@@ -339,7 +371,7 @@ class Faults:
         if self.disks_lost:
             return
         self.disks_lost += 1
-        broker = self.engine.pick(self.world.brokers)
+        broker = self._pick(self.world.brokers)
         if not broker.id:
             return
         broker.die("disk exchanged", power=True)
@@ -376,7 +408,7 @@ class Faults:
         self._for_a_while(lambda: broker.disk_full(False))
 
     def _slow_disk(self) -> None:
-        broker = self.engine.pick(self.world.brokers)
+        broker = self._pick(self.world.brokers)
         broker.slow_disk = True
 
         def mend() -> None:
@@ -394,7 +426,7 @@ class Faults:
         self._drain()
 
     def _drain(self) -> None:
-        broker = self.engine.pick(self.world.brokers)
+        broker = self._pick(self.world.brokers)
         if broker.id:
             broker_id = broker.id
             self.world.command(lambda reply: ce.DrainSet(reply, broker_id, True))
@@ -417,6 +449,6 @@ class Faults:
 
     def _consumer_pause(self) -> None:
         if self.world.members:
-            member = self.engine.pick(self.world.members)
+            member = self._pick(self.world.members)
             member.host.pause()
             self._for_a_while(member.host.resume)

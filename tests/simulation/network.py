@@ -65,7 +65,8 @@ class Network:
         self.calm = False  # healed: no losses, no doubles, short delays
         self.sessions: dict[int, Session] = {}
         self.cuts: dict[tuple[str, str], int] = {}  # (from, to) -> how many cuts lie on it
-        self.counts = {"lost": 0, "doubled": 0, "ended": 0, "held": 0}
+        # What happened to frames and sessions beside their arriving: each counts as one fault step.
+        self.counts = {"lost": 0, "doubled": 0, "late": 0, "held": 0, "paused": 0, "broken": 0, "refused": 0}
         self._numbers = 0
 
     # -- links -------------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class Network:
 
     def _give_up(self, session: Session, source: str, target: str) -> None:
         if not session.doomed and self.is_cut(source, target):
+            self.counts["broken"] += 1
             self.end(session)
 
     # -- sessions ----------------------------------------------------------------------------------
@@ -117,11 +119,13 @@ class Network:
     ) -> None:
         host = acceptor.host
         if not self.reachable(opener.host, host) or host.paused:
+            self.counts["refused"] += 1
             self.engine.after(
                 self.engine.between(300, 2000) * MS, opener.host.deliver, life, failed, "connecting timed out"
             )
             return
         if not host.alive:
+            self.counts["refused"] += 1
             self.engine.after(self.delay_us(), opener.host.deliver, life, failed, "connection refused")
             return
         if not opener.host.alive or opener.host.life != life:
@@ -149,7 +153,6 @@ class Network:
             return
         session.doomed = True
         session.drains = self.engine.chance(0.5)
-        self.counts["ended"] += 1
         self.sessions.pop(session.id, None)
         for side in (0, 1):
             session.held[side].clear()
@@ -188,6 +191,7 @@ class Network:
         cut = self.is_cut(source, target)
         if session.ordered:
             if not self.calm and self.engine.chance(self.weather.session_loss):
+                self.counts["broken"] += 1
                 self.end(session)
             elif cut or session.held[side]:
                 self.counts["held"] += 1
@@ -224,6 +228,8 @@ class Network:
             if session.up[side]:
                 end.frame_received(session, frame)
         else:
+            if host.paused:
+                self.counts["paused"] += 1
             host.deliver(session.lives[side], self._received, session, side, frame)
 
     def _received(self, session: Session, side: int, frame: Any) -> None:
@@ -238,5 +244,6 @@ class Network:
             return 200 + int(rng.random() * 600)
         delay = self.weather.delay_us * (0.5 + rng.random())
         if rng.random() < self.weather.slow:
+            self.counts["late"] += 1
             delay += rng.random() * (self.weather.late_us if wild else self.weather.slow_us)
         return int(delay) + 1

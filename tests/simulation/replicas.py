@@ -119,7 +119,7 @@ class Replicas:
             try:
                 queue.extend(self._do(key, hosted, effect))
             except StorageFailed as error:
-                self.world.count("storage errors")
+                self.world.count("failed writes")
                 log = getattr(effect, "log", RECORDS)
                 queue = deque(hosted.core.handle(ev.StorageFailed(log, error.message), self.host.now_ms()))
 
@@ -245,6 +245,7 @@ class Replicas:
         engine, weather = self.world.engine, self.world.weather
         delay_us = int(weather.flush_us * (0.3 + engine.rng.random()))
         if not self.world.calm and (self.broker.slow_disk or engine.chance(weather.slow_flush)):
+            self.world.count("slow flushes")
             delay_us += int(engine.rng.random() * weather.slow_flush_us)
         delay_us += self.world.faults.flushing(self.broker, primary=hosted.core.role == "primary")
         self.host.deliver_after(delay_us, self._flush_ended, key, hosted, log)
@@ -262,7 +263,7 @@ class Replicas:
                 self._flush(key, hosted, log)
             self._checkpoint(hosted)
         except StorageFailed as error:
-            self.world.count("sync errors")
+            self.world.count("failed flushes")
             self.feed(key, ev.StorageFailed(log, error.message))
             self.broker.leave_after_failed_sync()
             return

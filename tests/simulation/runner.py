@@ -38,8 +38,19 @@ class Outcome(msgspec.Struct):
     steps: int = 0
     hash: int = 0
     virtual_ms: int = 0
+    fault_steps: int = 0
     sends: dict[str, int] = {}
     counts: dict[str, int] = {}
+
+
+FAULT_STEPS = ("fault ", "ambush ", "frames ", "slow ", "failed ", "lie ")
+
+
+def fault_steps(counts: dict[str, int]) -> int:
+    """How often something was done to this run: faults that struck, ambushes, frames that were lost, doubled, late, held
+    by a cut or by a stopped process, sessions that broke or could not be opened, slow and failed writes, flushes and
+    commits, lying probes. What mends itself is not counted again."""
+    return sum(count for name, count in counts.items() if name.startswith(FAULT_STEPS))
 
 
 def run_seed(
@@ -62,9 +73,9 @@ def run_seed(
     engine = world.engine
     outcome.steps, outcome.hash, outcome.virtual_ms = engine.steps, engine.hash, engine.now_ms
     outcome.sends = world.history.counts()
-    world.counts["frames lost"] += world.network.counts["lost"]
-    world.counts["frames doubled"] += world.network.counts["doubled"]
     outcome.counts = dict(world.counts)
+    outcome.counts.update({f"frames {name}": count for name, count in world.network.counts.items()})
+    outcome.fault_steps = fault_steps(outcome.counts)
     return outcome
 
 
@@ -119,6 +130,7 @@ class Summary:
     def __init__(self) -> None:
         self.seeds = 0
         self.steps = 0
+        self.fault_steps = 0
         self.failed: list[Outcome] = []
         self.counts: Counter[str] = Counter()
         self.sends: Counter[str] = Counter()
@@ -128,6 +140,7 @@ class Summary:
     def add(self, outcome: Outcome) -> None:
         self.seeds += 1
         self.steps += outcome.steps
+        self.fault_steps += outcome.fault_steps
         self.by_config[outcome.config] += 1
         self.counts.update(outcome.counts)
         self.sends.update(outcome.sends)
@@ -138,7 +151,8 @@ class Summary:
         took = max(time.monotonic() - self.began, 0.001)
         lines = [
             f"{self.seeds} seeds, {self.steps} events in {took:.1f} s: {self.seeds / took:.1f} seeds/s, "
-            f"{self.steps // max(self.seeds, 1)} events per seed, {len(self.failed)} failed",
+            f"{self.steps // max(self.seeds, 1)} events and {self.fault_steps // max(self.seeds, 1)} fault steps per "
+            f"seed, {len(self.failed)} failed",
             "  configurations: " + ", ".join(f"{name} {count}" for name, count in sorted(self.by_config.items())),
             "  records: " + ", ".join(f"{name} {self.sends[name]}" for name in ("ok", "fail", "info", "open")),
         ]

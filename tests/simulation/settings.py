@@ -78,6 +78,10 @@ FAULTS = (
 )
 
 
+# Fields of the weather that perturb by themselves, without a fault of the tape: shrinking sets them to 0.
+RATES = frozenset(("loss", "double", "session_loss", "slow", "slow_flush", "drift"))
+
+
 class Weather(msgspec.Struct):
     """What one seed draws. Times in ms unless the name says otherwise; probabilities are per frame or per event."""
 
@@ -140,20 +144,20 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         partitions=some(1, 1, 2, 3),
         producers=some(1, 2, 2, 3),
         members=some(0, 1, 2, 2, 3),
-        produce_gap_ms=some(60, 150, 400, 900),
-        duration_ms=some(6_000, 12_000, 24_000),
+        produce_gap_ms=some(50, 120, 300, 700),
+        duration_ms=some(10_000, 20_000, 30_000),
         ordered={"replica": rng.random() < 0.4, "coordinator": rng.random() < 0.5},
-        loss=0.05 if lossy else 0.0,
-        double=0.05 if lossy else 0.0,
+        loss=some(2, 5, 12) / 100 if lossy else 0.0,
+        double=some(2, 5, 12) / 100 if lossy else 0.0,
         session_loss=maybe(0.6, 0.01 * rng.random()),
         delay_us=some(200, 1_000, 3_000, 20_000),
-        slow=maybe(0.7, 0.15 * rng.random()),
-        slow_us=some(5_000, 50_000, 500_000),
+        slow=maybe(0.85, 0.8 * rng.random()),
+        slow_us=some(2_000, 10_000, 50_000, 500_000),
         late_us=some(5_000, 100_000, 2_000_000),
         session_patience_ms=some(1_000, 3_000, 10_000),
         drift=0.01,
         flush_us=some(200, 1_000, 8_000),
-        slow_flush=maybe(0.6, 0.2 * rng.random()),
+        slow_flush=maybe(0.7, 0.4 * rng.random()),
         slow_flush_us=some(20_000, 200_000, 3_000_000),
         real_log=real_log,
         holes=rng.random() < 0.3,
@@ -164,7 +168,7 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         metadata_wait_ms=some(1_000, 5_000, 30_000),
         snapshot_bytes=some(600, 4_000, 1 << 20),
         ambush=maybe(0.5, 0.12 * rng.random()),
-        fault_gap_ms=some(150, 400, 1_000, 3_000),
+        fault_gap_ms=some(100, 250, 600, 2_000),
         fault_ms=some(200, 800, 2_500, 6_000),
         weights=weights,
     )

@@ -25,7 +25,7 @@ from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import OPEN, History, Poll
 from tests.simulation.network import Network
 from tests.simulation.real_disk import RealDisk
-from tests.simulation.settings import Config, Weather, draw
+from tests.simulation.settings import RATES, Config, Weather, draw
 
 TOPIC = "orders"
 GROUP = "billing"
@@ -37,11 +37,15 @@ class World:
 
     def __init__(
         self, config: Config, seed: int, *, real_log: bool = False, weather: Weather | None = None,
-        core_config: CoreConfig | None = None,
+        core_config: CoreConfig | None = None, without: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
+        """``without``: names of faults of the tape (``s7``, ``a3``) and of rates of the weather that are left out."""
         self.config = config
+        self.without = without
         self.engine = Engine(seed)
         self.weather: Weather = weather or draw(self.engine.rng, config, real_log=real_log)
+        for rate in sorted(without & RATES):
+            setattr(self.weather, rate, 0.0)
         self.calm = False
         self.counts: Counter[str] = Counter()
         self.topic = TOPIC
