@@ -1,11 +1,11 @@
 """Histories: what clients did and saw, one JSON object on a line. Format version 1.
 
 The first line is the header, ``{"f":"header","version":1,"idempotent":true,"drained":true}``. Every other line is one
-operation that has *ended*, in any order; several histories (one for each process) may be read as one. Fields that hold
-their default are left out. Times are integers in microseconds of one clock that all writers share (CLOCK_MONOTONIC on
-one machine); ``t0`` is not later than the true begin and ``t1`` not earlier than the true end of everything the line
-tells. One line may carry many records: ``values`` and ``offsets`` are lists of the same length in which ``[a, n]`` stands
-for a, a+1, ..., a+n-1.
+operation that has *ended*. Lines of one proc stand in its order, otherwise in any; several histories (one for each
+process) may be read as one. Fields that hold their default are left out. Times are integers in microseconds of one
+clock that all writers share (CLOCK_MONOTONIC on one machine); ``t0`` is not later than the true begin and ``t1`` not
+earlier than the true end of everything the line tells. One line may carry many records: ``values`` and ``offsets`` are
+lists of the same length in which ``[a, n]`` stands for a, a+1, ..., a+n-1.
 
 A *value* is the integer that the payload of a record carries: unique in the whole history, small (arrays are indexed by
 it), and rising in the order of sending within one producer and partition. Take values in blocks (`ValueBlocks`), and
@@ -22,7 +22,8 @@ attempt         proc may from now on send ``values``; outcome unknown until a ``
 send            proc, topic, partition, values, t0, t1, type. ok: with ``offsets`` (and epoch) as acknowledged; fail:
                 refused for certain, the records must never appear; info: unknown
 assign          proc begins to read a partition at ``offset`` (null: not known): forget where it was. t0, t1
-claim           the same through ``group``: with ``claim_epoch``, ``generation`` and the ``offset`` it starts from
+claim           the same through ``group``: with ``generation``, ``claim_epoch`` (if it is not the generation), and
+                the ``offset`` it starts from (null: not known; -1: the group has committed nothing)
 release         proc has given the partition up, or lost it. group, claim_epoch
 poll            proc was handed ``values`` at ``offsets``, in this order; empty if there was nothing. group (if any),
                 ``hw``: the high watermark that came with the answer
@@ -34,8 +35,8 @@ view            proc, a member of ``group`` in ``generation``, now owns ``owned`
 calm            from t0 on nobody joins or leaves ``group`` (whose partitions are ``owned``); the views must agree at t1
 watermark       the high watermark of a partition was seen to be ``offset``. broker, t0, t1
 expired         retention: records of a partition below ``offset`` may be gone
-replica_read    the copy on ``broker`` holds ``values`` at ``offsets``, read after the heal; several lines add up. One with
-                no values says that the copy was read; without it nobody looks for losses there
+replica_read    the copy on ``broker`` holds ``values`` at ``offsets``, read after the heal; several lines add up. One
+                with no values says that the copy was read; without it nobody looks for losses there
 fault           ``note`` says what was done to whom, from t0 to t1; for the explanations
 ==============  =============================================================================================
 
@@ -51,26 +52,9 @@ import msgspec
 
 VERSION = 1
 OK, FAIL, INFO = "ok", "fail", "info"
-KINDS = frozenset(
-    [
-        "header",
-        "attempt",
-        "send",
-        "assign",
-        "claim",
-        "release",
-        "poll",
-        "commit",
-        "reset",
-        "committed",
-        "view",
-        "calm",
-        "watermark",
-        "expired",
-        "replica_read",
-        "fault",
-    ]
-)
+RECORD_KINDS = ("attempt", "send", "assign", "poll", "watermark", "expired", "replica_read")
+GROUP_KINDS = ("claim", "release", "commit", "reset", "committed", "view", "calm")
+KINDS = frozenset({"header", "fault", *RECORD_KINDS, *GROUP_KINDS})
 VALUE_MAX = 2**31 - 1
 OFFSET_MAX = 2**44 - 1
 Numbers = list[int | tuple[int, int]]
@@ -120,6 +104,8 @@ class Op(msgspec.Struct, omit_defaults=True):
             raise HistoryError(f"t1: {self.t1} is before t0, {self.t0}")
         if any(number < 0 or number + count - 1 > VALUE_MAX for number, count in runs(self.values)):
             raise HistoryError(f"values: outside 0..{VALUE_MAX}")
+        if any(count < 1 for numbers in (self.values, self.offsets) for _, count in runs(numbers)):
+            raise HistoryError("values, offsets: a stretch holds at least one number")
 
 
 def runs(numbers: Iterable[int | tuple[int, int]]) -> Iterator[Run]:
