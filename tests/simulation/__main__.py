@@ -14,6 +14,7 @@ import sys
 from tests.simulation.kept_seeds import KEPT
 from tests.simulation.runner import Summary, run_all, run_seed, tell_failure
 from tests.simulation.settings import ALL, Config, parse_configs
+from tests.simulation.weather import PROFILES
 
 FAILURES_MAX = 5  # after that many the campaign stops: they are probably the same one
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="run this one")
     parser.add_argument("--trace", action="store_true", help="print every event, with --seed")
     parser.add_argument("--real-log", action="store_true", help="the product's log code on its MemoryStorage")
+    parser.add_argument("--weather", choices=[*PROFILES, "plain"], help="this profile instead of the drawn one")
     parser.add_argument("--check-determinism", type=int, metavar="N", help="run N seeds twice and compare the traces")
     parser.add_argument("--kept", action="store_true", help="run the seeds that once found a bug (kept_seeds.py)")
     parser.add_argument("--keep-going", action="store_true", help=f"do not stop after {FAILURES_MAX} failures")
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace, config: Config) -> int:
-    outcome = run_seed(config, options.seed, trace=print if options.trace else None, real_log=options.real_log)
+    profile = "" if options.weather == "plain" else options.weather
+    trace = print if options.trace else None
+    outcome = run_seed(config, options.seed, trace=trace, real_log=options.real_log, profile=profile)
     if outcome.failure:
         print(tell_failure(outcome, real_log=options.real_log))
         return 1

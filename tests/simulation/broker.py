@@ -97,6 +97,7 @@ class Broker:
         if disk.broker_id:
             self._become_node(states)
         self._connect()
+        world.ambushes.started(self, self.restart)
 
     def _become_node(self, states: dict[Key, str]) -> None:
         """From here on this process has a number in the cluster."""

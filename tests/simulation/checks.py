@@ -22,6 +22,7 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_coordinator.core.events import Decision
 from ferryline_coordinator.core.records import BrokerRecord, PartRecord
+from tests.simulation.conduct import Conduct
 from tests.simulation.disks import ReplicaFiles
 from tests.simulation.ghost import Violation
 from tests.simulation.serving import Waiter
@@ -51,6 +52,7 @@ class Checks:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.conduct = Conduct(world)
         self.parts: dict[Key, PartRecord] = {}
         self.brokers: dict[int, BrokerRecord] = {}
         self.primaries: dict[tuple[Key, int], tuple[int, int]] = {}  # epoch -> (broker number, life)
@@ -77,6 +79,7 @@ class Checks:
         """Decisions became durable, in this order, by one commit."""
         changed: dict[Key, None] = {}
         for decision in decisions:
+            self.conduct.decided(decision)
             for key in decision.deletes:
                 self._deleted(key)
             for record in decision.puts:
@@ -360,8 +363,9 @@ class Checks:
         if stored is not None and stored[2] != core.epoch:
             self.world.count("duplicates answered across epochs")
 
-    def refused(self, waiter: Waiter, refuse: ev.Refuse) -> None:
-        """Nothing to check here: a definite refusal of what is stored shows up as an aborted read."""
+    def refused(self, core: PartitionCore, waiter: Waiter, refuse: ev.Refuse) -> None:
+        """A definite refusal of what is stored shows up as an aborted read."""
+        self.conduct.refused(core, waiter, refuse)
 
     def group_answered(
         self, broker: Broker, key: Key, core: PartitionCore, waiter: Waiter, answer: ev.AnswerGroup

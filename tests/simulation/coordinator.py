@@ -219,7 +219,8 @@ class Coordinator:
             and world.engine.now_us >= self.probes_lie_until_us
         )
         late = delay_us > probe.timeout_ms * MS
-        if not alive and broker is not None and broker.host.alive:
+        refused = world.weather.mischief.quick_lies and world.engine.now_us < self.probes_lie_until_us
+        if not alive and not refused and broker is not None and broker.host.alive:
             delay_us = probe.timeout_ms * MS  # nobody refuses: the connection hangs
         event = ce.ProbeEnded(probe.probe, probe.broker_id, alive and not late)
         self.host.deliver_after(min(delay_us, probe.timeout_ms * MS), self.event, event)

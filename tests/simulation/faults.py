@@ -45,6 +45,10 @@ class Faults:
         self._weights = [weights[name] for name in self._names]
         self._mends: list[Callable[[], None]] = []
 
+    @property
+    def raging(self) -> bool:
+        return self._begun and not self.over
+
     def begin(self) -> None:
         self._begun = True
         if self._names:
@@ -104,7 +108,7 @@ class Faults:
 
     def restart_all(self) -> None:
         """Whoever is down comes back: also a broker that had been asked to stop before the healing."""
-        self._restart_coordinator()
+        self.restart_coordinator()
         for broker in self.world.brokers:
             self._restart(broker)
 
@@ -131,7 +135,7 @@ class Faults:
         victim = self.world.broker_by_id(self._pick(others)) if others else None
         choice = self._between(0, 3)
         if choice <= 1 and victim is not None and victim.host.alive:
-            self._strike_soon(victim, power=choice == 0)
+            self.strike_soon(victim, power=choice == 0)
         elif choice == 2:
             self.engine.after(self._between(0, 20) * MS, self.kill_coordinator, self.world.coordinator)
         elif victim is not None and victim.host.alive:
@@ -145,7 +149,7 @@ class Faults:
         of the deposed one ends while nothing is committed yet in the new epoch.
         """
         if not primary:
-            return 0
+            return self.world.ambushes.secondary_flush()
         if self.engine.now_us < self._successors_slow_until_us:
             return self._between(20, 300) * MS
         if not self._ambushed("flush"):
@@ -157,13 +161,13 @@ class Faults:
 
     def truncated(self, broker: Broker) -> None:
         if self._ambushed("truncation"):
-            self._strike_soon(broker, power=self._chance(0.5))
+            self.strike_soon(broker, power=self._chance(0.5))
 
     def promoted(self, broker: Broker) -> None:
         if self._ambushed("promotion"):
-            self._strike_soon(broker, power=self._chance(0.5))
+            self.strike_soon(broker, power=self._chance(0.5))
 
-    def _strike_soon(self, broker: Broker, *, power: bool) -> None:
+    def strike_soon(self, broker: Broker, *, power: bool) -> None:
         """Down within a few ms, and back soon."""
 
         def strike() -> None:
@@ -269,7 +273,7 @@ class Faults:
     def _names_of_nodes(self) -> list[str]:
         return [broker.host.name for broker in self.world.brokers] + [self.world.coordinator.host.name]
 
-    def _cut(self, pairs: list[tuple[str, str]]) -> None:
+    def _cut(self, pairs: list[tuple[str, str]]) -> Callable[[], None]:
         network = self.world.network
         for source, target in pairs:
             network.cut(source, target)
@@ -280,6 +284,11 @@ class Faults:
                 network.heal(*open_pairs.pop())
 
         self._for_a_while(mend)
+        return mend
+
+    def cut_for(self, pairs: list[tuple[str, str]], time_ms: int) -> None:
+        """Cut links for a time that the caller knows."""
+        self.engine.after(time_ms * MS, self._cut(pairs))
 
     def _two(self) -> tuple[str, str]:
         one, other = self.rng.sample(self._names_of_nodes(), 2)
@@ -320,9 +329,9 @@ class Faults:
         self.world.count("coordinator killed")
         coordinator.die("kill -9")
         if coordinator is self.world.coordinator:
-            self._for_a_while(self._restart_coordinator)
+            self._for_a_while(self.restart_coordinator)
 
-    def _restart_coordinator(self) -> None:
+    def restart_coordinator(self) -> None:
         if not self.world.coordinator.host.alive:
             self.world.coordinator.start()
 
@@ -351,6 +360,7 @@ class Faults:
 
         def mend() -> None:
             old.host.resume()
+            self.world.ambushes.zombie_back()
             lease_us = 0 if self.over else self._between(0, 4_000) * MS
             self.engine.after(lease_us, old.die, "its lease has ended")
 

@@ -166,6 +166,17 @@ class Network:
             when_us = max(self.engine.now_us + delay_us, session.last_us[side] + 1)  # no end overtakes its frames
             self.engine.at(when_us, end.host.deliver, session.lives[side], self._ended, session, side)
 
+    def half_end(self, session: Session, by: Endpoint, keep_us: int) -> None:
+        """``by`` has given the session up; the other side goes on hearing from it for ``keep_us``."""
+        side = session.side(by)
+        session.doomed = session.drains = True
+        session.up[side] = False
+        session.held[0].clear()
+        session.held[1].clear()
+        self.sessions.pop(session.id, None)
+        other = session.ends[1 - side]
+        self.engine.after(keep_us, other.host.deliver, session.lives[1 - side], self._ended, session, 1 - side)
+
     def _ended(self, session: Session, side: int) -> None:
         if session.up[side]:
             session.up[side] = False
@@ -208,6 +219,10 @@ class Network:
             self.counts["doubled"] += 1
             self.engine.after(self.delay_us(wild=True), self._hand_over, session, side, frame)
         self.engine.after(self.delay_us(wild=True), self._hand_over, session, side, frame)
+
+    def repeat(self, session: Session, sender: Endpoint, frame: Any, late_us: int) -> None:
+        """``frame`` arrives at this time, too, whatever else the session carries."""
+        self.engine.after(late_us, self._hand_over, session, 1 - session.side(sender), frame)
 
     def _ordered(self, session: Session, side: int, frame: Any) -> None:
         when_us = max(session.last_us[side] + 1, self.engine.now_us + self.delay_us())

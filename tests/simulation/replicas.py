@@ -172,14 +172,20 @@ class Replicas:
                 self.world.count("log start moved")
             case ev.SendAlterIsr(proposal):
                 self.world.count("proposals")
-                late_us = self.world.faults.proposing(broker, proposal)
+                late_us = self.world.ambushes.proposing(broker, hosted.core, proposal)
+                late_us = late_us or self.world.faults.proposing(broker, proposal)
                 if late_us:
                     self.host.deliver_after(late_us, broker.ask, "alter", AlterIsrs([proposal]))
                 else:
                     broker.ask("alter", AlterIsrs([proposal]))
             case ev.SendResign(entry):
                 self.world.count("resignations")
-                broker.ask("resign", Resign(broker.id, broker.node.broker_epoch, [entry]))
+                resign = Resign(broker.id, broker.node.broker_epoch, [entry])
+                late_us = self.world.ambushes.resigning(broker, hosted.core)
+                if late_us:
+                    self.host.deliver_after(late_us, broker.ask, "resign", resign)
+                else:
+                    broker.ask("resign", resign)
             case ev.SendReport(report):
                 if broker.joined:
                     broker.ask("report", Report(broker.id, broker.node.broker_epoch, [report]))
@@ -199,7 +205,9 @@ class Replicas:
                 self.broker.reach(to)
             return
         self._sent += 1
-        self.broker.send(session, (kind, self._sent, self.broker.id, self.broker.node.broker_epoch, message))
+        frame = (kind, self._sent, self.broker.id, self.broker.node.broker_epoch, message)
+        if not self.world.ambushes.asking(self.broker, session, kind, frame):
+            self.broker.send(session, frame)
 
     def _send_data(self, hosted: Hosted, effect: ev.SendData) -> None:
         session = self.world.network.sessions.get(effect.session)
@@ -210,7 +218,12 @@ class Replicas:
             read = effect.reads[log]
             data, headers = hosted.files.read(log, *read) if read is not None else (b"", [])
             payload.append(ev.LogBatches(data, headers))
-        self.broker.send(session, ("data", self.broker.id, effect.data, (payload[0], payload[1])))
+        frame = ("data", self.broker.id, effect.data, (payload[0], payload[1]))
+        late_us = self.world.ambushes.answering(effect.data)
+        if late_us:
+            self.host.deliver_after(late_us, self.broker.send, session, frame)
+        else:
+            self.broker.send(session, frame)
 
     # -- disk --------------------------------------------------------------------------------------
 
@@ -234,6 +247,7 @@ class Replicas:
         self.world.copies(self.broker, key)[log].truncate(offset, recovered=recovered)
         self.world.checks.shrunk(self.broker, key, "truncations")
         self.world.faults.truncated(self.broker)
+        self.world.ambushes.truncated(hosted.core)
 
     def _flush(self, key: Key, hosted: Hosted, log: int) -> None:
         state = hosted.flushing[log]

@@ -14,6 +14,7 @@ import msgspec
 
 from tests.simulation.engine import SimulationStuck, render
 from tests.simulation.settings import Config, draw
+from tests.simulation.weather import profile_of, shape
 from tests.simulation.world import World
 
 STORY_LINES = 60
@@ -38,6 +39,7 @@ class Outcome(msgspec.Struct):
     steps: int = 0
     hash: int = 0
     virtual_ms: int = 0
+    profile: str = ""
     fault_steps: int = 0
     sends: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -54,12 +56,14 @@ def fault_steps(counts: dict[str, int]) -> int:
 
 
 def run_seed(
-    config: Config, seed: int, *, trace: Callable[[str], None] | None = None, real_log: bool = False
-) -> Outcome:
-    """One seed under one configuration. Never raises for a failed run: the outcome tells."""
-    world = World(config, seed, real_log=real_log)
+    config: Config, seed: int, *, trace: Callable[[str], None] | None = None, real_log: bool = False,
+    profile: str | None = None,
+) -> Outcome:  # fmt: skip
+    """One seed under one configuration, in its own weather or that of ``profile``. Never raises for a failed run: the
+    outcome tells."""
+    world = World(config, seed, real_log=real_log, profile=profile)
     world.engine.trace = trace
-    outcome = Outcome(config.name, seed)
+    outcome = Outcome(config.name, seed, profile=world.weather.profile)
     try:
         world.run()
     except (AssertionError, SimulationStuck) as error:
@@ -98,6 +102,8 @@ def commit() -> str:
 def tell_failure(outcome: Outcome, *, real_log: bool = False) -> str:
     weather = draw_again(outcome)
     replay = f"python -m tests.simulation --config {outcome.config} --seed {outcome.seed} --trace"
+    if outcome.profile != profile_of(outcome.seed):
+        replay += f" --weather {outcome.profile or 'plain'}"
     if real_log:
         replay += " --real-log"
     return "\n".join(
@@ -118,7 +124,7 @@ def draw_again(outcome: Outcome) -> str:
     from tests.simulation.settings import parse_configs
 
     config = parse_configs(outcome.config)[0]
-    weather = draw(random.Random(outcome.seed), config)
+    weather = shape(draw(random.Random(outcome.seed), config), outcome.profile, outcome.seed)
     weights = {name: round(weight, 2) for name, weight in weather.weights.items() if weight}
     fields = {name: getattr(weather, name) for name in weather.__struct_fields__ if name != "weights"}
     return f"{fields} faults {weights}"

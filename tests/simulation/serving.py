@@ -173,7 +173,7 @@ class Serving:
             self._answer(waiter.session, ("group", waiter.correlation, effect.state, None))
         elif isinstance(effect, ev.Refuse):
             self.world.count(f"refused {effect.code}")
-            checks.refused(waiter, effect)
+            checks.refused(core, waiter, effect)
             info = info_of(effect)
             if isinstance(waiter.event, ev.Produced):
                 self._answer(waiter.session, ("produced", waiter.correlation, -1, 0, info))

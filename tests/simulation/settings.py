@@ -11,6 +11,7 @@ import random
 import msgspec
 
 from ferryline.protocol.metadata import FLUSH_FSYNC, FLUSH_REPLICATED
+from tests.simulation.weather import Mischief
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -120,6 +121,9 @@ class Weather(msgspec.Struct):
     fault_gap_ms: int
     fault_ms: int
     weights: dict[str, float]
+    # see weather.py
+    profile: str = ""
+    mischief: Mischief = msgspec.field(default_factory=Mischief)
 
 
 def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weather:

@@ -14,6 +14,7 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import ReplicaConfig
 from ferryline_coordinator.core import events as ce
 from ferryline_coordinator.core.config import CoreConfig
+from tests.simulation.ambush import Ambushes
 from tests.simulation.broker import Broker
 from tests.simulation.checks import Checks
 from tests.simulation.clients import Member, Producer, Reader
@@ -26,6 +27,7 @@ from tests.simulation.history import OPEN, History, Poll
 from tests.simulation.network import Network
 from tests.simulation.real_disk import RealDisk
 from tests.simulation.settings import RATES, Config, Weather, draw
+from tests.simulation.weather import profile_of, shape
 
 TOPIC = "orders"
 GROUP = "billing"
@@ -37,13 +39,16 @@ class World:
 
     def __init__(
         self, config: Config, seed: int, *, real_log: bool = False, weather: Weather | None = None,
-        core_config: CoreConfig | None = None, without: frozenset[str] = frozenset(),
+        core_config: CoreConfig | None = None, without: frozenset[str] = frozenset(), profile: str | None = None,
     ) -> None:  # fmt: skip
-        """``without``: names of faults of the tape (``s7``, ``a3``) and of rates of the weather that are left out."""
+        """``profile`` of the weather (`weather.py`), None: the one that the seed draws. ``without``: names of faults of
+        the tape (``s7``, ``a3``) and of rates of the weather that are left out."""
         self.config = config
         self.without = without
         self.engine = Engine(seed)
-        self.weather: Weather = weather or draw(self.engine.rng, config, real_log=real_log)
+        drawn = draw(self.engine.rng, config, real_log=real_log)
+        name = profile_of(seed) if profile is None else profile
+        self.weather: Weather = weather or shape(drawn, name, seed)
         for rate in sorted(without & RATES):
             setattr(self.weather, rate, 0.0)
         self.calm = False
@@ -79,6 +84,7 @@ class World:
         self.members: list[Member] = []
         self.readers: list[Reader] = []
         self.faults = Faults(self)
+        self.ambushes = Ambushes(self)
 
     # -- look-ups ----------------------------------------------------------------------------------
 
@@ -118,7 +124,7 @@ class World:
         self._ids[broker.id] = broker
 
     def coordinator_address(self) -> Coordinator:
-        return self.coordinator
+        return self.ambushes.coordinator()
 
     def any_node(self) -> Any:
         nodes: list[Any] = [broker for broker in self.brokers if broker.at_work]
@@ -258,6 +264,14 @@ class World:
             producer.quiet = True
         self.faults.heal()
         self.engine.note("world", "healed")
+        self._settle()
+        if self.weather.mischief.twins:
+            self.ambushes.twins()
+            self._settle()
+        self._check_end()
+
+    def _settle(self) -> None:
+        """Until everything is as it should be; operators do what they would have to do."""
         until_us = self.engine.now_us + SETTLE_MS * MS
         while self.engine.now_us < until_us:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
@@ -270,7 +284,6 @@ class World:
         trouble = self._well()
         if trouble is not None:
             raise Violation("D1.12 liveness after healing", trouble)
-        self._check_end()
 
     def _recover(self) -> None:
         """What an operator does: partitions that no candidate is left for are recovered, if possible without force."""

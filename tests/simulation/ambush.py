@@ -1,0 +1,184 @@
+"""What strikes at its moment: the hooks of the weather profiles (`weather.py`).
+
+Each hook is called where something happens that a fault has to meet within milliseconds. With its rate at 0 it does
+nothing and draws nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+from ferryline.protocol.messages import RESTART_OS_CRASH, AlterIsr, AlterIsrs
+from ferryline_broker.core.partition import PartitionCore
+from tests.simulation.engine import MS
+from tests.simulation.ghost import Violation
+
+if TYPE_CHECKING:
+    from tests.simulation.broker import Broker
+    from tests.simulation.coordinator import Coordinator
+    from tests.simulation.network import Session
+    from tests.simulation.world import World
+
+ALONE_MS = 15_000  # a complete replica that comes back alone leads within this
+
+
+class Ambushes:
+    """Delays are in microseconds; 0 means "as usual"."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine = world.engine
+        self.rates = world.weather.mischief
+        self._moments = random.Random(f"moments of {self.engine.seed}")
+        self._rng = self._moments
+        self._count = 0
+
+    def _strikes(self, rate: float, what: str) -> bool:
+        """Whether it happens now. Each gets a name on the tape of faults and a source of its own (see `Faults`)."""
+        if rate <= 0 or not self.world.faults.raging or self._moments.random() >= rate:
+            return False
+        self._count += 1
+        event = f"p{self._count}"
+        if event in self.world.without:
+            return False
+        self._rng = random.Random(f"{self.engine.seed} {event}")
+        self.world.faults.struck.append(event)
+        self.world.count(f"ambush {what}")
+        self.engine.note("fault", (event, what))
+        return True
+
+    def _pick(self, items: list[Any]) -> Any:
+        return items[int(self._rng.random() * len(items))]
+
+    def _between(self, low: int, high: int) -> int:
+        return low + int(self._rng.random() * (high - low + 1))
+
+    def _chance(self, probability: float) -> bool:
+        return self._rng.random() < probability
+
+    def _fence(self, broker: Broker | None) -> None:
+        """The coordinator is about to take a healthy broker for dead."""
+        if broker is None or not broker.host.alive or not self.world.faults.raging:
+            return
+        coordinator = self.world.coordinator
+        coordinator.probes_lie_until_us = max(coordinator.probes_lie_until_us, self.engine.now_us + 400 * MS)
+        if broker.coordinator is not None:
+            self.world.network.end(broker.coordinator)
+
+    # -- primaries ---------------------------------------------------------------------------------
+
+    def proposing(self, broker: Broker, core: PartitionCore, proposal: AlterIsr) -> int:
+        """C6: whoever is to join is fenced before the proposal arrives, and back before its repetitions do."""
+        joining = [member.broker_id for member in proposal.new_isr if member.broker_id not in core.isr]
+        if not joining or not self._strikes(self.rates.echo, "echo"):
+            return 0
+        victim = self.world.broker_by_id(self._pick(joining))
+        self._fence(victim)
+        if victim is not None and self._chance(0.7):  # it lags when the repetitions come
+            self.world.faults.cut_for([(broker.host.name, victim.host.name)], self._between(300, 3_000))
+        for _ in range(self._between(2, 6)):
+            late_us = self._between(100, 2_500) * MS
+            broker.host.deliver_after(late_us, broker.ask, "alter", AlterIsrs([proposal]))
+        if self._chance(self.rates.echo_coordinator):
+            coordinator = self.world.coordinator
+            self.engine.after(self._between(100, 900) * MS, self._replace, coordinator)
+        return self._between(20, 300) * MS
+
+    def _replace(self, coordinator: Coordinator) -> None:
+        if coordinator.host.alive and coordinator is self.world.coordinator and self.world.faults.raging:
+            self.world.faults.kill_coordinator(coordinator)
+            self.engine.after(self._between(10, 150) * MS, self.world.faults.restart_coordinator)
+
+    def answering(self, data: Any) -> int:
+        """Section 3: between a fetch that does not match and the answer that says so, flushes may end."""
+        if data.logs is None or not any(log.diverging is not None for log in data.logs):
+            return 0
+        return self._between(20, 600) * MS if self._strikes(self.rates.hold_diverging, "held answer") else 0
+
+    def resigning(self, broker: Broker, core: PartitionCore) -> int:
+        """C10: the resignation arrives when its sender serves again, and the heir has not seen what came since."""
+        others = [b for b in core.isr if b != broker.id]
+        if not others or not self._strikes(self.rates.hold_resign, "late resignation"):
+            return 0
+        late_ms = self._between(550, 1_200)
+        heir = self.world.broker_by_id(self._pick(others))
+        if heir is not None:
+            one, other = broker.host.name, heir.host.name
+            self.world.faults.cut_for([(one, other), (other, one)], late_ms + self._between(50, 900))
+        return late_ms * MS
+
+    # -- secondaries -------------------------------------------------------------------------------
+
+    def secondary_flush(self) -> int:
+        return self._between(20, 500) * MS if self._strikes(self.rates.late_flush, "late flush") else 0
+
+    def asking(self, broker: Broker, session: Session, kind: str, frame: Any) -> bool:
+        """A fetch or progress leaves. Returns whether it was taken care of here."""
+        if kind == "fetch":
+            if not session.ordered and self._strikes(self.rates.late_fetch, "late fetch"):
+                for _ in range(self._between(1, 4)):
+                    self.world.network.repeat(session, broker, frame, self._between(20, 1_800) * MS)
+            return False
+        if not self._strikes(self.rates.half_open, "half-open session"):
+            return False
+        late_us = self._between(50, 1_500) * MS
+        self.world.network.repeat(session, broker, frame, late_us)
+        self.world.network.half_end(session, broker, late_us + 10 * MS)
+        broker.session_ended(session)
+        return True
+
+    def truncated(self, core: PartitionCore) -> None:
+        leader = core.secondary.primary if core.secondary is not None else 0
+        broker = self.world.broker_by_id(leader)
+        if broker is not None and self._strikes(self.rates.flip_back, "flip"):
+            self.engine.after(self._between(0, 20) * MS, self._fence, broker)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def started(self, broker: Broker, restart: str) -> None:
+        """Section 7.1: the class of a lossy start must not be forgotten by a second one."""
+        if restart == RESTART_OS_CRASH and self._strikes(self.rates.second_death, "second death"):
+            self.world.faults.strike_soon(broker, power=False)
+
+    def coordinator(self) -> Coordinator:
+        """Whom a broker connects to."""
+        world = self.world
+        old = [c for c in world.coordinators if c is not world.coordinator and c.host.alive and not c.host.paused]
+        if old and self._strikes(self.rates.stale_address, "stale address"):
+            found: Coordinator = self._pick(old)
+            return found
+        return world.coordinator
+
+    def zombie_back(self) -> None:
+        """A replaced coordinator goes on: some brokers lose their session just now and look for a coordinator."""
+        for broker in self.world.brokers:
+            if broker.coordinator is not None and self._strikes(self.rates.stale_address, "session reset"):
+                self.world.network.end(broker.coordinator)
+
+    # -- after healing -----------------------------------------------------------------------------
+
+    def twins(self) -> None:
+        """C3: whoever dies together stays a candidate together. All die, one comes back alone and has to lead."""
+        world, engine = self.world, self.engine
+        engine.note("ambush", "twins")
+        held = {b for record in world.checks.parts.values() for b in record.meta.isr}
+        alone = world.broker_by_id(self._pick(sorted(held)))
+        assert alone is not None
+        for broker in world.brokers:
+            broker.die("kill -9 of all")
+        engine.run_until(engine.now_us + 4 * world.weather.fence_ms * MS)
+        parts = [record.meta.key for record in world.checks.parts.values() if alone.id in record.meta.replicas]
+        alone.start()
+
+        def leads() -> bool:
+            return all(world.checks.parts[key].meta.primary == alone.id for key in parts)
+
+        if not leads() and not engine.run_until(engine.now_us + ALONE_MS * MS, leads):
+            stranded = [world.checks.parts[key].meta for key in parts if world.checks.parts[key].meta.primary == 0]
+            raise Violation("C3 those that die together stay candidates", f"{alone} is back and complete: {stranded}")
+        for broker in world.brokers:
+            if not broker.host.alive and broker.wanted:
+                broker.start()
+
+

@@ -1,0 +1,81 @@
+"""White-box checks of single rules that no loss of data would show: C5, C8 and the other half of K7.
+
+Called by `checks.Checks` with what became durable, before it takes it over, and with every refusal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ferryline.protocol.messages import RECORDS
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.partition import PartitionCore
+from ferryline_coordinator.core.events import Decision
+from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord
+from tests.simulation.ghost import Violation
+from tests.simulation.serving import Waiter
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+class Conduct:
+    """``fenced_at``: the metadata revision with which each broker was last fenced or registered."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.revision = 0
+        self.fenced_at: dict[int, int] = {}
+
+    def decided(self, decision: Decision) -> None:
+        """One decision became durable; the records in `checks` are still those before it."""
+        for record in decision.puts:
+            if isinstance(record, ClusterRecord):
+                self.revision = record.revision
+        for record in decision.puts:
+            if isinstance(record, BrokerRecord):
+                self._broker(record)
+            elif isinstance(record, PartRecord):
+                self._move(record)
+
+    def _broker(self, record: BrokerRecord) -> None:
+        """C5: a broker serves again only when it has heard that it was fenced."""
+        meta, known = record.meta, self.world.checks.brokers.get(record.meta.id)
+        if known is None or (meta.fenced and (not known.meta.fenced or meta.broker_epoch != known.meta.broker_epoch)):
+            self.fenced_at[meta.id] = self.revision
+            return
+        if meta.fenced or not known.meta.fenced:
+            return
+        broker = self.world.broker_by_id(meta.id)
+        if broker is None or not broker.joined or broker.node.broker_epoch != meta.broker_epoch:
+            return  # another life of it has begun
+        knows, needs = broker.node.metadata.revision, self.fenced_at.get(meta.id, 0)
+        if knows < needs:
+            message = f"{broker} serves again at revision {knows}, it was fenced with {needs}"
+            raise Violation("C5 unfenced only with the present picture", message)
+
+    def _move(self, record: PartRecord) -> None:
+        """C8: no complete copy is dropped before the one that replaces it is complete."""
+        known = self.world.checks.parts.get(record.meta.key)
+        if known is None:
+            return
+        old, new = known.meta, record.meta
+        dropped = [b for b in old.removing if b not in new.replicas and b in old.isr]
+        arrived = [b for b in old.adding if b in new.isr]
+        if len(arrived) < len(dropped):
+            raise Violation("C8 a new copy is complete before an old one goes", f"{old} -> {new}")
+
+    def refused(self, core: PartitionCore, waiter: Waiter, refuse: ev.Refuse) -> None:
+        """K7, the other way round: what a member has read as committed it can commit, also right after a fail-over."""
+        event = waiter.event
+        if not isinstance(event, ev.CommitAsked) or refuse.code != "OFFSET_OUT_OF_RANGE" or event.offset < 1:
+            return
+        truth = self.world.truth(waiter.key)[RECORDS]
+        if event.offset > truth.end or truth.lost or self.world.checks.declared.get(waiter.key):
+            return
+        at = event.offset - 1
+        while at >= 0 and at not in truth.batches:
+            at -= 1
+        if at >= 0 and truth.batches[at][2] <= core.epoch:
+            message = f"{waiter.key}: {event} refused in epoch {core.epoch}, committed up to {truth.end}: {refuse}"
+            raise Violation("K7 what is committed may be committed by a group", message)
