@@ -239,6 +239,7 @@ def test_a_failed_write_of_the_epoch_is_loud_and_final(disk: MemoryStorage) -> N
 def test_a_full_disk_at_a_checkpoint_is_no_failure(disk: MemoryStorage) -> None:
     store = opened(disk)
     store.persist_epoch(1)
+    store.persist_epoch(2)
     fill(store.records, 3)
     store.flush()
     store.records.checkpoint(0)

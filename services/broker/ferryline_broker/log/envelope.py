@@ -18,6 +18,7 @@ import msgspec
 
 from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
 from ferryline_broker.log.interface import FileHandle, Storage, parent_of
+from ferryline_broker.log.together import Together
 
 _HEAD = struct.Struct(">4sHHQI")
 _CRC = struct.Struct(">I")
@@ -56,39 +57,60 @@ def unpack(magic: bytes, data: bytes, kind: type[T]) -> tuple[int, T] | None:
         return None
 
 
+def envelope_bytes(data: bytes, start: int) -> int:
+    """Size of the envelope that begins at ``start``."""
+    return _FRONT + int(_HEAD.unpack_from(data, start)[4])
+
+
 class SlotFile:
     """One small struct, replaced in place and durably.
 
-    After a failed store the file is failed: later stores raise, because nobody knows what the medium holds.
+    Invariant: a store never goes to the slot that holds the newest durable record. After a failed store the file is
+    failed: later stores raise, because nobody knows what the medium holds.
     """
 
-    __slots__ = ("_failed", "_file", "_magic", "_sequence", "_unsynced", "path")
+    __slots__ = ("_at", "_failed", "_file", "_magic", "_safe", "_sequence", "_unsynced", "path")
 
-    def __init__(self, storage: Storage, path: str, magic: bytes) -> None:
+    def __init__(self, storage: Storage, path: str, magic: bytes, together: Together | None = None) -> None:
         self.path = path
         self._magic = magic
         self._file: FileHandle = storage.open(path, create=True)
-        storage.fsync_dir(parent_of(path))  # also for one that exists: its maker may have died before this
+        if together is None:
+            storage.fsync_dir(parent_of(path))  # also for one that exists: its maker may have died before this
+        elif not together.settled:
+            together.directory(parent_of(path))
         self._file.set_idle(True)
         self._sequence = 0
+        self._at = 1  # slot of the newest record; an empty file begins with slot 0
+        self._safe = -1  # slot of the newest record known to be durable, -1: none
         self._failed = False
         self._unsynced = False  # the newest record may not be on the medium yet
 
-    def load(self, kind: type[T]) -> T | None:
-        """The newest undamaged record, None if there is none. It is durable when this returns.
+    def load(self, kind: type[T], together: Together | None = None) -> T | None:
+        """The newest undamaged record, None if there is none. It is durable when this returns, or when ``together`` is
+        settled.
 
-        So it is written again: a process that died between its write and its sync leaves a record that is only in the
-        page cache, and whoever reads it now will act on it.
+        So its bytes are written again where they stand: a process that died between its write and its sync leaves a
+        record that is only in the page cache, and whoever reads it now will act on it.
         """
+        data = self._file.pread(2 * SLOT_BYTES, 0)
         best: tuple[int, T] | None = None
         for slot in (0, 1):
-            found = unpack(self._magic, self._file.pread(SLOT_BYTES, slot * SLOT_BYTES), kind)
+            found = unpack(self._magic, data[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES], kind)
             if found is not None and (best is None or found[0] > best[0]):
-                best = found
+                best, self._at = found, slot
         if best is None:
             return None
         self._sequence = best[0]
-        self.store(best[1])
+        if together is not None and together.settled:
+            self._safe = self._at
+            return best[1]
+        start = self._at * SLOT_BYTES
+        self._write(data[start : start + envelope_bytes(data, start)], self._at)
+        if together is None:
+            self.sync()
+        else:
+            together.file(self)
         return best[1]
 
     def store(self, body: msgspec.Struct, *, sync: bool = True) -> None:
@@ -97,19 +119,26 @@ class SlotFile:
             raise StorageFailed(f"{self.path}: an earlier write failed")
         data = pack(self._magic, body, self._sequence + 1)
         assert len(data) <= SLOT_BYTES, f"{self.path}: {len(data)} bytes do not fit into a slot"
-        if self._unsynced:
+        if self._unsynced and self._safe < 0:
             self.sync()  # otherwise a power cut now could tear this slot while the other never arrived
+        self._write(data, 1 - (self._safe if self._safe >= 0 else self._at))
+        self._sequence += 1
+        if sync:
+            self.sync()
+
+    def _write(self, data: bytes, slot: int) -> None:
         try:
-            self._file.pwrite(data, (self._sequence + 1) % 2 * SLOT_BYTES)
+            self._file.pwrite(data, slot * SLOT_BYTES)
         except StorageFull:
-            raise  # at most the older slot is torn, and the next store writes that one again
+            # That slot may be torn: what counts is the other one, and the next store writes this one again.
+            if slot == self._at and self._safe >= 0:
+                self._at, self._unsynced = self._safe, False
+            raise
         except FerrylineError:
             self._failed = True
             raise
-        self._sequence += 1
+        self._at = slot
         self._unsynced = True
-        if sync:
-            self.sync()
 
     def sync(self) -> None:
         """The newest record is durable when this returns."""
@@ -121,11 +150,12 @@ class SlotFile:
             except FerrylineError:
                 self._failed = True
                 raise
-            self._unsynced = False
+            self.synced_by_group()
 
     def synced_by_group(self) -> None:
         """`Storage.sync_all` has made the newest record durable."""
         self._unsynced = False
+        self._safe = self._at
 
     def store_twice(self, body: msgspec.Struct) -> None:
         """Put the record into both slots: rot of the newest slot cannot bring back an older value."""

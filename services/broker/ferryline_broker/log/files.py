@@ -171,7 +171,13 @@ class FileStorage:
     def is_dir(self, path: str) -> bool:
         return os.path.isdir(self._full(path))
 
-    def mkdirs(self, path: str) -> None:
+    def mkdirs(self, path: str, *, sync: bool = True) -> None:
+        if not sync:
+            try:
+                os.makedirs(self._full(path), 0o750, exist_ok=True)
+            except OSError as error:
+                raise translated(error, f"make {path}") from error
+            return
         made = ""
         for part in path.split("/"):
             parent, made = made, f"{made}/{part}" if made else part
@@ -248,7 +254,7 @@ class FileStorage:
         except OSError as error:
             raise translated(error, f"read {path}") from error
 
-    def write_small_atomic(self, path: str, data: bytes) -> None:
+    def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
         temp = path + TEMP_SUFFIX
         try:
             fd = os.open(self._full(temp), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
@@ -256,7 +262,8 @@ class FileStorage:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view) :]
-                os.fsync(fd)
+                if sync:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -264,7 +271,8 @@ class FileStorage:
                 os.unlink(self._full(temp))
             raise translated(error, f"write {path}") from error
         self.rename(temp, path)
-        self.fsync_dir(parent_of(path))
+        if sync:
+            self.fsync_dir(parent_of(path))
 
     def try_lock(self, path: str) -> Lock | None:
         try:

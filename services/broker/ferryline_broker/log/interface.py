@@ -77,8 +77,8 @@ class Storage(Protocol):
 
     def is_dir(self, path: str) -> bool: ...
 
-    def mkdirs(self, path: str) -> None:
-        """Make the directory and its parents; their names are durable when this returns."""
+    def mkdirs(self, path: str, *, sync: bool = True) -> None:
+        """Make the directory and its parents; their names are durable when this returns, unless ``sync`` is False."""
 
     def fsync_dir(self, path: str) -> None:
         """Make creations, renames and removals in this directory durable."""
@@ -105,8 +105,11 @@ class Storage(Protocol):
     def read_small(self, path: str) -> bytes | None:
         """Whole contents, None when there is no such file."""
 
-    def write_small_atomic(self, path: str, data: bytes) -> None:
-        """Replace the file as one step: after a crash either the old or the new contents are there. Durable."""
+    def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
+        """Replace the file as one step: after a crash either the old or the new contents are there. Durable.
+
+        With ``sync`` False neither holds before the caller has synced the file and its directory.
+        """
 
     def try_lock(self, path: str) -> Lock | None:
         """An exclusive lock that ends with this process, or None while another holds it."""

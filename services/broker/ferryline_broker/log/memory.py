@@ -202,7 +202,7 @@ class MemoryStorage:
     def is_dir(self, path: str) -> bool:
         return isinstance(self._find(path), Dir)
 
-    def mkdirs(self, path: str) -> None:
+    def mkdirs(self, path: str, *, sync: bool = True) -> None:
         directory = self._root
         made = ""
         for part in path.split("/"):
@@ -214,7 +214,8 @@ class MemoryStorage:
                 self._link(directory, part, node)
             if not isinstance(node, Dir):
                 raise translated(OSError(errno.ENOTDIR, "Not a directory"), f"make {path}")
-            self.fsync_dir(parent)
+            if sync:
+                self.fsync_dir(parent)
             directory = node
 
     def fsync_dir(self, path: str) -> None:
@@ -274,18 +275,20 @@ class MemoryStorage:
         node = self._find(path)
         return bytes(node.live) if isinstance(node, Inode) else None
 
-    def write_small_atomic(self, path: str, data: bytes) -> None:
+    def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
         temp = path + TEMP_SUFFIX
         try:
             handle = self.open(temp, create=True)
             handle.truncate(0)
             handle.pwrite(data, 0)
-            handle.fdatasync()
+            if sync:
+                handle.fdatasync()
         except Exception:
             self.unlink(temp)
             raise
         self.rename(temp, path)
-        self.fsync_dir(parent_of(path))
+        if sync:
+            self.fsync_dir(parent_of(path))
 
     def try_lock(self, path: str) -> Lock | None:
         self.open(path, create=True)

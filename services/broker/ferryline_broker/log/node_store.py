@@ -43,6 +43,7 @@ from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.replica_store import ReplicaStore, quarantine, replica_path
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.storage import Lock, Storage
+from ferryline_broker.log.together import Together
 
 FORMAT_MAGIC, NODE_MAGIC, CLEAN_MAGIC = b"FLFM", b"FLND", b"FLCS"
 DIRECTORIES_MAX = 1000  # tried before giving up: more brokers than this never share one data root
@@ -240,7 +241,13 @@ class NodeStore:
         return found
 
     def recover_replica(
-        self, topic_id: str, partition: int, config: LogConfig | None = None, *, quarantined: str = ""
+        self,
+        topic_id: str,
+        partition: int,
+        config: LogConfig | None = None,
+        *,
+        quarantined: str = "",
+        together: Together | None = None,
     ) -> Generator[None, None, ReplicaStore]:
         """Open a replica, creating it if it is not on disk, in steps of a few ms.
 
@@ -252,16 +259,22 @@ class NodeStore:
         if quarantined and self.storage.is_dir(replica_path(self.root, *key)):
             quarantine(self.storage, self.root, topic_id, partition, quarantined)
         store = yield from ReplicaStore.recover(
-            self.storage, self.root, topic_id, partition, config, wall_ms=self._wall_ms
+            self.storage, self.root, topic_id, partition, config, wall_ms=self._wall_ms, together=together
         )
         self.replicas[key] = store
         return store
 
     def open_replica(
-        self, topic_id: str, partition: int, config: LogConfig | None = None, *, quarantined: str = ""
+        self,
+        topic_id: str,
+        partition: int,
+        config: LogConfig | None = None,
+        *,
+        quarantined: str = "",
+        together: Together | None = None,
     ) -> ReplicaStore:
         """`recover_replica` in one go."""
-        return drained(self.recover_replica(topic_id, partition, config, quarantined=quarantined))
+        return drained(self.recover_replica(topic_id, partition, config, quarantined=quarantined, together=together))
 
     def delete_replica(self, topic_id: str, partition: int) -> None:
         """Remove a replica: gone durably when this returns, its space bit by bit through `purge_step`.

@@ -12,6 +12,7 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -27,6 +28,7 @@ from ferryline_broker.log.recovery import EPOCH_ANY, LogStart, Recovered, Recove
 from ferryline_broker.log.segment import Segment
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.tail import Tail
+from ferryline_broker.log.together import Together
 from ferryline_broker.log.walk import CHAINED_BYTES
 
 CLOSED = "closed"
@@ -75,31 +77,22 @@ class PartitionLog:
         hooks: LogHooks | None = None,
         epoch_max: int = EPOCH_ANY,
         wall_ms: Callable[[], int] = wall_clock_ms,
+        together: Together | None = None,
     ) -> Generator[None, None, PartitionLog]:
-        """Open the log step by step; each step holds the caller for a few ms at most.
+        """Open the log step by step; each step holds the caller for a few ms at most. With ``together`` what was found
+        is durable only once that is settled.
 
         A damaged log opens too: ``log_state`` says so, and append and read raise LogDamaged.
         """
         config, hooks = config or LogConfig(), hooks or LogHooks()
-        recovered = yield from Recovery(storage, path, config, checkpoint, hooks, epoch_max, wall_ms).run()
+        recovery = Recovery(storage, path, config, checkpoint, hooks, epoch_max, wall_ms, together)
+        recovered = yield from recovery.run()
         return cls(storage, path, config, recovered, hooks, wall_ms)
 
     @classmethod
-    def open(
-        cls,
-        storage: Storage,
-        path: str,
-        config: LogConfig | None = None,
-        *,
-        checkpoint: LogCheckpoint = NO_CHECKPOINT,
-        hooks: LogHooks | None = None,
-        epoch_max: int = EPOCH_ANY,
-        wall_ms: Callable[[], int] = wall_clock_ms,
-    ) -> PartitionLog:
-        """`recover` in one go."""
-        return drained(
-            cls.recover(storage, path, config, checkpoint=checkpoint, hooks=hooks, epoch_max=epoch_max, wall_ms=wall_ms)
-        )
+    def open(cls, storage: Storage, path: str, config: LogConfig | None = None, **options: Any) -> PartitionLog:
+        """`recover` in one go, with its options."""
+        return drained(cls.recover(storage, path, config, **options))
 
     # -- what it holds ----------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from ferryline_broker.log.interface import TEMP_SUFFIX, LogDamaged, Storage
 from ferryline_broker.log.model import Damage, LogCheckpoint, LogConfig, LogHooks
 from ferryline_broker.log.scan import ScanEnd, find_batch_after, scan_batches
 from ferryline_broker.log.segment import INDEX, LOG, SEAL, Segment, read_seal
+from ferryline_broker.log.together import Together
 from ferryline_broker.log.walk import CHAINED_BYTES
 
 START_MAGIC = b"FLST"
@@ -82,22 +83,29 @@ class Recovery:
         hooks: LogHooks,
         epoch_max: int,
         wall_ms: Callable[[], int],
+        together: Together | None = None,
     ) -> None:
-        self.storage, self.path, self.config = storage, path, config
+        self.storage, self.path, self.config, self.together = storage, path, config, together
         self.checkpoint, self.hooks, self.epoch_max, self.wall_ms = checkpoint, hooks, epoch_max, wall_ms
 
     def run(self) -> Generator[None, None, Recovered]:
-        self.storage.mkdirs(self.path)
-        start_file = SlotFile(self.storage, f"{self.path}/start", START_MAGIC)
-        start = start_file.load(LogStart)
+        together = self.together
+        together.make(self.path) if together is not None else self.storage.mkdirs(self.path)
+        start_file = SlotFile(self.storage, f"{self.path}/start", START_MAGIC, together)
+        start = start_file.load(LogStart, together)
         bases = self._bases()
         out = Recovered(start_file, start or LogStart())
         if start is None:
             if bases:
                 out.start = LogStart(bases[0])
                 return self._damaged(out, bases[0], "the file that names the log start is unreadable")
-            start_file.store_twice(out.start)
+            if together is None:
+                start_file.store_twice(out.start)
+            else:
+                start_file.store(out.start, sync=False)
+                together.file(start_file)
         elif start.dropping:
+            self._in_order()
             bases = finish_reset(self.storage, self.path, out, bases)
         bases = self._drop_below_start(out.start.offset, bases)
         try:
@@ -105,6 +113,11 @@ class Recovery:
         except LogDamaged as error:
             return self._damaged(out, int(error.details.get("offset", -1)), error.message)
         return out
+
+    def _in_order(self) -> None:
+        """What was found so far is durable when this returns: the next step must not overtake it."""
+        if self.together is not None:
+            self.together.settle()
 
     # -- the directory ----------------------------------------------------------------------------
 
@@ -122,6 +135,8 @@ class Recovery:
     def _drop_below_start(self, log_start: int, bases: list[int]) -> list[int]:
         """Finish a deletion by retention: segments that end at or below the log start."""
         kept = list(bases)
+        if kept and self._ends_below(kept, log_start):
+            self._in_order()
         while kept and self._ends_below(kept, log_start):
             remove_files(self.storage, self.path, kept.pop(0))
         if len(kept) < len(bases):
@@ -153,6 +168,7 @@ class Recovery:
                 if self.storage.exists(segment.stem + INDEX) is False:
                     segment.load_index()
             elif following is not None:
+                self._in_order()
                 yield from self._seal_again(segment)
             else:
                 yield from self._recover_tail(out, segment)
@@ -215,9 +231,12 @@ class Recovery:
         if end.position < size:
             segment.file.truncate(end.position)
             rewriter.dirty = True
-        if rewriter.dirty:
+        if rewriter.dirty and self.together is None:
             rewriter.finish()
             self.storage.fsync_dir(self.path)  # after a process crash perhaps not even the file's name was synced
+        elif rewriter.dirty and self.together is not None:
+            self.together.handle(segment.file)
+            self.together.directory(self.path)
 
     def _judge(self, segment: Segment, end: ScanEnd, size: int) -> Generator[None, None, None]:
         """Torn tail or damage? Returns only for a torn tail."""

@@ -27,6 +27,7 @@ from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.recovery import EPOCH_ANY
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.storage import Storage
+from ferryline_broker.log.together import Together
 
 META_MAGIC = b"FLRM"
 PRODUCERS_MAGIC = b"FLPS"
@@ -69,6 +70,7 @@ class ReplicaStore:
         self._meta = ReplicaMeta()
         self._hw = [0, 0]
         self._last_snapshot_at = 0
+        self._together: Together | None = None  # while it is being opened
 
     @classmethod
     def recover(
@@ -80,21 +82,30 @@ class ReplicaStore:
         config: LogConfig | None = None,
         *,
         wall_ms: Callable[[], int] = wall_clock_ms,
+        together: Together | None = None,
     ) -> Generator[None, None, ReplicaStore]:
-        """Open, or create, step by step; each step takes a few ms at most."""
+        """Open, or create, step by step; each step takes a few ms at most.
+
+        With ``together`` what it found and made is durable only once that is settled.
+        """
         config = config or LogConfig()
         path = replica_path(root, topic_id, partition)
-        storage.mkdirs(path)
+        together.make(path) if together is not None else storage.mkdirs(path)
         self = cls(storage, path, topic_id, partition)
-        self._meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC)
-        meta = self._meta_file.load(ReplicaMeta)
+        self._together = together
+        self._meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC, together)
+        meta = self._meta_file.load(ReplicaMeta, together)
         if meta is None:
             lost = any(name.endswith(".log") for log in LOGS for name in storage.listdir(f"{path}/{log}"))
             if lost:
                 meta = ReplicaMeta(sticky=LOG_DAMAGED, sticky_reason="seen_epoch and checkpoints are unreadable")
             else:
                 meta = ReplicaMeta()
-            self._meta_file.store_twice(meta)
+            if together is None or lost:
+                self._meta_file.store_twice(meta)
+            else:
+                self._meta_file.store(meta, sync=False)
+                together.file(self._meta_file)
         self._meta = meta
         records = yield from self._recover_log(RECORDS, config, wall_ms)
         state = yield from self._recover_log(STATE, _state_config(config), wall_ms)
@@ -104,6 +115,7 @@ class ReplicaStore:
             # Records leave at the start only below the high watermark, so it is never below the log start.
             self._hw[log] = max(opened.log_start, min(self._meta.checkpoints[log].hw, opened.log_end))
         self._drop_snapshots_above(records.log_end)
+        self._together = None
         return self
 
     @classmethod
@@ -151,10 +163,18 @@ class ReplicaStore:
 
     # -- durable changes --------------------------------------------------------------------------
 
-    def persist_epoch(self, epoch: int) -> None:
-        """Raise seen_epoch; durable when this returns. Lower or equal values change nothing."""
-        if epoch > self._meta.seen_epoch:
-            self._store(msgspec.structs.replace(self._meta, seen_epoch=epoch), twice=True)
+    def persist_epoch(self, epoch: int, together: Together | None = None) -> None:
+        """Raise seen_epoch; durable when this returns, or when ``together`` is settled. Lower or equal values change
+        nothing."""
+        if epoch <= self._meta.seen_epoch:
+            return
+        meta = msgspec.structs.replace(self._meta, seen_epoch=epoch)
+        if together is None:
+            self._store(meta)
+        else:
+            self._meta_file.store(meta, sync=False)
+            self._meta = meta
+            together.file(self._meta_file)
 
     def write_checkpoint(self, hw_records: int, hw_state: int, *, sync: bool = True) -> bool:
         """Record what is flushed and the high watermarks. Call at least every second; False if nothing changed.
@@ -185,11 +205,11 @@ class ReplicaStore:
             if log.log_state == LOG_TRUNCATED:
                 log.log_state = LOG_OK
         if self._meta.sticky == LOG_TRUNCATED:
-            self._store(msgspec.structs.replace(self._meta, sticky=LOG_OK, sticky_reason=""), twice=True)
+            self._store(msgspec.structs.replace(self._meta, sticky=LOG_OK, sticky_reason=""))
 
     def mark_damaged(self, reason: str) -> None:
         """Remember damage found while running (scrubber, failed read), until `quarantine`."""
-        self._store(msgspec.structs.replace(self._meta, sticky=LOG_DAMAGED, sticky_reason=reason[:500]), twice=True)
+        self._store(msgspec.structs.replace(self._meta, sticky=LOG_DAMAGED, sticky_reason=reason[:500]))
 
     def flush(self) -> tuple[int, int]:
         return (self.records.flush(), self.state.flush())
@@ -247,6 +267,7 @@ class ReplicaStore:
             hooks=hooks,
             epoch_max=self._meta.seen_epoch or EPOCH_ANY,
             wall_ms=wall_ms,
+            together=self._together,
         )
         return opened
 
@@ -269,7 +290,9 @@ class ReplicaStore:
         checkpoints[log] = lowered
         sticky = max(self._meta.sticky, log_state, key=_WORST.index)
         meta = msgspec.structs.replace(self._meta, checkpoints=(checkpoints[0], checkpoints[1]), sticky=sticky)
-        self._store(meta, twice=sticky != self._meta.sticky)
+        if self._together is not None:
+            self._together.settle()  # the logs that were opened so far, before any of them is cut
+        self._store(meta)
         if log == RECORDS:
             self._drop_snapshots_above(checkpoint.offset)
 
@@ -284,11 +307,8 @@ class ReplicaStore:
         names = self.storage.listdir(self.path)
         return [name for name in names if name.startswith("producers-") and name[10:].isdigit()]
 
-    def _store(self, meta: ReplicaMeta, *, twice: bool = False) -> None:
-        if twice:
-            self._meta_file.store_twice(meta)
-        else:
-            self._meta_file.store_twice(meta)
+    def _store(self, meta: ReplicaMeta) -> None:
+        self._meta_file.store_twice(meta)
         self._meta = meta
 
 
