@@ -113,7 +113,7 @@ class Broker:
         self.link = link = CoordinatorLink(node, http, files, store.cluster_id, config.coordinator)
         self.node_driver = NodeDriver(node, partitions, link, store, opener, view, metrics)
         partitions.peers, partitions.link = peers, link
-        partitions.delete_replica = self.node_driver.delete_replica
+        partitions.delete_replica = self.node_driver.work.delete_replica
         link.listener = self.node_driver
         self.frames = FrameRouter(config, partitions, view, metrics, peers)
         self.rest = RestApi(partitions, view)

@@ -7,6 +7,7 @@ import struct
 import msgspec
 
 from ferryline.protocol.messages import RECORDS, STATE, ReplicaData
+from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.events import Bytes, Event, Key, SendData
 from ferryline_broker.core.partition import PartitionCore, ReadVerdict
@@ -32,20 +33,19 @@ class HostedReplica:
         "follow_ups",
         "key",
         "logs",
-        "name",
         "queued_ms",
         "readers",
         "store",
-        "topic_name",
+        "topic",
         "unsaved",
     )
 
-    def __init__(self, core: PartitionCore, store: ReplicaStore, topic_name: str, counts: TopicCounts) -> None:
+    def __init__(self, core: PartitionCore, store: ReplicaStore, topic: TopicMeta, counts: TopicCounts) -> None:
         self.key: Key = core.key
         self.core = core
         self.store = store
         self.logs: tuple[PartitionLog, PartitionLog] = store.logs
-        self.topic_name = topic_name
+        self.topic = topic  # as last applied to the logs and kept beside them
         self.counts = counts
         self.broken = ""
         self.follow_ups: list[Event] = []  # what the core is told after the effects of its last event
@@ -54,7 +54,15 @@ class HostedReplica:
         self.deadline_ms: int | None = None  # of the core
         self.queued_ms: int | None = None  # earliest entry in the driver's heap; never later than deadline_ms
         self.readers: dict[Emitter, None] = {}  # parked fetches, in order of arrival
-        self.name = f"{topic_name}/{self.key[1]}"
+
+    @property
+    def topic_name(self) -> str:
+        return self.topic.name
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"{self.topic.name}/{self.key[1]}"
 
     def count_in(self, size: int, headers: list[tuple[int, BatchHeader]]) -> None:
         """Book what producers brought; control records and what a secondary fetched are not theirs."""

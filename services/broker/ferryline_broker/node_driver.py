@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ferryline.protocol.errors import StorageFailed, StorageFull
-from ferryline.protocol.messages import AlterIsrResult, HandoverEntry
+from ferryline.protocol.messages import AlterIsrResult, HandoverEntry, Heartbeat
 from ferryline_broker.clock import now_ms
 from ferryline_broker.coordinator import CoordinatorLink
 from ferryline_broker.core import events as ev
@@ -19,6 +19,7 @@ from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import Opener, apply_config
+from ferryline_broker.replica_work import KeepTopic, ReplicaWork
 from ferryline_broker.view import ClusterView
 from ferryline_service.logs import get_logger
 
@@ -50,17 +51,26 @@ class NodeDriver:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._follow_ups: list[ev.Event] = []
         self._topic_versions: dict[str, int] = {}
+        self._held_back: Heartbeat | None = None  # the last heartbeat, if it named an older revision than we have
+        self._worked_off = (0, -1)  # (coordinator epoch, revision) that all replicas have heard of
+        self.work = ReplicaWork(
+            node,
+            partitions,
+            store,
+            opener,
+            opened=self._replica_opened,
+            done=self._work_done,
+            failed=lambda error: self._stop_now(ev.StopNow(False, f"storage failed: {error}")),
+        )
         self._do: dict[type[ev.Effect], Callable[[Any], None]] = {
             ev.SendRegister: self._send_register,
             ev.ConfirmRegistered: self._confirm_registered,
             ev.PersistCoordEpoch: lambda e: store.persist_coord_epoch(e.coord_epoch),
-            ev.SendHeartbeat: lambda e: link.send_heartbeat(e.heartbeat),
             ev.RequestMetadata: lambda e: link.request_metadata(e.request),
-            ev.OpenReplica: self._open_replica,
-            ev.DeleteReplica: lambda e: self.delete_replica(e.key),
-            ev.TellReplica: self._tell_replica,
+            ev.OpenReplica: self.work.add,
+            ev.DeleteReplica: self.work.add,
+            ev.TellReplica: self.work.add,
             ev.ResetCoordinatorSession: lambda e: link.reset(e.reason),
             ev.Registered: self._registered,
             ev.StopNow: self._stop_now,
@@ -82,14 +92,16 @@ class NodeDriver:
             return
         try:
             for effect in effects:
-                self._do[type(effect)](effect)
+                if type(effect) is not ev.SendHeartbeat:
+                    self._do[type(effect)](effect)
         except (StorageFailed, StorageFull) as error:
             # What the node must remember could not be written: going on would forget it after a restart.
             self._stop_now(ev.StopNow(False, f"storage failed: {error}"))
             return
-        follow_ups, self._follow_ups = self._follow_ups, []
-        for follow_up in follow_ups:
-            self.node_event(follow_up)
+        self.work.begin()
+        for effect in effects:
+            if type(effect) is ev.SendHeartbeat:  # after the first slice of work: it tells how far that has come
+                self._send_heartbeat(effect)
         self._arm()
         if (node.metadata.revision, node.metadata.coord_epoch) != before:
             self._metadata_changed()
@@ -114,6 +126,7 @@ class NodeDriver:
             self._timer = self._loop.call_later(max(1, deadline - now_ms()) / 1000, self.node_event, ev.Tick())
 
     def close(self) -> None:
+        self.work.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -128,34 +141,25 @@ class NodeDriver:
         self._store.confirm_registered()
         self._view.claim_key = effect.claim_key
 
-    def _open_replica(self, effect: ev.OpenReplica) -> None:
-        key, partitions = effect.key, self._partitions
-        known = partitions.unhost(key)
-        topic = self._node.metadata.topics.get(key[0])
-        quarantined = "damaged; fetched again from the primary" if effect.quarantine else ""
-        try:
-            if known is not None:
-                self._store.replicas.pop(key, None)
-                known.store.close()
-            hosted = self._opener.open(key, self._node.broker_id, topic, flush=effect.flush, quarantined=quarantined)
-        except (StorageFailed, StorageFull) as error:
-            _log.error(
-                "replica cannot be opened", topic=topic.name if topic else key[0], partition=key[1], error=str(error)
-            )
-            return
-        partitions.host(hosted)
-        self._follow_ups.append(ev.ReplicaOpened(key, hosted.core.report().log_state))
+    def _replica_opened(self, event: ev.ReplicaOpened) -> None:
+        for effect in self._node.handle(event, now_ms()):
+            self._do[type(effect)](effect)
 
-    def delete_replica(self, key: ev.Key) -> None:
-        hosted = self._partitions.unhost(key)
-        if hosted is not None:
-            _log.info("replica deleted", partition=hosted.name)
-            self._store.delete_replica(*key)
+    def _send_heartbeat(self, effect: ev.SendHeartbeat) -> None:
+        """A heartbeat names the revision that our replicas have heard of: the coordinator unfences by it."""
+        heartbeat = effect.heartbeat
+        position = (self._node.metadata.coord_epoch, heartbeat.revision)
+        self._held_back = heartbeat if self.work.pending and position != self._worked_off else None
+        if self._held_back is not None:
+            heartbeat = msgspec.structs.replace(heartbeat, revision=-1)
+        self._link.send_heartbeat(heartbeat)
 
-    def _tell_replica(self, effect: ev.TellReplica) -> None:
-        hosted = self._partitions.replicas.get(effect.key)
-        if hosted is not None:
-            self._partitions.feed(hosted, effect.event)
+    def _work_done(self) -> None:
+        metadata, held = self._node.metadata, self._held_back
+        self._worked_off = (metadata.coord_epoch, metadata.revision)
+        self._held_back = None
+        if held is not None and self._node.registered and held.broker_epoch == self._node.broker_epoch:
+            self._link.send_heartbeat(held)
 
     def _registered(self, effect: ev.Registered) -> None:
         self._metrics.fenced = effect.fenced
@@ -178,11 +182,13 @@ class NodeDriver:
             versions[topic.id] = topic.version
             for number in range(topic.config.partitions):
                 hosted = self._partitions.replicas.get((topic.id, number))
-                if hosted is not None:
-                    hosted.topic_name, hosted.counts = topic.name, self._metrics.topic(topic.name)
-                    hosted.name = f"{topic.name}/{number}"
+                if hosted is not None and hosted.topic != topic:
+                    if hosted.topic.name != topic.name:
+                        hosted.counts = self._metrics.topic(topic.name)
+                    hosted.topic = topic
                     apply_config(hosted, topic.config)
-                    self._opener.remember(hosted.key, topic)
+                    self.work.add(KeepTopic(hosted.key, topic))
+        self.work.begin()
         for topic_id in [topic_id for topic_id in versions if topic_id not in metadata.topics]:
             del versions[topic_id]
         self.on_metadata()

@@ -6,6 +6,8 @@ needed to recover the logs before any coordinator has been heard, and for nothin
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 
 from ferryline.protocol.frames import encode_value
@@ -18,7 +20,8 @@ from ferryline_broker.core.producers import ProducerTable
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.node_store import NodeStore
-from ferryline_broker.log.replica_store import ReplicaStore, replica_path
+from ferryline_broker.log.replica_store import ReplicaStore, replica_path, state_config
+from ferryline_broker.log.together import Together
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_service.logs import get_logger
 
@@ -41,33 +44,58 @@ class Opener:
         self._metrics = metrics
         self._config = config
         self._core_class = core_class
+        self._topics: dict[str, TopicMeta] = {}  # as last opened
 
     def open_all(self, broker_id: int) -> list[HostedReplica]:
-        """Every replica on disk. Called before anything is served, so it may take as long as it takes."""
-        return [self.open(key, broker_id, None) for key in self._store.replicas_on_disk()]
+        """Every replica on disk, with one sync for all. Called before anything is served."""
+        together = self._store.together()
+        opened = [self.open(key, broker_id, None, together=together) for key in self._store.replicas_on_disk()]
+        together.settle()
+        return opened
 
     def open(
-        self, key: Key, broker_id: int, topic: TopicMeta | None, *, flush: str = FLUSH_FSYNC, quarantined: str = ""
+        self,
+        key: Key,
+        broker_id: int,
+        topic: TopicMeta | None,
+        *,
+        flush: str = FLUSH_FSYNC,
+        quarantined: str = "",
+        together: Together | None = None,
     ) -> HostedReplica:
-        """Open one replica, creating it if it is not there. Raises StorageFailed or StorageFull."""
-        known = topic or self._remembered(key)
-        if known is None:
-            known = TopicMeta(key[0], key[0][:8], TopicConfig(flush=flush))
-        store = self._store.open_replica(*key, log_config(known.config), quarantined=quarantined)
-        if topic is not None:
-            self.remember(key, topic)
+        """Open one replica, creating it if it is not there. Raises StorageFailed or StorageFull.
+
+        With ``together`` it may be used only once that is settled.
+        """
+        remembered = self._remembered(key)
+        known = self._shared(topic or remembered or TopicMeta(key[0], key[0][:8], TopicConfig(flush=flush)))
+        store = self._store.open_replica(
+            *key, log_config(known.config), quarantined=quarantined, together=None if quarantined else together
+        )
+        if topic is not None and topic != remembered:
+            self.remember(key, topic, together)
         report = store.recovery
         if report.log_state != LOG_OK:
             _log.error(
                 "replica is not whole", partition=f"{known.name}/{key[1]}", found=report.log_state, why=report.reason
             )
         core = self._core_class(key, broker_id, self._config, opened_replica(store, repairing=bool(quarantined)))
-        return HostedReplica(core, store, known.name, self._metrics.topic(known.name))
+        return HostedReplica(core, store, known, self._metrics.topic(known.name))
 
-    def remember(self, key: Key, topic: TopicMeta) -> None:
+    def remember(self, key: Key, topic: TopicMeta, together: Together | None = None) -> None:
         """Keep name and settings of the topic beside the replica."""
-        if self._remembered(key) != topic:
-            self._store.storage.write_small_atomic(self._topic_path(key), encode_value(topic))
+        data = encode_value(topic)
+        if together is not None:
+            together.write_small(self._topic_path(key), data)
+        else:
+            self._store.storage.write_small_atomic(self._topic_path(key), data)
+
+    def _shared(self, topic: TopicMeta) -> TopicMeta:
+        """One object for all replicas of a topic: each has read its own copy."""
+        known = self._topics.get(topic.id)
+        if known != topic:
+            known = self._topics[topic.id] = topic
+        return known
 
     def _remembered(self, key: Key) -> TopicMeta | None:
         data = self._store.storage.read_small(self._topic_path(key))
@@ -80,6 +108,7 @@ class Opener:
         return f"{replica_path(self._store.root, *key)}/topic"
 
 
+@lru_cache(maxsize=1024)
 def log_config(config: TopicConfig) -> LogConfig:
     """The part of a topic's settings that its logs follow."""
     return LogConfig(
@@ -95,7 +124,7 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
     """Let a running replica follow changed topic settings. The state log is never subject to retention."""
     records = log_config(config)
     hosted.logs[RECORDS].config = records
-    hosted.logs[STATE].config = LogConfig(records.segment_bytes, records.segment_ms, -1, -1, records.flush)
+    hosted.logs[STATE].config = state_config(records)
 
 
 def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedReplica:

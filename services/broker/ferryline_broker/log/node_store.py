@@ -93,6 +93,8 @@ class NodeStore:
         self.restart_class = RESTART_FOREIGN
         self.replicas: dict[Key, ReplicaStore] = {}  # open ones
         self._lock, self._wall_ms = lock, wall_ms
+        self._gone = 0  # highest number given to a deleted replica, 0: not looked for yet
+        self._purge_due = True  # an earlier process may have left some
         self._format: Format
         self._state: NodeState
         self._node_file: SlotFile
@@ -215,9 +217,11 @@ class NodeStore:
 
         After an error no marker is written: the next start takes this one for a crash, which is always safe.
         """
+        together = Together(self.storage)
         for store in self.replicas.values():
-            store.flush()
-            store.write_checkpoint(*store.high_watermarks)
+            store.finish(together)
+        together.settle()
+        for store in self.replicas.values():
             store.close()
         self.replicas.clear()
         self.storage.write_small_atomic(f"{self.root}/clean_stop", pack(CLEAN_MAGIC, CleanStop(self.incarnation)))
@@ -264,6 +268,10 @@ class NodeStore:
         self.replicas[key] = store
         return store
 
+    def together(self) -> Together:
+        """For opening many replicas with one sync."""
+        return Together(self.storage, settled=self.restart_class == RESTART_CLEAN)
+
     def open_replica(
         self,
         topic_id: str,
@@ -287,12 +295,18 @@ class NodeStore:
         path = replica_path(self.root, topic_id, partition)
         if self.storage.is_dir(path):
             parent = f"{self.root}/partitions"
-            numbers = [int(name.rpartition("-")[2]) for name in self.storage.listdir(parent) if name.startswith(_GONE)]
-            self.storage.rename(path, f"{parent}/{_GONE}{max(numbers, default=0) + 1}")
+            if not self._gone:  # of an earlier process, perhaps: looked for once, for the directory may be large
+                names = self.storage.listdir(parent)
+                self._gone = max((int(name.rpartition("-")[2]) for name in names if name.startswith(_GONE)), default=0)
+            self._gone += 1
+            self._purge_due = True
+            self.storage.rename(path, f"{parent}/{_GONE}{self._gone}")
             self.storage.fsync_dir(parent)
 
     def purge_step(self, files_max: int = 4) -> bool:
         """Unlink a few files of deleted replicas; False when nothing is left to do."""
+        if not self._purge_due:
+            return False
         parent = f"{self.root}/partitions"
         left = files_max
         for name in self.storage.listdir(parent):
@@ -300,7 +314,8 @@ class NodeStore:
                 left = self._purge(f"{parent}/{name}", left)
                 if left <= 0:
                     return True
-        return left < files_max
+        self._purge_due = left < files_max
+        return self._purge_due
 
     def usage(self) -> tuple[int, int]:
         """(free, total) bytes of the file system."""

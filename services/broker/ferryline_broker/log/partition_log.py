@@ -58,7 +58,7 @@ class PartitionLog:
         self.damage = recovered.damage
         self.failure = ""  # why the log failed, "" while it works
         self._storage, self._hooks, self._wall_ms = storage, hooks, wall_ms
-        self._start_file, self._start = recovered.start_file, recovered.start
+        self.start_file, self._start = recovered.start_file, recovered.start
         self._chain = SegmentChain(storage, path, recovered.segments, wall_ms)
         self._tail = Tail()
         self._epochs = EpochStarts(pair for segment in recovered.segments for pair in segment.epochs)
@@ -237,9 +237,9 @@ class PartitionLog:
         """Empty the log and let it begin at ``offset``. Durable. ``epoch``: of the record before it, -1 unknown."""
         self._check_usable()
         self._hooks.before_cut(LogCheckpoint(offset, hw=offset), self.log_state)
-        out = Recovered(self._start_file, LogStart(offset, epoch, dropping=True))
+        out = Recovered(self.start_file, LogStart(offset, epoch, dropping=True))
         try:
-            self._start_file.store(out.start)
+            self.start_file.store(out.start)
             finish_reset(self._storage, self.path, out, self._chain.clear())
         except FerrylineError as error:
             raise self._fail(error) from error
@@ -260,7 +260,7 @@ class PartitionLog:
             return self.log_start
         start = LogStart(gone[-1].next_offset, gone[-1].tail_epoch)
         try:
-            self._start_file.store(start)
+            self.start_file.store(start)
             self._chain.drop_below(len(gone))
         except FerrylineError as error:
             raise self._fail(error) from error
@@ -339,7 +339,7 @@ class PartitionLog:
     def close(self) -> None:
         """Give back descriptors; every later call that needs one raises. Does not flush."""
         self._chain.clear()
-        self._start_file.close()
+        self.start_file.close()
         self.failure = CLOSED
 
     # -- inside -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import msgspec
 
@@ -108,7 +109,7 @@ class ReplicaStore:
                 together.file(self._meta_file)
         self._meta = meta
         records = yield from self._recover_log(RECORDS, config, wall_ms)
-        state = yield from self._recover_log(STATE, _state_config(config), wall_ms)
+        state = yield from self._recover_log(STATE, state_config(config), wall_ms)
         self.logs = (records, state)
         for log in (RECORDS, STATE):
             opened = self.logs[log]
@@ -211,6 +212,14 @@ class ReplicaStore:
         """Remember damage found while running (scrubber, failed read), until `quarantine`."""
         self._store(msgspec.structs.replace(self._meta, sticky=LOG_DAMAGED, sticky_reason=reason[:500]))
 
+    def finish(self, together: Together) -> None:
+        """Everything of this replica is durable once ``together`` is settled, its checkpoint included."""
+        self.flush()
+        self.write_checkpoint(*self.high_watermarks, sync=False)
+        together.file(self._meta_file)
+        for log in self.logs:
+            together.file(log.start_file)
+
     def flush(self) -> tuple[int, int]:
         return (self.records.flush(), self.state.flush())
 
@@ -312,7 +321,8 @@ class ReplicaStore:
         self._meta = meta
 
 
-def _state_config(config: LogConfig) -> LogConfig:
+@lru_cache(maxsize=1024)
+def state_config(config: LogConfig) -> LogConfig:
     """The state log is kept until its owner advances its start, and rolls early so that this can free space."""
     segment_bytes = min(config.segment_bytes, STATE_SEGMENT_BYTES)
     return replace(config, segment_bytes=segment_bytes, retention_ms=-1, retention_bytes=-1)
