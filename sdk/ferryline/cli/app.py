@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "produce": ("produce", DATA, "Send lines, files or JSON as records."),
     "consume": ("consume", DATA, "Print records, from any offset or time."),
     "bench": ("bench", TOOLS, "Measure throughput and latency."),
+    "chaos": ("chaos", TOOLS, "Break a cluster under load and prove that nothing was lost."),
     "doctor": ("doctor", TOOLS, "Say what is wrong and what to do about it."),
     "certs": ("certs", TOOLS, "Show certificates and when they expire."),
     "context": ("context", TOOLS, "Name clusters in the config file and switch between them."),

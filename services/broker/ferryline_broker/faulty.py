@@ -108,10 +108,10 @@ class FaultyStorage(LossyStorage):
         real = super().open(path, create=create) if self._lossy else FileStorage.open(self, path, create=create)
         return _FaultyFile(self._faults, path, real)
 
-    def write_small_atomic(self, path: str, data: bytes) -> None:
+    def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
         now = self._faults.now()
         self._faults.check(now.write or now.sync, f"write {path}")
-        super().write_small_atomic(path, data)
+        super().write_small_atomic(path, data, sync=sync)
 
 
 def open_storage(root: str) -> tuple[Storage, str | None]:

@@ -1,0 +1,98 @@
+"""One run from the command line: the cluster, the progress line, the ledger."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ferryline.cli.chaos import HISTORY, Sabotage
+from ferryline.cli.chaos.bed import ProcessBed, running
+from ferryline.cli.chaos.campaign import Account, Campaign, Load, Now, Tell
+from ferryline.cli.chaos.ledger import append, commit_of
+from ferryline.cli.connection import run as run_coroutine
+from ferryline.cli.failures import Failed
+from ferryline.cli.output import stderr, warn
+from ferryline.cli.processes import missing_services
+
+if TYPE_CHECKING:
+    from ferryline.cli.chaos.schedule import Plan
+
+
+def run(
+    plan: Plan, load: Load, root: Path, driver: str, project: str, sabotage: Sabotage | None, *, quiet: bool
+) -> Account:
+    """Run it with progress on stderr. Raises Failed when the programs to break are not there."""
+    if driver == "process" and (missing := missing_services()):
+        told = f"{' and '.join(missing)}: not installed"
+        raise Failed(told, code="NOT_INSTALLED", remedy="Install: pip install 'ferryline[server]'")
+    with _Progress(quiet) as tell:
+        return run_coroutine(_run(plan, load, root, driver, project, sabotage, tell))
+
+
+async def _run(
+    plan: Plan, load: Load, root: Path, driver: str, project: str, sabotage: Sabotage | None, tell: Tell
+) -> Account:
+    history = root / HISTORY
+    if driver == "docker":
+        raise Failed("the docker driver is not there yet")
+    env = {"FERRYLINE_SABOTAGE": sabotage.value} if sabotage is not None else {}
+    bed = ProcessBed(root, brokers=len(plan.brokers), faults=plan.faults, env=env)
+    async with running(bed):
+        return await Campaign(plan, load, bed, history, tell).run()
+
+
+def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabotage: Sabotage | None) -> None:
+    """Append the run to a ledger."""
+    entry: dict[str, Any] = {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit_of(Path(__file__).parent),
+        "seed": plan.seed,
+        "brokers": len(plan.brokers),
+        "driver": driver,
+        "rate": load.rate,
+        "seconds": account.seconds,
+        "faults": account.faults,
+        "acked": account.acked,
+        "refused": account.refused,
+        "unknown": account.unknown,
+        "polled": account.polled,
+        "copies_read": account.copies_read,
+        "elections": account.elections,
+        "longest_gap_s": account.longest_gap_s,
+        "anomalies": account.anomalies,
+        "good": account.good,
+    }
+    if sabotage is not None:
+        entry["sabotage"] = sabotage.value
+    append(path, entry)
+
+
+class _Progress:
+    """A line that changes on a terminal, a line for each phase elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._live = not quiet and sys.stderr.isatty()
+        self._shown = ""
+        self._status: Any = None
+
+    def __enter__(self) -> Tell:
+        if self._live:
+            self._status = stderr().status("starting")
+            self._status.start()
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def _tell(self, now: Now) -> None:
+        text = f"{now.number}/{now.phases} {now.phase}: {now.faults} faults, {now.acked:,} acknowledged"
+        text += f", {now.refused + now.unknown:,} not, longest gap {now.longest_gap_s:.1f} s"
+        if self._status is not None:
+            self._status.update(text)
+        elif not self._quiet and now.phase != self._shown:
+            self._shown = now.phase
+            warn(text)
