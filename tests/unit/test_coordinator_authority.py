@@ -73,20 +73,20 @@ def test_renewed_files_are_taken_over_and_broken_ones_are_not(tmp_path: Path) ->
         files.reload()
 
 
-def test_a_token_works_once_and_again_only_for_the_same_storage(tmp_path: Path) -> None:
+async def test_a_token_works_once_and_again_only_for_the_same_storage(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     token = authority.new_token()
-    authority.use_token(token, "storage-1")
+    await authority.use_token(token, "storage-1")
     again = Authority(tmp_path)
-    again.use_token(token, "storage-1")
+    await again.use_token(token, "storage-1")
     with pytest.raises(Forbidden, match="used already"):
-        again.use_token(token, "storage-2")
+        await again.use_token(token, "storage-2")
     for guess in ("guess", "", token[:-1] + ("0" if token[-1] != "0" else "1"), Authority(tmp_path / "x").new_token()):
         with pytest.raises(Forbidden):
-            again.use_token(guess, "storage-1")
+            await again.use_token(guess, "storage-1")
 
 
-def test_the_folder_is_filled_up_and_its_tokens_are_valid(tmp_path: Path) -> None:
+async def test_the_folder_is_filled_up_and_its_tokens_are_valid(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     assert authority.refill(4) == 4
     files = sorted((tmp_path / "join-tokens").iterdir())
@@ -94,7 +94,7 @@ def test_the_folder_is_filled_up_and_its_tokens_are_valid(tmp_path: Path) -> Non
     files[0].rename(files[0].with_name(files[0].name + ".storage"))
     assert authority.refill(4) == 1
     assert len([f for f in (tmp_path / "join-tokens").iterdir() if "." not in f.name]) == 4
-    Authority(tmp_path).use_token(files[1].read_text(), "storage")
+    await Authority(tmp_path).use_token(files[1].read_text(), "storage")
 
 
 @pytest.mark.parametrize("csr", ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAA==\n", "x" * 100_000])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ferryline.cli.processes import COORDINATOR, READY_TIMEOUT_S, LocalCluster, ProcessFailed
+from ferryline.cli.processes import READY_TIMEOUT_S, LocalCluster, ProcessFailed
 
 _POLL_S = 0.02
 
@@ -26,9 +26,19 @@ class ProcessCluster:
         env: Mapping[str, str] | None = None,
         coordinator_args: Sequence[str] = (),
         broker_args: Sequence[str] = (),
+        coordinators: int = 1,
+        store: str = "sqlite",
+        etcd_members: int = 3,
     ) -> None:
         self.local = LocalCluster(
-            root, brokers=brokers, env=env, coordinator_args=coordinator_args, broker_args=broker_args
+            root,
+            brokers=brokers,
+            env=env,
+            coordinator_args=coordinator_args,
+            broker_args=broker_args,
+            coordinators=coordinators,
+            store=store,
+            etcd_members=etcd_members,
         )
 
     @property
@@ -44,22 +54,29 @@ class ProcessCluster:
         return self.local.ca
 
     @property
+    def coordinators(self) -> list[str]:
+        return self.local.coordinators
+
+    @property
     def brokers(self) -> list[str]:
         return self.local.brokers
 
     async def start(self) -> None:
-        await self.restart(COORDINATOR)
-        for name in self.brokers:
-            self.local.spawn(name)
-        for name in self.brokers:
-            await self._ready(name)
+        self.local.prepare()
+        for stage in self.local.stages:
+            for name in stage:
+                self.local.spawn(name)
+            for name in stage:
+                await self._ready(name)
 
     async def stop(self) -> None:
-        for group in (self.brokers, [COORDINATOR]):
+        for group in (self.brokers, self.coordinators):
             results = await asyncio.gather(*(self._resume_and_terminate(name) for name in group))
             for name, status in zip(group, results, strict=True):
                 if status is None:
                     self.local.kill(name)
+        for name in self.local.stages[0]:
+            self.local.kill(name)  # as `LocalCluster.stop`
 
     async def add_broker(self) -> str:
         name = self.local.add_broker()

@@ -12,43 +12,33 @@ the processes that this object started, by their pid, and to nobody else.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import json
 import os
-import random
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from ferryline.cli.etcd import LocalEtcd, run_coordinator
+from ferryline.cli.service import NotInstalled, ProcessFailed, Service, free_port, port_is_free
+
+__all__ = [
+    "COORDINATOR",
+    "LocalCluster",
+    "NotInstalled",
+    "ProcessFailed",
+    "Service",
+    "free_port",
+    "missing_services",
+    "port_is_free",
+]
 
 COORDINATOR = "coordinator"
 SERVICES = {"ferryline_coordinator": "ferryline-coordinator", "ferryline_broker": "ferryline-broker"}
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.02
-_PR_SET_PDEATHSIG = 1
-# Below the range that the kernel hands out for outgoing connections (32768..60999): a service that is down for a while
-# must find its port free again, and no connection attempt to it may by chance connect to itself.
-_FREE_PORTS = range(20_000, 32_000)
-
-try:  # looked up now: nothing may be imported or allocated between fork and exec
-    _libc: ctypes.CDLL | None = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-except OSError:
-    _libc = None
-
-
-class ProcessFailed(Exception):
-    """A service did not start, or ended before it was asked to. The message ends with the tail of its log."""
-
-
-class NotInstalled(ProcessFailed):
-    """The programs to start are not on this machine."""
 
 
 def missing_services() -> list[str]:
@@ -56,123 +46,11 @@ def missing_services() -> list[str]:
     return [name for module, name in SERVICES.items() if importlib.util.find_spec(module) is None]
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def free_port(taken: set[int]) -> int:
-    """A port that nobody listens on and that is not in ``taken``; it is added there."""
-    for port in random.sample(_FREE_PORTS, 2_000):
-        if port not in taken and port_is_free(port):
-            taken.add(port)
-            return port
-    raise ProcessFailed("no free port between 20000 and 32000")
-
-
-def _die_with_parent(number: int) -> Callable[[], None]:
-    """What a child does before exec: ask the kernel for a signal when the thread that started it ends."""
-    parent = os.getpid()
-    libc = _libc
-
-    def prepare() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-            if os.getppid() != parent:  # the parent ended between fork and prctl
-                os._exit(1)
-
-    return prepare
-
-
-@dataclass
-class Service:
-    """One program: how to start it, and the process that runs it now, if one does."""
-
-    name: str
-    module: str
-    folder: Path
-    port: int
-    args: list[str]
-    process: subprocess.Popen[bytes] | None = None
-    ready: dict[str, Any] = field(default_factory=dict)
-    asked_to_end: bool = False  # by us, so its end is no surprise
-    _seen: int = 0  # bytes of stdout from before this start
-
-    @property
-    def out_path(self) -> Path:
-        return self.folder / "stdout"
-
-    @property
-    def log_path(self) -> Path:
-        return self.folder / "log"
-
-    @property
-    def url(self) -> str:
-        return str(self.ready.get("url", f"https://127.0.0.1:{self.port}"))
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid if self.process is not None else 0
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def spawn(self, env: Mapping[str, str], death_signal: int) -> None:
-        """Start the program. Returns at once; `read_ready` says when it serves."""
-        assert not self.running, f"{self.name} runs already"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.ready, self.asked_to_end = {}, False
-        self._seen = self.out_path.stat().st_size if self.out_path.exists() else 0
-        with self.out_path.open("ab") as out, self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *self.args],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=log,
-                env=dict(env),
-                cwd=self.folder,
-                start_new_session=True,  # Ctrl-C in the terminal reaches only us; we stop the children in order
-                preexec_fn=_die_with_parent(death_signal),
-            )
-
-    def read_ready(self) -> bool:
-        """Whether the READY line of this start has come. Raises ProcessFailed when the process has ended."""
-        if self.ready:
-            return True
-        with self.out_path.open("rb") as out:
-            out.seek(self._seen)
-            for line in out.read().split(b"\n")[:-1]:
-                if line.startswith(b"READY "):
-                    self.ready = json.loads(line[6:])
-                    return True
-        if not self.running:
-            code = self.process.returncode if self.process is not None else None
-            raise ProcessFailed(f"{self.name} ended with status {code}\n{self.log_tail()}")
-        return False
-
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines that the service wrote to stderr."""
-        if not self.log_path.exists():
-            return ""
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - 16_384))
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
-
-    def send_signal(self, number: int) -> None:
-        """Signal the process if it still runs. It cannot hit a stranger: an unreaped child keeps its pid."""
-        if self.process is not None and self.running:
-            self.process.send_signal(number)
-
-
 class LocalCluster:
-    """One coordinator and some brokers as child processes.
+    """A coordinator and some brokers as child processes; or, with ``store="etcd"``, several coordinators.
+
+    Then the services are ``etcd-1`` ..., ``coordinator``, ``coordinator-2`` ..., ``broker-1`` ...; with
+    ``etcd_args`` (what a coordinator is told of an etcd that runs already) no etcd is started.
 
     Everything lies below ``root`` and is found again by the next `start` there. Ports of 0 are picked once, outside the
     ephemeral range, and kept over restarts. Children die with the thread that started them (Linux), by
@@ -190,6 +68,10 @@ class LocalCluster:
         coordinator_args: Sequence[str] = (),
         broker_args: Sequence[str] = (),
         death_signal: int = signal.SIGKILL,
+        coordinators: int = 1,
+        store: str = "sqlite",
+        etcd_members: int = 3,
+        etcd_args: Sequence[str] = (),
     ) -> None:
         self.root = root
         self._death_signal = death_signal
@@ -197,15 +79,19 @@ class LocalCluster:
         self._broker_args = list(broker_args)
         self._ports: set[int] = set()
         self._broker_port = broker_port
-        port = port or free_port(self._ports)
-        self.coordinator = Service(
-            COORDINATOR,
-            "ferryline_coordinator",
-            root / COORDINATOR,
-            port,
-            ["--data-dir", str(self.data_dir(COORDINATOR)), "--port", str(port), *coordinator_args],
-        )
-        self.services: dict[str, Service] = {COORDINATOR: self.coordinator}
+        self.services: dict[str, Service] = {}
+        self.etcd: LocalEtcd | None = None
+        self._secret = root / "cluster-secret"
+        self._tokens = self.data_dir(COORDINATOR) / "join-tokens"
+        self._shared = store == "etcd"
+        args = list(coordinator_args)
+        if self._shared:
+            args += self._shared_store(etcd_members, list(etcd_args))
+        elif coordinators != 1:
+            raise ValueError(f"{coordinators} coordinators need store='etcd', not {store!r}")
+        for number in range(1, coordinators + 1):
+            self._new_coordinator(number, port + number - 1 if port else free_port(self._ports), args)
+        self.coordinator = self.services[COORDINATOR]
         for _ in range(brokers):
             self._new_broker()
 
@@ -222,12 +108,21 @@ class LocalCluster:
 
     @property
     def brokers(self) -> list[str]:
-        return [name for name in self.services if name != COORDINATOR]
+        return [name for name in self.services if name.startswith("broker-")]
+
+    @property
+    def coordinators(self) -> list[str]:
+        return [name for name in self.services if name.startswith(COORDINATOR)]
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """Names in the order of starting: etcd, coordinators, brokers."""
+        return [list(self.etcd.services) if self.etcd is not None else [], self.coordinators, self.brokers]
 
     @property
     def urls(self) -> list[str]:
-        """Coordinator first, then brokers: any of them is good enough for a client."""
-        return [service.url for service in self.services.values()]
+        """Coordinators first, then brokers: any of them is good enough for a client."""
+        return [self.services[name].url for name in (*self.coordinators, *self.brokers)]
 
     def data_dir(self, name: str) -> Path:
         return self.root / name / "data"
@@ -257,14 +152,22 @@ class LocalCluster:
             )
         deadline = time.monotonic() + timeout_s
         try:
-            self.start_one(COORDINATOR, timeout_s)
-            for name in self.brokers:
-                self.spawn(name)
-            for name in self.brokers:
-                self.wait_ready(name, deadline - time.monotonic())
+            self.prepare()
+            for stage in self.stages:
+                for name in stage:
+                    self.spawn(name)
+                for name in stage:
+                    self.wait_ready(name, deadline - time.monotonic())
         except BaseException:
             self.stop(timeout_s=2.0)
             raise
+
+    def prepare(self) -> None:
+        """What several coordinators share before any of them starts: etcd's certificates, the cluster secret."""
+        if self.etcd is not None:
+            self.etcd.prepare(self._env)
+        if self._shared and not self._secret.exists():
+            run_coordinator(["secret", "--out", str(self._secret)], self._env)
 
     def spawn(self, name: str) -> None:
         """Start one service without waiting for it. A running one is left alone."""
@@ -336,15 +239,17 @@ class LocalCluster:
                 yield service
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """End everything: brokers first, so that they can sign off, then the coordinator; -9 at the time-out."""
+        """End everything: brokers first, so that they can sign off, then the coordinators; -9 at the time-out."""
         deadline = time.monotonic() + timeout_s
-        for group in (self.brokers, [COORDINATOR]):
+        for group in (self.brokers, self.coordinators):
             for name in group:
                 self.terminate(name)
                 self.resume(name)  # a stopped process would never see the signal
             for name in group:
                 if self.wait_ended(name, max(0.1, deadline - time.monotonic())) is None:
                     self.kill(name)
+        for name in self.stages[0]:
+            self.kill(name)  # etcd loses nothing by that, and without its majority a clean end takes seconds
 
     def __enter__(self) -> LocalCluster:
         self.start()
@@ -355,13 +260,28 @@ class LocalCluster:
 
     # -- inside --------------------------------------------------------------------------------------
 
+    def _shared_store(self, members: int, etcd_args: list[str]) -> list[str]:
+        """Settings by which coordinators find the same etcd, secret and join tokens."""
+        if not etcd_args:
+            self.etcd = LocalEtcd(self.root, members=members, ports=self._ports)
+            self.services.update(self.etcd.services)
+            etcd_args = self.etcd.coordinator_args()
+        shared = ["--cluster-secret-file", str(self._secret), "--join-token-dir", str(self._tokens)]
+        return ["--store", "etcd", *etcd_args, *shared]
+
+    def _new_coordinator(self, number: int, port: int, args: list[str]) -> None:
+        name = COORDINATOR if number == 1 else f"{COORDINATOR}-{number}"
+        args = ["--data-dir", str(self.data_dir(name)), "--port", str(port), *args]
+        self.services[name] = Service(name, "ferryline_coordinator", self.root / name, port, args)
+
     def _new_broker(self) -> Service:
-        number = len(self.services)
+        number = len(self.brokers) + 1
         name = f"broker-{number}"
         port = self._broker_port + number - 1 if self._broker_port else free_port(self._ports)
         args = ["--data-root", str(self.data_dir(name)), "--port", str(port)]
-        args += ["--coordinator", f"https://127.0.0.1:{self.coordinator.port}", "--ca-file", str(self.ca)]
-        args += ["--join-token-dir", str(self.data_dir(COORDINATOR) / "join-tokens"), *self._broker_args]
+        for coordinator in self.coordinators:
+            args += ["--coordinator", f"https://127.0.0.1:{self.services[coordinator].port}"]
+        args += ["--ca-file", str(self.ca), "--join-token-dir", str(self._tokens), *self._broker_args]
         service = Service(name, "ferryline_broker", self.root / name, port, args)
         self.services[name] = service
         return service

@@ -22,7 +22,7 @@ Behaviour sits on the class, so that nobody compares codes by hand:
     ├─ NotPrimary                carries the primary's id when known
     ├─ Throttled                 BufferFull
     ├─ Unavailable               PrimaryNotAvailable NotEnoughReplicas CoordinatorUnavailable CoordinatorLoading
-    │                            ShuttingDown StorageFull NotReady NotCommittedYet
+    │                            CoordinatorStandby ShuttingDown StorageFull NotReady NotCommittedYet
     ├─ RequestTimedOut
     ├─ CommitUnknown             appended, but this primaryship cannot say whether it committed
     ├─ InternalError             StorageFailed
@@ -278,6 +278,13 @@ class CoordinatorUnavailable(Unavailable):
 
 class CoordinatorLoading(Unavailable):
     code = "COORDINATOR_LOADING"
+
+
+class CoordinatorStandby(Unavailable):
+    """Another coordinator is the active one; ``active`` in the details is its URL, if that is known."""
+
+    code = "COORDINATOR_STANDBY"
+    refresh_metadata = True
 
 
 class ShuttingDown(Unavailable):

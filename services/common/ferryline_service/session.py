@@ -77,6 +77,7 @@ class SessionEndpoint:
         on_frame: OnFrame,
         metrics: ServiceMetrics,
         on_open: Callable[[ServerSession], None] | None = None,
+        admit: Callable[[], None] | None = None,
         broker_id: int = 0,
         versions: tuple[int, int] = (PROTOCOL_MIN, PROTOCOL_MAX),
         trust_hello: bool = False,
@@ -89,6 +90,7 @@ class SessionEndpoint:
         self.broker_id = broker_id
         self.on_frame = on_frame
         self.on_open = on_open
+        self.admit = admit  # raises what every HELLO is refused with
         self.metrics = metrics
         self.out_bytes_max = out_bytes_max
         self.sessions: set[ServerSession] = set()
@@ -143,6 +145,8 @@ class SessionEndpoint:
             kind, correlation = frame.kind, frame.correlation
             if kind != Kind.HELLO:
                 raise MalformedRequest(f"the first frame of a session is HELLO, not kind {kind}")
+            if self.admit is not None:
+                self.admit()
             hello = decode_header(frame.header, Hello)
             version = common_version(self._versions, (hello.version_min, hello.version_max))
             if hello.cluster_id and self.cluster_id and hello.cluster_id != self.cluster_id:

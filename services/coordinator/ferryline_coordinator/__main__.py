@@ -1,10 +1,11 @@
-"""``python -m ferryline_coordinator --data-dir D [--port P ...]`` and ``... certs show --data-dir D``."""
+"""``python -m ferryline_coordinator --data-dir D [--port P ...]``, ``... certs show --data-dir D``, ``... secret``."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import secrets
 import sys
 import tomllib
 import types
@@ -17,7 +18,9 @@ import pydantic
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.authority import describe
 from ferryline_coordinator.config import CoordinatorConfig, as_toml, load_config
+from ferryline_coordinator.etcd_certs import make_etcd_certificates
 from ferryline_coordinator.store.interface import StoreUnusable
+from ferryline_service.files import write_durably
 from ferryline_service.logs import get_logger, setup_logs
 from ferryline_service.programs import run
 
@@ -50,6 +53,8 @@ def main() -> None:
     """Exit status: 0 stopped as asked, 1 failed, 2 wrong usage."""
     if sys.argv[1:2] == ["certs"]:
         sys.exit(certs(sys.argv[2:]))
+    if sys.argv[1:2] == ["secret"]:
+        sys.exit(secret(sys.argv[2:]))
     flags = vars(parser().parse_args())
     file, show = flags.pop("config"), flags.pop("print_config")
     try:
@@ -85,12 +90,16 @@ async def serve(config: CoordinatorConfig, stop: asyncio.Event) -> int:
 
 
 def certs(arguments: list[str]) -> int:
-    """``certs show``: the certificates under a data directory."""
+    """``certs show``: those of a data directory. ``certs etcd``: new ones for an etcd of this cluster's own."""
     made = argparse.ArgumentParser(prog="ferryline-coordinator certs")
-    made.add_argument("action", choices=["show"])
-    made.add_argument("--data-dir", type=Path, required=True)
+    made.add_argument("action", choices=["show", "etcd"])
+    made.add_argument("--data-dir", type=Path, required=True, help="etcd: where they are put, unless they are there")
+    made.add_argument("--host", action="append", default=[], help="etcd: names and addresses of its members")
     made.add_argument("--json", action="store_true")
     asked = made.parse_args(arguments)
+    if asked.action == "etcd":
+        make_etcd_certificates(asked.data_dir, asked.host or ["localhost", "127.0.0.1", "::1"])
+        return 0
     found = describe(asked.data_dir)
     if asked.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
@@ -98,6 +107,19 @@ def certs(arguments: list[str]) -> int:
         for certificate in found:
             sys.stdout.write("".join(f"{name:12} {value}\n" for name, value in certificate.items()) + "\n")
     return 0 if found else 1
+
+
+def secret(arguments: list[str]) -> int:
+    """``secret --out FILE``: a new cluster secret, for the owner of the file only. An existing file is left alone."""
+    made = argparse.ArgumentParser(prog="ferryline-coordinator secret")
+    made.add_argument("--out", type=Path, required=True)
+    out: Path = made.parse_args(arguments).out
+    if out.exists():
+        sys.stderr.write(f"ferryline-coordinator: {out} exists already; it is left as it is\n")
+        return 0
+    out.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_durably(out, secrets.token_hex(32).encode(), mode=0o600)
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,21 +10,21 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ferryline.protocol.errors import Forbidden
+from ferryline.protocol.errors import FerrylineError, Forbidden
 from ferryline_coordinator.authority import Authority, checked_request
 from ferryline_coordinator.config import CoordinatorConfig
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.coordinator import CoordinatorCore
+from ferryline_coordinator.core.records import CLUSTER_KEY, cluster_id_of
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.metrics import CoordinatorMetrics
 from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
 from ferryline_coordinator.openapi import document
-from ferryline_coordinator.probing import Prober
+from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
-from ferryline_coordinator.store.memory import MemoryStore
-from ferryline_coordinator.store.sqlite import SqliteStore
+from ferryline_coordinator.store.opening import open_store
 from ferryline_service.errors import error_middleware, read_json
 from ferryline_service.health import health_routes
 from ferryline_service.logs import get_logger
@@ -33,15 +33,10 @@ from ferryline_service.session import SessionEndpoint
 from ferryline_service.tls import TlsFiles, identity_broker_id, node_identity
 
 _REFILL_S = 1.0
+_FOUNDED_S = 0.2  # a standby looks this often whether the cluster has been founded
+_AWAY_S = 600.0
 _RELOAD_S = 60.0
 _log = get_logger()
-
-
-def open_store(config: CoordinatorConfig) -> MetaStore:
-    """The back-end that the settings name; nothing is opened before its first use."""
-    if config.store == "memory":
-        return MemoryStore()
-    return SqliteStore(config.data_dir / "meta")
 
 
 class Coordinator:
@@ -49,15 +44,17 @@ class Coordinator:
 
     def __init__(self, config: CoordinatorConfig, store: MetaStore | None = None) -> None:
         self.config = config
-        self.authority = Authority(config.data_dir, config.join_token_dir)
+        self.authority: Authority
         self.metrics = CoordinatorMetrics(self._core)
         self.url = ""
         self.driver: Driver
-        self._store = store if store is not None else open_store(config)
+        self._given_store = store
+        self._store: MetaStore
         self._tls: TlsFiles | None = None
         self._prober: Prober
         self._sessions: Sessions
-        self._endpoint: SessionEndpoint
+        self._endpoint: SessionEndpoint | None = None
+        self._members: dict[str, float] = {}  # URL -> when it was last seen to run
         self._runner: web.AppRunner | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self._driver_made = False
@@ -68,44 +65,77 @@ class Coordinator:
     # -- life ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load, listen, serve. Raises StoreUnusable, OSError."""
+        """Listen, win primaryship or stand by, serve. Raises StoreUnusable, OSError."""
         config = self.config
         listener = await self._listen()
         port = listener.getsockname()[1]
         self.url = config.url(port)
-        self.driver = Driver(self._store, config.core((self.url,)), self)
-        self._driver_made = True
-        self._sessions = Sessions(self.driver)
-        await self.driver.start()
-        cluster = self.driver.state.cluster
-        assert cluster is not None
+        cluster_id = await self._open()
         if not config.plain_http:
             hosts = [socket.gethostname(), *self._listening_name(), *config.hosts, *self._url_host()]
-            cert, key = self.authority.coordinator_files(cluster.cluster_id, hosts)
+            cert, key = self.authority.coordinator_files(cluster_id, hosts)
             self._tls = TlsFiles(cert, key, self.authority.ca_path)
         self._prober = Prober(self._tls.client if self._tls is not None else None, self._probed)
         self._endpoint = SessionEndpoint(
             server="coordinator",
-            cluster_id=cluster.cluster_id,
+            cluster_id=cluster_id,
             on_frame=self._sessions.on_frame,
             on_open=self._sessions.opened,
+            admit=self._admit,
             metrics=self.metrics,
             trust_hello=config.plain_http,
         )
         self.authority.refill(config.join_tokens)
         self._upkeep = asyncio.get_running_loop().create_task(self._keep_up())
-        self._runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=3.0, auto_decompress=False)
+        self._runner = web.AppRunner(
+            self._app(self._endpoint), access_log=None, shutdown_timeout=3.0, auto_decompress=False
+        )
         await self._runner.setup()
         await web.SockSite(self._runner, listener, ssl_context=self._tls.server if self._tls else None).start()
-        _log.info("serving", url=self.url, cluster_id=cluster.cluster_id, coord_epoch=self.driver.core.coord_epoch)
+        active = self.driver.serving
+        _log.info("serving", url=self.url, cluster_id=cluster_id, active=active, epoch=self.driver.core.coord_epoch)
         announce_ready(
             service="coordinator",
             url=self.url,
             port=port,
             pid=os.getpid(),
-            cluster_id=cluster.cluster_id,
+            cluster_id=cluster_id,
             ca=str(self.authority.ca_path),
+            active=active,
         )
+
+    async def _open(self) -> str:
+        """Store, authority and driver. Returns the cluster's id, once it is known."""
+        config, store, vault = self.config, self._given_store, None
+        if store is None:
+            store, vault = open_store(config, self.url, refuses)
+        self._store = store
+        if vault is None:
+            self.authority = Authority(config.data_dir, config.join_token_dir)
+        else:
+            self.authority = await Authority.shared(config.data_dir, vault, config.join_token_dir)
+        self.driver = driver = Driver(store, config.core((self.url,)), self)
+        self._driver_made = True
+        self._sessions = Sessions(driver)
+        self.metrics.active = lambda: driver.serving
+        self.metrics.terms_lost = lambda: driver.terms_lost
+        self.metrics.deposed = lambda: getattr(store, "deposed", 0)
+        if await store.members() is None:
+            await driver.start()
+            assert driver.state.cluster is not None
+            return driver.state.cluster.cluster_id
+        driver.begin()
+        while not driver.failed.done():
+            known = (await store.load(0)).records.get(CLUSTER_KEY)
+            if known is not None:
+                return cluster_id_of(known[0])
+            await asyncio.sleep(_FOUNDED_S)
+        raise driver.failed.result()
+
+    def _admit(self) -> None:
+        """A standby has no sessions: whoever comes is told who is active."""
+        if not self.driver.serving:
+            raise self.driver.not_serving()
 
     async def _listen(self) -> socket.socket:
         host, port = self.config.host, self.config.port
@@ -133,6 +163,8 @@ class Coordinator:
         """Answer whoever waits, end sessions, commit what was decided, let go of the store."""
         if self._upkeep is not None:
             self._upkeep.cancel()
+        if self._driver_made:
+            await self.driver.step_down()  # first of all: the next one begins while we say goodbye
         if self._runner is not None:
             await self._runner.cleanup()
             await self._prober.close()
@@ -145,12 +177,12 @@ class Coordinator:
         await stop.wait()
         return self.driver.failed.result() if self.driver.failed.done() else None
 
-    def _app(self) -> web.Application:
+    def _app(self, endpoint: SessionEndpoint) -> web.Application:
         app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=BODY_BYTES_MAX)
-        app.router.add_routes(self._endpoint.routes())
+        app.router.add_routes(endpoint.routes())
         app.router.add_routes(Rest(self.driver).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
-        app.router.add_routes(health_routes(self._not_ready, self._about))
+        app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
         app.router.add_routes(self.metrics.routes())
         app.router.add_routes([web.get("/openapi.json", self._openapi)])
         app.on_shutdown.append(self._shut_down)
@@ -162,18 +194,26 @@ class Coordinator:
     async def _shut_down(self, _: web.Application) -> None:
         self.driver.answer_parked()
         self._sessions.stop()
-        await self._endpoint.close()
+        if self._endpoint is not None:
+            await self._endpoint.close()
 
     def _not_ready(self) -> str:
-        return "" if self.driver.serving else "not the active coordinator"
+        return "" if self.driver.serving else "no coordinator is active at the moment"
+
+    def _standby_for(self) -> str:
+        return "" if self.driver.serving else self._store.active()
 
     def _about(self) -> dict[str, Any]:
         core = self.driver.core
-        cluster_id = core.state.cluster.cluster_id if core.state.cluster is not None else ""
-        return {"service": "coordinator", "cluster_id": cluster_id, "coord_epoch": core.coord_epoch}
+        return {
+            "service": "coordinator",
+            "cluster_id": self._endpoint.cluster_id if self._endpoint is not None else "",
+            "coord_epoch": core.coord_epoch,
+            "active": self.driver.serving,
+        }
 
     async def _keep_up(self) -> None:
-        """Replace used join tokens; take over renewed certificates."""
+        """Replace used join tokens; take over renewed certificates; tell which coordinators there are."""
         loop = asyncio.get_running_loop()
         reload_at = loop.time() + _RELOAD_S
         while True:
@@ -183,8 +223,22 @@ class Coordinator:
                 if self._tls is not None and loop.time() >= reload_at:
                     reload_at = loop.time() + _RELOAD_S
                     self._tls.reload()
-            except OSError as error:
+                await self._tell_members(loop.time())
+            except (OSError, FerrylineError) as error:
                 _log.error("upkeep failed", error=str(error))
+
+    async def _tell_members(self, now_s: float) -> None:
+        """One that is away for a while is still told: it may come back, and asking it costs little."""
+        running = await self._store.members() if self.driver.serving else None
+        if running is None or not self.driver.serving:
+            return
+        told = self.driver.state.cluster.coordinators if self.driver.state.cluster is not None else ()
+        for url in [*[url for url in told if url not in self._members], *running, self.url]:
+            self._members[url] = now_s
+        self._members = {url: seen for url, seen in self._members.items() if now_s - seen < _AWAY_S}
+        urls = tuple(sorted(self._members))
+        if urls != told:
+            self.driver.post(ev.CoordinatorsKnown(urls))
 
     # -- what the driver needs done -----------------------------------------------------------------
 
@@ -203,7 +257,7 @@ class Coordinator:
         getattr(_log, note.level)(note.name.replace("_", " "), **note.fields)
 
     def term_ended(self) -> None:
-        self._sessions.end_all()
+        self._sessions.end_all(self._endpoint.sessions if self._endpoint is not None else ())
 
     # -- joining ------------------------------------------------------------------------------------
 
@@ -211,7 +265,8 @@ class Coordinator:
         """A new broker: a token for an id and a certificate."""
         body = Join.model_validate(await read_json(request))
         checked_request(body.csr)  # before the token is used up
-        self.authority.use_token(body.token, body.storage_id)
+        self._admit()
+        await self.authority.use_token(body.token, body.storage_id)
         admitted = await self.driver.ask(
             lambda reply: ev.BrokerAdmitted(reply, body.storage_id, body.internal_url, body.external_url)
         )
@@ -220,6 +275,8 @@ class Coordinator:
     async def _renew(self, request: web.Request) -> web.Response:
         """A known broker: a new certificate for the one it shows."""
         body = Renew.model_validate(await read_json(request))
+        self._admit()
+        assert self._endpoint is not None
         cluster_id = self._endpoint.cluster_id
         broker_id = identity_broker_id(node_identity(request.get_extra_info("peercert"), cluster_id))
         if not broker_id or broker_id not in self.driver.state.brokers:

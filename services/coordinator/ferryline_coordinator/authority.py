@@ -7,6 +7,9 @@
     <data>/join-tokens/<id>              unused tokens, one file each; a broker claims one by renaming it
 
 A token is ``fl1.<id>.<MAC of id>``: whoever finds the file has it, whoever does not cannot make one up.
+
+Several coordinators share one authority through a `Vault`: then ca.key, join.key and the used tokens are there, sealed,
+and not on any coordinator's disk.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ferryline.protocol.errors import Forbidden, InvalidArgument
+from ferryline_coordinator.store.vault import Vault
 from ferryline_service.files import write_durably
 from ferryline_service.tls import node_names
 
@@ -59,17 +63,38 @@ def _name(common: str) -> x509.Name:
 
 
 class Authority:
-    """Opens, or makes, the authority under a data directory."""
+    """Opens, or makes, the authority under a data directory; `shared` takes its secrets from a vault instead."""
 
-    def __init__(self, data: Path, token_directory: Path | None = None) -> None:
+    def __init__(
+        self, data: Path, token_directory: Path | None = None, secrets_of_all: tuple[bytes, bytes] | None = None
+    ) -> None:
+        """``secrets_of_all``: CA (key and certificate, PEM) and key of the join tokens, as `shared` found them."""
         self.directory = data / "tls"
         self.tokens = token_directory if token_directory is not None else data / "join-tokens"
         self.ca_path = self.directory / "ca.crt"
         self._used = self.directory / "used-tokens"
         for directory in (self.directory, self.tokens, self._used):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._key, self.ca = self._open_ca()
-        self._token_key = self._open_token_key()
+        self._vault: Vault | None = None
+        if secrets_of_all is None:
+            self._key, self.ca = self._open_ca()
+            self._token_key = self._open_token_key()
+        else:
+            pem, self._token_key = secrets_of_all
+            self._key, self.ca = _read_ca(pem)
+            write_durably(self.ca_path, self.ca.public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+    @classmethod
+    async def shared(cls, data: Path, vault: Vault, token_directory: Path | None = None) -> Authority:
+        """The authority that all coordinators of a cluster share; the first one makes it. Raises StoreUnusable."""
+        known = await vault.read("ca")
+        if known is None:
+            key, certificate = _new_ca()
+            known = await vault.create("ca", _pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
+        token_key = await vault.create("join.key", secrets.token_bytes(32))
+        authority = cls(data, token_directory, (known, token_key))
+        authority._vault = vault
+        return authority
 
     @property
     def ca_pem(self) -> str:
@@ -83,12 +108,7 @@ class Authority:
             key = serialization.load_pem_private_key(key_path.read_bytes(), None)
             assert isinstance(key, ec.EllipticCurvePrivateKey)
             return key, x509.load_pem_x509_certificate(self.ca_path.read_bytes())
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = _name(f"Ferryline CA {secrets.token_hex(4)}")
-        builder = self._builder(name, name, key.public_key(), _CA_DAYS)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
-        certificate = builder.sign(key, hashes.SHA256())
+        key, certificate = _new_ca()
         write_durably(key_path, _pem(key), mode=0o600)
         write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return key, certificate
@@ -127,7 +147,7 @@ class Authority:
         return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _sign(self, key: ec.EllipticCurvePublicKey, role: list[str], hosts: list[str]) -> x509.Certificate:
-        builder = self._builder(_name(role[0]), self.ca.subject, key, _NODE_DAYS)
+        builder = _builder(_name(role[0]), self.ca.subject, key, _NODE_DAYS)
         alternatives = x509.SubjectAlternativeName([_alternative(name) for name in (*role, *hosts)])
         builder = builder.add_extension(alternatives, critical=False)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -135,21 +155,6 @@ class Authority:
         purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         builder = builder.add_extension(purposes, critical=False)
         return builder.sign(self._key, hashes.SHA256())
-
-    def _builder(
-        self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-    ) -> x509.CertificateBuilder:
-        start = _now() - _BACKDATED
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(start + datetime.timedelta(days=days))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        )
 
     # -- join tokens --------------------------------------------------------------------------------
 
@@ -172,27 +177,68 @@ class Authority:
             write_durably(self.tokens / token.split(".")[1], token.encode(), mode=0o600)
         return max(0, wanted - unused)
 
-    def use_token(self, token: str, storage_id: str) -> None:
+    async def use_token(self, token: str, storage_id: str) -> None:
         """Use up a token for a storage; the same storage may repeat it (its answer was lost). Raises Forbidden."""
         match = _TOKEN.match(token.strip())
         if not match or not hmac.compare_digest(match.group(2), self._mac(match.group(1))):
             raise Forbidden("token: not a join token of this cluster")
         if not _STORAGE.match(storage_id):
             raise InvalidArgument("storage_id: expected 1 to 64 letters, digits and dashes", field="storage_id")
-        used = self._used / match.group(1)
-        mine = self._used / f"{match.group(1)}.{secrets.token_hex(4)}"
+        number = match.group(1)
+        if self._vault is not None:
+            user = (await self._vault.create(f"used/{number}", storage_id.encode())).decode()
+        else:
+            user = self._user_by_file(number, storage_id)
+        if user != storage_id:
+            raise Forbidden("token: used already; join tokens are good for one broker")
+        (self.tokens / number).unlink(missing_ok=True)
+
+    def _user_by_file(self, number: str, storage_id: str) -> str:
+        """The storage that used a token first."""
+        used = self._used / number
+        mine = self._used / f"{number}.{secrets.token_hex(4)}"
         write_durably(mine, storage_id.encode(), mode=0o600)
         try:
             os.link(mine, used)  # exclusive, and whole: whoever comes second sees who was first
         except FileExistsError:
-            if used.read_text() != storage_id:
-                raise Forbidden("token: used already; join tokens are good for one broker") from None
+            return used.read_text()
         finally:
             mine.unlink()
-        (self.tokens / match.group(1)).unlink(missing_ok=True)
+        return storage_id
 
     def _mac(self, number: str) -> str:
         return hmac.new(self._token_key, number.encode(), hashlib.sha256).hexdigest()
+
+
+def _new_ca() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name(f"Ferryline CA {secrets.token_hex(4)}")
+    builder = _builder(name, name, key.public_key(), _CA_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
+    return key, builder.sign(key, hashes.SHA256())
+
+
+def _read_ca(pem: bytes) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key = serialization.load_pem_private_key(pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key, x509.load_pem_x509_certificate(pem)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    start = _now() - _BACKDATED
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
 
 
 def checked_request(csr_pem: str) -> x509.CertificateSigningRequest:

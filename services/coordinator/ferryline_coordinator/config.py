@@ -6,6 +6,7 @@ import json
 import socket
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
@@ -36,7 +37,30 @@ class CoordinatorConfig(BaseSettings):
     join_token_dir: Path | None = Field(None, description="Directory of unused join tokens; default: in the data dir.")
     join_tokens: int = Field(16, ge=0, le=1000, description="Unused join tokens to keep in the directory.")
     store: str = Field(
-        "sqlite", pattern="^(sqlite|memory)$", description="Where records are kept; memory forgets them at the end."
+        "sqlite",
+        pattern="^(sqlite|etcd|memory)$",
+        description="Where records are kept: sqlite (one coordinator), etcd (several), memory (forgets at the end).",
+    )
+    etcd_endpoints: Annotated[list[str], NoDecode] = Field(
+        default=[], description="URLs of etcd's members; may be repeated. http only on loopback."
+    )
+    etcd_prefix: str = Field(
+        "ferryline", pattern=r"^[A-Za-z0-9._/-]{1,100}$", description="Everything of this cluster is under this key."
+    )
+    etcd_ca: Path | None = Field(None, description="CA of etcd's certificates; default: what the system trusts.")
+    etcd_cert: Path | None = Field(None, description="Our certificate for etcd, if it wants one.")
+    etcd_key: Path | None = Field(None, description="The key of etcd_cert.")
+    etcd_user: str = Field("", description="User, if etcd wants one.")
+    etcd_password_file: Path | None = Field(None, description="File with the password of etcd_user.")
+    etcd_lease_ms: int = Field(
+        5_000,
+        ge=2_000,
+        le=60_000,
+        description="A silent active coordinator is replaced after this long; whole seconds.",
+    )
+    etcd_compact: bool = Field(True, description="Let etcd forget history; say no if others use this etcd, too.")
+    cluster_secret_file: Path | None = Field(
+        None, description="Secret of at least 32 bytes that all coordinators share; seals the CA's key in etcd."
     )
     plain_http: bool = Field(False, description="Serve without TLS, on loopback only: for tests.")
 
@@ -55,7 +79,7 @@ class CoordinatorConfig(BaseSettings):
     group_heartbeat_ms: int = Field(3_000, ge=50, description="Interval of group members' heartbeats.")
     group_unsettled_ms: int = Field(250, ge=20, description="The same while partitions change hands.")
 
-    @field_validator("hosts", mode="before")
+    @field_validator("hosts", "etcd_endpoints", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Environment variables hold a JSON list or names separated by commas."""
@@ -73,10 +97,29 @@ class CoordinatorConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _relations(self) -> CoordinatorConfig:
+        if self.store == "etcd":
+            self._check_etcd()
         if self.plain_http and self.host not in ("127.0.0.1", "::1", "localhost"):
             raise ValueError(f"plain_http: only on loopback, not on {self.host}")
         self.core(())
         return self
+
+    def _check_etcd(self) -> None:
+        if not self.etcd_endpoints:
+            raise ValueError("etcd_endpoints: store etcd needs at least one")
+        for url in self.etcd_endpoints:
+            parts = urlsplit(url)
+            if parts.scheme not in ("https", "http") or not parts.hostname:
+                raise ValueError(f"etcd_endpoints: {url[:200]!r} is no https URL")
+            if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+                raise ValueError(f"etcd_endpoints: {url[:200]!r} would send in clear; use https")
+        if self.cluster_secret_file is None:
+            raise ValueError(
+                "cluster_secret_file: store etcd needs one, the same for every coordinator; "
+                "make it with: ferryline-coordinator secret --out FILE"
+            )
+        if (self.etcd_cert is None) != (self.etcd_key is None):
+            raise ValueError("etcd_cert and etcd_key: give both or none")
 
     @classmethod
     def settings_customise_sources(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ferryline.protocol.errors import (
     CoordinatorLoading,
+    CoordinatorStandby,
     CoordinatorUnavailable,
     ErrorInfo,
     FerrylineError,
@@ -71,7 +72,9 @@ class Driver:
         self._timer_ms = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving = False
+        self._beginning = False
         self._stopping = False
+        self.terms_lost = 0  # primaryships that ended without being asked to
 
     # -- terms --------------------------------------------------------------------------------------
 
@@ -88,6 +91,7 @@ class Driver:
             return await self.start(floor)
         self.core = core
         self._serving = True
+        self._spawn(self._watch(core))
         if not core.founded:
             self.post(ev.Founded(uuid.uuid4().hex, secrets.token_bytes(CLAIM_KEY_BYTES)))
             await self.settled()
@@ -95,12 +99,33 @@ class Driver:
         self._arm()
         return None
 
+    async def _watch(self, core: CoordinatorCore) -> None:
+        """Step down as soon as primaryship may be over, not only at the next commit."""
+        await self._store.watch()
+        if self._serving and self.core is core and not self._stopping:
+            await self._begin_again("primaryship is over, or could not be kept alive")
+
+    def begin(self) -> None:
+        """`start` without waiting for it; what goes wrong ends up in `failed`."""
+        self._spawn(self._begin())
+
+    async def _begin(self) -> None:
+        try:
+            await self.start()
+        except StoreUnusable as unusable:
+            self._fail(unusable)
+
     async def _begin_again(self, why: str, at_least: int = 0) -> None:
         """Nothing that was decided since the last durable commit has left this process; forget it."""
+        if self._beginning or self._stopping:
+            return
+        self._beginning = True
+        self.terms_lost += 1
         _log.warning("primaryship given up", reason=why)
         self._serving = False
         self._queue.clear()
         self._answer_all(CoordinatorUnavailable(f"the coordinator begins again: {why}"))
+        self._wake_settled()
         self._surroundings.term_ended()
         try:
             await self._store.resign()
@@ -108,7 +133,7 @@ class Driver:
         except StoreUnusable as unusable:
             self._fail(unusable)
         finally:
-            self._wake_settled()
+            self._beginning = False
 
     def _fail(self, error: BaseException) -> None:
         """This process cannot go on: whoever supervises it starts another."""
@@ -124,12 +149,19 @@ class Driver:
         for answer in replies.values():
             answer(None, error.info())
 
-    async def close(self) -> None:
-        """Commit what was decided, answer whoever waits, give up primaryship."""
+    async def step_down(self) -> None:
+        """Commit what was decided, answer whoever waits, and let the next coordinator begin. Not for coming back."""
         self.answer_parked()
         await self.settled()
         self._stopping = True
         self._serving = False
+        self._answer_all(ShuttingDown("this coordinator is stopping"))
+        await self._store.resign()
+
+    async def close(self) -> None:
+        """`step_down`, and let go of the store."""
+        if not self._stopping:
+            await self.step_down()
         if self._timer is not None:
             self._timer.cancel()
         for task in list(self._tasks):
@@ -141,7 +173,8 @@ class Driver:
 
     @property
     def serving(self) -> bool:
-        return self._serving
+        """Whether this coordinator is the active one, as far as anybody can know: its lease cannot have ended yet."""
+        return self._serving and self._store.holds()
 
     @property
     def state(self) -> CoordinatorState:
@@ -156,7 +189,7 @@ class Driver:
 
     def drop(self, reply: int) -> None:
         """Whoever waited under this handle is gone."""
-        if self._replies.pop(reply, None) is not None and self._serving:
+        if self._replies.pop(reply, None) is not None and self.serving:
             self.post(ev.Abandoned(reply))
 
     async def ask(self, make: Callable[[int], ev.Event]) -> Any:
@@ -180,7 +213,7 @@ class Driver:
 
     def post(self, event: ev.Event) -> None:
         """One event into the core. Raises ShuttingDown or CoordinatorLoading when there is no core to take it."""
-        if not self._serving:
+        if not self.serving:
             reply = getattr(event, "reply", 0)
             self._replies.pop(reply, None)
             raise self.not_serving()
@@ -201,6 +234,9 @@ class Driver:
     def not_serving(self) -> FerrylineError:
         if self._stopping or self.failed.done():
             return ShuttingDown("this coordinator is stopping")
+        active = self._store.active()
+        if active:
+            return CoordinatorStandby(f"this coordinator is on standby; the active one is {active}", active=active)
         return CoordinatorLoading("this coordinator is loading its records")
 
     async def settled(self) -> None:
@@ -319,8 +355,8 @@ class Driver:
 
     def _tick(self) -> None:
         self._timer = None
-        if not self._serving:
-            return
+        if not self.serving:
+            return  # `_watch` finds out, too
         try:
             self.post(ev.Tick())
         except Exception:

@@ -35,6 +35,9 @@ class CoordinatorMetrics(ServiceMetrics):
     def __init__(self, core: Callable[[], CoordinatorCore | None]) -> None:
         super().__init__("coordinator")
         self.notes: dict[str, int] = dict.fromkeys(_COUNTED, 0)
+        self.active: Callable[[], bool] = lambda: False
+        self.terms_lost: Callable[[], int] = lambda: 0
+        self.deposed: Callable[[], int] = lambda: 0
         self.registry.register(_State(self, core))
 
     def noted(self, note: Note) -> None:
@@ -50,9 +53,16 @@ class _State(Collector):
     def collect(self) -> Iterator[Metric]:
         for note, (name, documentation) in _COUNTED.items():
             yield CounterMetricFamily(f"ferryline_{name}", documentation, value=self._metrics.notes[note])
+        metrics = self._metrics
+        active = metrics.active()
+        yield GaugeMetricFamily("ferryline_coordinator_active", "1: this coordinator is the active one", value=active)
+        lost = "Times that this coordinator had to give primaryship up"
+        yield CounterMetricFamily("ferryline_primaryships_lost", lost, value=metrics.terms_lost())
+        deposed = "Coordinators that this one deposed because their processes were gone"
+        yield CounterMetricFamily("ferryline_coordinators_deposed", deposed, value=metrics.deposed())
         core = self._core()
-        if core is None or not core.founded:
-            return
+        if core is None or not core.founded or not active:
+            return  # a standby's picture is old: the active one tells
         state = core.state
         parts = [record.meta for record in state.parts.values()]
         brokers = [record.meta for record in state.brokers.values()]

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from ferryline_coordinator.core.events import Probe, ProbeEnded
+
+_REFUSAL_S = 0.3
+
+
+async def refuses(url: str) -> bool:
+    """Whether every address of the host refuses connections on that port: no process listens. Silence is no refusal."""
+    parts = urlsplit(url)
+    loop = asyncio.get_running_loop()
+    try:
+        infos = await loop.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in infos:
+            with socket.socket(family, kind, protocol) as connection:
+                connection.setblocking(False)
+                try:
+                    async with asyncio.timeout(_REFUSAL_S):
+                        await loop.sock_connect(connection, address)
+                except ConnectionRefusedError:
+                    continue
+                return False
+    except (OSError, TimeoutError):
+        return False
+    return bool(infos)
 
 
 class Prober:

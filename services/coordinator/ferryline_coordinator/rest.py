@@ -78,6 +78,8 @@ class Rest:
         if not self._driver.serving:
             raise self._driver.not_serving()
         await self._driver.settled()
+        if not self._driver.serving:  # what was waited for was given up
+            raise self._driver.not_serving()
         return self._driver.state
 
     # -- topics -------------------------------------------------------------------------------------

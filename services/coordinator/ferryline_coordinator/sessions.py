@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
@@ -96,9 +96,9 @@ class Sessions:
         """Sessions end from now on because this coordinator does: no broker is doubted for that."""
         self._stopping = True
 
-    def end_all(self) -> None:
-        """Brokers connect and register again: a new term knows none of their sessions."""
-        for session in list(self._brokers.values()):
+    def end_all(self, sessions: Iterable[ServerSession]) -> None:
+        """Brokers connect and register again, here or elsewhere: a new term knows none of their sessions."""
+        for session in [*self._brokers.values(), *sessions]:
             session.abort("the coordinator began a new term")
 
     # -- one handler for each kind ------------------------------------------------------------------

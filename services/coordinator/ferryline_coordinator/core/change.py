@@ -196,9 +196,17 @@ class Change:
         """Whether anybody outside can see a change."""
         return (
             bool(self._parts)
+            or self.cluster_moved
             or any(isinstance(record, _VISIBLE) for record in self._puts.values())
             or any(key.startswith("broker/") for key in self._deletes)
         )
+
+    @property
+    def cluster_moved(self) -> bool:
+        """Whether the coordinators are others than before."""
+        record = self._puts.get(CLUSTER_KEY)
+        known = self.state.cluster
+        return isinstance(record, ClusterRecord) and known is not None and record.coordinators != known.coordinators
 
     def next_revision(self) -> int:
         """The revision that will stand once this decision is durable. Only right when no more is written."""

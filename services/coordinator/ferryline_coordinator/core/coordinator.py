@@ -15,6 +15,7 @@ from ferryline_coordinator.core.events import (
     AlterIsrsReceived,
     BrokerAdmitted,
     BrokerForgotten,
+    CoordinatorsKnown,
     Decision,
     DrainSet,
     Event,
@@ -241,6 +242,9 @@ class CoordinatorCore:
                 self.recovery.asked(change, event)
             case GroupDeleted():
                 self.groups.delete(change, event)
+            case CoordinatorsKnown(urls):
+                if change.cluster.coordinators != urls:
+                    change.set_cluster(coordinators=urls)
             case _:
                 raise AssertionError(f"unknown event {event!r}")
 

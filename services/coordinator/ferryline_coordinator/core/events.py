@@ -47,6 +47,12 @@ class Founded(Event):
     claim_key: bytes
 
 
+class CoordinatorsKnown(Event):
+    """The coordinators that run on this store now. Everybody is told when that differs from what they were told."""
+
+    urls: tuple[str, ...]
+
+
 class SessionOpened(Event):
     """A broker's session said HELLO. Registration may follow."""
 

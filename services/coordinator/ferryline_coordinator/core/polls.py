@@ -9,7 +9,7 @@ from ferryline.protocol.limits import WAIT_MS_MAX
 from ferryline.protocol.metadata import BrokerMeta, MetadataAnswer, PartitionMeta, TopicMeta
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.events import Decision, Effect, MetadataAsked, Refuse, Reply
-from ferryline_coordinator.core.records import BrokerRecord, PartRecord, TopicGone
+from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord, TopicGone
 from ferryline_coordinator.core.state import CoordinatorState
 
 
@@ -70,6 +70,7 @@ class Polls:
         if not self._parked:
             return []
         brokers, topics, parts, gone = [], [], [], []
+        coordinators: tuple[str, ...] = ()
         revision = self._state.revision + 1
         for record in decision.puts:
             match record:
@@ -81,6 +82,8 @@ class Polls:
                     parts.append(record.meta)
                 case TopicGone():
                     gone.append(record.topic_id)
+                case ClusterRecord():
+                    coordinators = record.coordinators
         forgotten = [int(key.partition("/")[2]) for key in decision.deletes if key.startswith("broker/")]
         answer = self._answer(
             full=False,
@@ -90,6 +93,7 @@ class Polls:
             partitions=parts,
             deleted_topics=gone,
             deleted_brokers=forgotten,
+            coordinators=coordinators,
         )
         effects: list[Effect] = [Reply(reply, answer) for reply in self._parked]
         self._parked.clear()
@@ -172,6 +176,7 @@ class Polls:
         partitions: list[PartitionMeta] | None = None,
         deleted_topics: list[str] | None = None,
         deleted_brokers: list[int] | None = None,
+        coordinators: tuple[str, ...] = (),
     ) -> MetadataAnswer:
         cluster = self._state.cluster
         assert cluster is not None
@@ -185,6 +190,6 @@ class Polls:
             partitions or [],
             deleted_topics or [],
             cluster.feature_level,
-            list(self._config.coordinators),
+            list(coordinators or cluster.coordinators or self._config.coordinators),
             deleted_brokers or [],
         )

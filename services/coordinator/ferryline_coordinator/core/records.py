@@ -36,6 +36,7 @@ class ClusterRecord(msgspec.Struct, array_like=True, frozen=True):
     feature_level: int = 1
     coord_epoch_floor: int = 0
     generation_floor: int = 0  # primaries may remember generations up to this one, of groups that were deleted
+    coordinators: tuple[str, ...] = ()  # URLs of several coordinators; empty where there is one
 
 
 class BrokerRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -131,6 +132,12 @@ def group_key(group: str) -> str:
 
 def owners_key(group: str, topic_id: str) -> str:
     return f"owners/{group}/{topic_id}"
+
+
+def cluster_id_of(value: bytes) -> str:
+    """Of an encoded ClusterRecord."""
+    record: ClusterRecord = _decoders["cluster"].decode(value)
+    return record.cluster_id
 
 
 def record_key(record: Record) -> str:

@@ -71,12 +71,25 @@ class MetaStore(Protocol):
         """Write all or nothing, if every guard (key, version) holds. Version 0: the key does not exist."""
         ...
 
+    def holds(self) -> bool:
+        """Whether primaryship cannot have ended yet, by the clock. Nothing is answered without it; commits are guarded
+        all the same. Costs next to nothing: asked at each event."""
+        ...
+
+    def active(self) -> str:
+        """URL of the coordinator that is active, as far as this one knows; "" if it does not, or is active itself."""
+        ...
+
+    async def members(self) -> list[str] | None:
+        """URLs of the coordinators that run on this store now; None where there can be only one."""
+        ...
+
     async def resign(self) -> None:
         """Give up primaryship; others need not wait for a time-out."""
         ...
 
     async def watch(self) -> None:
-        """Return when somebody else may have campaigned. A hint only: LOST is the truth."""
+        """Return when primaryship may be over: another campaigned, or `holds` says no. A hint: LOST is the truth."""
         ...
 
     async def close(self) -> None:

@@ -73,6 +73,15 @@ class MemoryStore:
             raise Crashed
         return Committed(Outcome.UNKNOWN) if fault == "unknown-after" else Committed(Outcome.OK, disk.revision)
 
+    def holds(self) -> bool:
+        return self._coord_epoch != 0
+
+    def active(self) -> str:
+        return ""
+
+    async def members(self) -> list[str] | None:
+        return None
+
     async def resign(self) -> None:
         self._coord_epoch = 0
 

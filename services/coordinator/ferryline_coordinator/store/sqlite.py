@@ -57,6 +57,15 @@ class SqliteStore:
     ) -> Committed:
         return await self._run(lambda: self._commit(puts, deletes, guards))
 
+    def holds(self) -> bool:
+        return self._coord_epoch != 0
+
+    def active(self) -> str:
+        return ""
+
+    async def members(self) -> list[str] | None:
+        return None
+
     async def resign(self) -> None:
         self._coord_epoch = 0
         self._resigned.set()
