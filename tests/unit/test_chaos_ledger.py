@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ferryline.cli.chaos.bed import flip
-from ferryline.cli.chaos.campaign import BROKEN, judge
+from ferryline.cli.chaos.campaign import broken, judge
 from ferryline.cli.chaos.ledger import append, commit_of, read, total
 from ferryline.cli.chaos.record import FAIL, INFO, OK, Recorder, now_us, number_of, payload
 from ferryline.cli.chaos.traffic import key_for, topics_for
@@ -97,7 +97,17 @@ def test_what_the_recorder_writes_is_judged(tmp_path: Path, changed: dict[str, i
     assert any(finding in name for name in verdict.errors), verdict.explain()
 
 
+HANDSHAKE = b"""[error    ] Future exception was never retrieved
+Traceback (most recent call last):
+  File "uvloop/sslproto.pyx", line 527, in uvloop.loop.SSLProtocol._on_handshake_complete
+ConnectionResetError
+[warning  ] session with the coordinator ended
+"""
+
+
 def test_a_broken_invariant_in_a_log_is_found_and_daily_bread_is_not() -> None:
-    assert BROKEN.search(b"[critical ] invariant violated, partition stopped")
-    assert BROKEN.search(b"Traceback (most recent call last):")
-    assert not BROKEN.search(b"[warning  ] session with the coordinator ended")
+    assert broken(HANDSHAKE) == []
+    (found,) = broken(HANDSHAKE + b"[critical ] invariant violated, partition stopped\n")
+    assert "partition stopped" in found
+    (found,) = broken(HANDSHAKE + b'Traceback (most recent call last):\n  File "x.py", line 1, in f\nKeyError: 3\n')
+    assert "KeyError" in found

@@ -30,6 +30,7 @@ SCRUB_BYTES_PER_S = 64 * 1024 * 1024
 # A machine that runs a cluster, its load and a proxy may be nearly full of other things, too.
 ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")
 ADMIN_S = 5.0
+STOP_S = 25.0  # it may be stopped by a SIGSTOP for a part of this
 LEAVE_S = 6.0  # a broker whose disk failed must have ended by then
 FLIPS, BITS_MAX = 6, 8
 _POLL_S = 0.05
@@ -191,12 +192,20 @@ class ProcessBed:
             await self._spawn(name)
 
     async def _begin_restart(self, step: Step) -> None:
-        if not self.cluster.local.services[step.target].running:
-            return
+        service = self.cluster.local.services[step.target]
+        process = service.process
+        if process is None or service.asked_to_end or not service.running:
+            return  # down, or on its way
         self.counts["restart"] += 1
-        if await self.cluster.terminate(step.target, 20.0) is None:
-            self.surprises.append(f"{step.target} did not end within 20 s of SIGTERM")
-            await self.cluster.kill(step.target)
+        self.cluster.local.terminate(step.target)
+        end = time.monotonic() + STOP_S
+        while process.poll() is None:
+            if time.monotonic() > end:
+                self.surprises.append(f"{step.target} did not end within {STOP_S:g} s of SIGTERM")
+                process.kill()
+                process.wait()
+                break
+            await asyncio.sleep(_POLL_S)
         await self._spawn(step.target)
 
     async def _begin_pause(self, step: Step) -> None:
