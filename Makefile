@@ -19,7 +19,7 @@ help: ## this list
 
 venv: .venv/.stamp ## the environment in .venv, with exactly the pinned versions
 
-.venv/.stamp: requirements/dev.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
+.venv/.stamp: requirements/dev.txt $(DISTRIBUTIONS:%=%/pyproject.toml) sdk/hatch_build.py $(wildcard sdk/codec/*)
 	@echo "venv: installing into .venv"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --require-hashes --requirement requirements/dev.txt

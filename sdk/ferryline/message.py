@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
-from msgspec.structs import force_setattr
 
+from ferryline.protocol._codec import COMPILED, MessageBase, without_gc
 from ferryline.protocol.errors import SerializationFailed
-from ferryline.protocol.records import DecodedRecord
 from ferryline.serializers import Decoder
 
 T = TypeVar("T")
@@ -91,66 +90,52 @@ class Source:
         self.decode = decode
 
 
-class Message(msgspec.Struct, Generic[T], frozen=True, gc=False, eq=False):
+@without_gc
+class Message(MessageBase, Generic[T]):
     """One record. Frozen; ``value`` is parsed at the first access, so iterating over bytes parses nothing.
 
-    Two fields and a cache, because a consumer makes a million of them a second (``gc=False``: it refers only to bytes,
-    to its record and to the shared source, none of which refers back).
+    A consumer makes a million of them a second, so the codec makes them while it decodes; ``offset``, ``key``, ``raw``
+    (the value as it was sent), ``timestamp_ms`` and ``value`` are attributes of its own (`MessageBase`).
     """
 
-    _record: DecodedRecord
-    _source: Source
-    _parsed: Any = msgspec.UNSET
+    if COMPILED:
+        __slots__ = ()  # a struct of the codec in Python must not name its slots, and needs no such line
+
+    if TYPE_CHECKING:
+
+        @property
+        def value(self) -> T:
+            """The value as the consumer's type. Raises SerializationFailed, naming topic, partition and offset."""
 
     @property
     def topic(self) -> str:
-        return self._source.topic
+        return self._source.topic  # type: ignore[no-any-return]
 
     @property
     def partition(self) -> int:
-        return self._source.partition
+        return self._source.partition  # type: ignore[no-any-return]
 
-    @property
-    def offset(self) -> int:
-        return self._record.offset
-
-    @property
-    def key(self) -> bytes | None:
-        return self._record.key
-
-    @property
-    def raw(self) -> bytes | None:
-        """The value as it was sent."""
-        return self._record.value
-
-    @property
-    def value(self) -> T:
-        """The value as the consumer's type. Raises SerializationFailed, naming topic, partition and offset."""
+    def _parse(self) -> Any:
+        """The parsed value; asked for once."""
         decode = self._source.decode
         if decode is None:
-            return self._record.value  # type: ignore[return-value]
-        if self._parsed is msgspec.UNSET:
-            try:
-                force_setattr(self, "_parsed", decode(self._record.value))
-            except SerializationFailed as error:
-                where = f"{self.topic}/{self.partition}/{self.offset}"
-                raise SerializationFailed(
-                    f"{where}: {error.message}", topic=self.topic, partition=self.partition, offset=self.offset
-                ) from error
-        return self._parsed  # type: ignore[no-any-return]
+            return self.raw
+        try:
+            return decode(self.raw)
+        except SerializationFailed as error:
+            where = f"{self.topic}/{self.partition}/{self.offset}"
+            raise SerializationFailed(
+                f"{where}: {error.message}", topic=self.topic, partition=self.partition, offset=self.offset
+            ) from error
 
     @property
     def headers(self) -> Headers:
-        return Headers(self._record.headers)
-
-    @property
-    def timestamp_ms(self) -> int:
-        return self._record.timestamp
+        return Headers(self._pairs)
 
     @property
     def timestamp(self) -> datetime:
         """When it was produced, in UTC."""
-        return datetime.fromtimestamp(self._record.timestamp / 1000, UTC)
+        return datetime.fromtimestamp(self.timestamp_ms / 1000, UTC)
 
     @property
     def id(self) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from itertools import repeat
 from typing import Any
 
 from ferryline.message import Message, Source
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.metadata import NO_BROKER
-from ferryline.protocol.records import BatchHeader, check_crc, decode_batch
+from ferryline.protocol.records import BatchHeader, check_crc, decode_messages
 from ferryline.requests import Key
 
 
@@ -105,7 +104,10 @@ class Partition:
             else:
                 if self.check:
                     check_crc(data, header)
-                messages: list[Message[Any]] = list(map(Message, decode_batch(data, header), repeat(self.source)))
+                source = self.source
+                messages: list[Message[Any]] = decode_messages(
+                    data, header, Message, source, plain=source.decode is None
+                )
                 if header.base_offset < self.position:
                     messages = [message for message in messages if message.offset >= self.position]
                 self.messages = messages

@@ -1,9 +1,13 @@
-"""Record batches: what goes in comes out; hostile bytes give CorruptBatch, never a crash or unbounded memory."""
+"""Record batches: what goes in comes out; hostile bytes give CorruptBatch, never a crash or unbounded memory.
+
+Every test here runs on each codec that there is; `test_codec.py` compares them with each other.
+"""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 
 import cramjam
 import pytest
@@ -13,6 +17,17 @@ from hypothesis import strategies as st
 from ferryline.protocol import records
 from ferryline.protocol.errors import CorruptBatch, InvalidArgument
 from ferryline.protocol.partitioner import partition_of
+from unit.codecs import CODEC_NAMES, records_on
+
+
+@pytest.fixture(scope="module", params=CODEC_NAMES, autouse=True)
+def codec_in_use(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`records` on this codec, whichever was chosen at import."""
+    global records
+    ours, records = records, records_on(request.param)
+    yield
+    records = ours
+
 
 record = st.tuples(
     st.none() | st.binary(max_size=40),

@@ -48,6 +48,7 @@ def check_settings(settings: Settings) -> list[Finding]:
     found = [Finding(OK, "settings", f"{', '.join(settings.url)} ({source}); context {settings.context or 'none'}")]
     if not ssl.HAS_TLSv1_3:
         found.append(Finding(FAIL, "python", f"{ssl.OPENSSL_VERSION} has no TLS 1.3", "Use a newer Python or OpenSSL."))
+    found.append(check_codec())
     if settings.ca is None:
         if any(url.startswith("https://") for url in settings.url):
             remedy = "A Ferryline cluster has a private CA: --ca or FERRYLINE_CA names its ca.crt."
@@ -60,6 +61,16 @@ def check_settings(settings: Settings) -> list[Finding]:
         return [*found, Finding(FAIL, "CA", f"{settings.ca}: {error}", remedy)]
     found += [finding for cert in authorities for finding in _validity(f"CA {settings.ca}", cert)]
     return found
+
+
+def check_codec() -> Finding:
+    """Which codec of record batches this installation uses; the one in Python only costs speed."""
+    from ferryline.protocol import _codec
+
+    if _codec.COMPILED:
+        return Finding(OK, "codec", f"compiled, CRC32C by {_codec.CRC_KIND}")
+    remedy = "Install again where a C compiler and Python's headers are: several times fewer CPU seconds per record."
+    return Finding(OK, "codec", f"in Python ({_codec.WHY})", remedy)
 
 
 def _validity(what: str, cert: tlsinfo.Certificate) -> list[Finding]:

@@ -292,7 +292,9 @@ def _service_environment(extra: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("FERRYLINE_") or name.startswith(("FERRYLINE_BROKER_", "FERRYLINE_COORDINATOR_"))
+        if not name.startswith("FERRYLINE_")
+        or name.startswith(("FERRYLINE_BROKER_", "FERRYLINE_COORDINATOR_"))
+        or name == "FERRYLINE_CODEC"
     }
     kept.update(extra)
     return kept

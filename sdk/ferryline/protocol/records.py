@@ -1,6 +1,7 @@
 """Record batches: Kafka RecordBatch v2, the same bytes on the wire, on disk and in every answer.
 
-This is the only module that knows the codec (aiokafka's compiled one). Layout, big endian::
+The bytes of records are made and read by a codec (`_codec.py`): compiled, or aiokafka's where that one is missing. Both
+make the same bytes and refuse the same ones. Layout, big endian::
 
     base_offset i64 | batch_length i32 | epoch i32 | magic i8 = 2 | crc u32 | attributes i16
     | last_offset_delta i32 | base_timestamp i64 | max_timestamp i64 | producer_id i64
@@ -19,13 +20,12 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import Protocol, TypeVar
 
 import cramjam
 import msgspec
-from aiokafka.record._crecords import DefaultRecordBatch, DefaultRecordBatchBuilder
-from aiokafka.record.util import calc_crc32c
 
+from ferryline.protocol import _codec
 from ferryline.protocol.errors import CorruptBatch, InvalidArgument
 from ferryline.protocol.limits import BATCH_DECODED_BYTES_MAX, BATCH_RATIO_MAX, BATCH_RECORDS_MAX
 
@@ -41,6 +41,8 @@ _CODEC_MASK = 0x07
 _CONTROL_FLAG = 0x20
 
 NO_PRODUCER = -1
+crc32c = _codec.crc32c
+M = TypeVar("M", bound=_codec.MessageBase)
 Headers = Sequence[tuple[str, bytes | None]]
 
 
@@ -88,6 +90,9 @@ def read_header(data: bytes | bytearray | memoryview, at: int = 0) -> BatchHeade
 
     Does not check the CRC and does not require the body to be present.
     """
+    found = _codec.read_header(data, at, BatchHeader)
+    if found is not None:
+        return found
     try:
         (base, length, epoch, magic, crc, attributes, last_delta, base_ts, max_ts, pid, pepoch, seq, count) = (
             HEADER.unpack_from(data, at)
@@ -114,12 +119,15 @@ def check_crc(data: bytes | bytearray | memoryview, header: BatchHeader, at: int
     view = memoryview(data)[at + _CRC_FROM : at + header.size]
     if len(view) != header.size - _CRC_FROM:
         raise CorruptBatch(f"batch of {header.size} bytes is cut off after {len(view) + _CRC_FROM}")
-    if calc_crc32c(view) != header.crc:
+    if crc32c(view) != header.crc:
         raise CorruptBatch(f"crc: batch at offset {header.base_offset} does not match its CRC32C")
 
 
 def split_batches(data: bytes | bytearray | memoryview, *, verify: bool = True) -> list[tuple[int, BatchHeader]]:
     """Positions and headers of the batches that lie back to back in ``data``; trailing bytes are an error."""
+    walked = _codec.walk(data, verify, BatchHeader)
+    if walked is not None:
+        return walked
     found: list[tuple[int, BatchHeader]] = []
     at, end = 0, len(data)
     while at < end:
@@ -139,38 +147,25 @@ def stamp(data: bytearray, base_offset: int, epoch: int, at: int = 0) -> None:
     struct.pack_into(">i", data, at + LENGTH_PREFIX_BYTES, epoch)
 
 
-class BatchBuilder:
+class BatchBuilder(_codec.Builder):
     """Collects records into one batch and encodes it once.
 
-    ``append`` returns False when the batch has reached ``bytes_max``; a first record always fits, so a large
-    record travels alone. Timestamps are ms since the Unix epoch.
+    ``append`` and ``extend`` take no more when the batch has reached ``bytes_max``; a first record always fits, so a
+    large record travels alone. Timestamps are ms since the Unix epoch.
     """
 
-    __slots__ = ("_builder", "_codec", "count")
+    __slots__ = ("_compression",)
 
     def __init__(self, bytes_max: int, codec: str = "none") -> None:
         if codec not in CODECS:
             raise InvalidArgument(f"compression: {codec!r} is not one of {', '.join(CODECS)}", field="compression")
-        self._codec = codec
-        self._builder = DefaultRecordBatchBuilder(MAGIC, 0, False, NO_PRODUCER, -1, -1, bytes_max)
-        self.count = 0
-
-    def append(
-        self, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes | None]]
-    ) -> bool:
-        if self._builder.append(self.count, timestamp_ms, key, value, headers) is None:
-            return False
-        self.count += 1
-        return True
-
-    def size(self) -> int:
-        return cast(int, self._builder.size())
+        super().__init__(bytes_max)
+        self._compression = codec
 
     def build(self, producer_id: int = NO_PRODUCER, producer_epoch: int = -1, base_sequence: int = -1) -> bytearray:
         """The encoded batch at base offset 0. The builder is spent afterwards."""
-        self._builder.set_producer_state(producer_id, producer_epoch, base_sequence)
-        data = bytearray(self._builder.build())
-        return _compress(data, self._codec) if self._codec != "none" else data
+        data = super().build(producer_id, producer_epoch, base_sequence)
+        return _compress(data, self._compression) if self._compression != "none" else data
 
 
 def encode_batch(
@@ -185,8 +180,7 @@ def encode_batch(
 ) -> bytearray:
     """One batch of (key, value, headers) records: for state entries, control records, tools and tests."""
     builder = BatchBuilder(2**30, codec)
-    for key, value, headers in records:
-        builder.append(timestamp_ms, key, value, headers)
+    builder.extend([(timestamp_ms, key, value, headers) for key, value, headers in records])
     data = builder.build(*producer)
     if control:
         attributes = struct.unpack_from(">h", data, _CRC_FROM)[0] | _CONTROL_FLAG
@@ -208,7 +202,7 @@ def set_producer(data: bytearray, producer_id: int, producer_epoch: int, base_se
 
 
 def _seal(data: bytearray) -> None:
-    struct.pack_into(">I", data, 17, calc_crc32c(memoryview(data)[_CRC_FROM:]))
+    struct.pack_into(">I", data, 17, crc32c(memoryview(data)[_CRC_FROM:]))
 
 
 def _compress(data: bytearray, codec: str) -> bytearray:
@@ -236,30 +230,45 @@ def decode_batch(data: bytes | bytearray | memoryview, header: BatchHeader | Non
     """Records of the single batch in ``data``, in order. Control batches decode like any other: skip them by header.
 
     The CRC is *not* checked here (`check_crc`). Decompression stops at the smaller of BATCH_DECODED_BYTES_MAX and
-    BATCH_RATIO_MAX times the packed size.
+    BATCH_RATIO_MAX times the packed size. Raises CorruptBatch before the first record, if at all.
     """
     if header is None:
         header = read_header(data)
-    raw = bytes(data) if not isinstance(data, bytes) else data
-    if len(raw) < header.size:
-        raise CorruptBatch(f"batch of {header.size} bytes is cut off after {len(raw)}")
-    codec = header.attributes & _CODEC_MASK
-    if codec:
-        payload = _decompress(raw[HEADER_BYTES : header.size], _CODEC_NAMES[codec])
-        head = bytearray(raw[:HEADER_BYTES])
-        struct.pack_into(">i", head, 8, HEADER_BYTES - LENGTH_PREFIX_BYTES + len(payload))
-        struct.pack_into(">h", head, _CRC_FROM, header.attributes & ~_CODEC_MASK)
-        raw = bytes(head) + payload
-    return _records_of(raw)
-
-
-def _records_of(raw: bytes) -> Iterator[DecodedRecord]:
     try:
-        yield from cast(Iterator[DecodedRecord], DefaultRecordBatch(raw))
-    except GeneratorExit:
-        raise
-    except Exception as error:  # the codec raises several kinds; for us all mean the same
-        raise CorruptBatch(f"records do not decode: {str(error)[:200]}") from None
+        return iter(_codec.decode_records(_unpacked(data, header)))
+    except ValueError:
+        raise _undecodable(header) from None
+
+
+def decode_messages(
+    data: bytes | bytearray | memoryview, header: BatchHeader, kind: type[M], source: object, *, plain: bool
+) -> list[M]:
+    """`decode_batch`, but straight into messages of a consumer: ``kind(...)`` with ``source`` for each record.
+
+    ``plain``: values are handed out as they are, without ``kind._parse``.
+    """
+    try:
+        return _codec.decode_messages(_unpacked(data, header), kind, source, plain)
+    except ValueError:
+        raise _undecodable(header) from None
+
+
+def _undecodable(header: BatchHeader) -> CorruptBatch:
+    return CorruptBatch(f"records of the batch at offset {header.base_offset} do not decode")
+
+
+def _unpacked(data: bytes | bytearray | memoryview, header: BatchHeader) -> bytes | bytearray | memoryview:
+    """The batch without compression and without what lies behind it."""
+    if len(data) < header.size:
+        raise CorruptBatch(f"batch of {header.size} bytes is cut off after {len(data)}")
+    codec = header.attributes & _CODEC_MASK
+    if not codec:
+        return data if len(data) == header.size else memoryview(data)[: header.size]
+    payload = _decompress(bytes(memoryview(data)[HEADER_BYTES : header.size]), _CODEC_NAMES[codec])
+    head = bytearray(memoryview(data)[:HEADER_BYTES])
+    struct.pack_into(">i", head, 8, HEADER_BYTES - LENGTH_PREFIX_BYTES + len(payload))
+    struct.pack_into(">h", head, _CRC_FROM, header.attributes & ~_CODEC_MASK)
+    return bytes(head) + payload
 
 
 def _decompress(packed: bytes, codec: str) -> bytes:
