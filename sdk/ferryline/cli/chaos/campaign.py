@@ -30,7 +30,8 @@ TICK_S = 0.25
 BROKEN = re.compile(rb"invariant|the core failed|Traceback \(most recent call last\)")
 # What the event loop itself says when a peer breaks off in a handshake: nobody waits for that future any more.
 NOISE = re.compile(
-    rb"Traceback \(most recent call last\):\n(?:  .*\n)*?  File \"uvloop/sslproto.*\n(?:  .*\n)*ConnectionResetError.*\n"
+    rb"Traceback \(most recent call last\):\n(?:  .*\n)*?  File \"uvloop/sslproto.*\n"
+    rb"(?:  .*\n)*ConnectionResetError.*\n"
 )
 
 
