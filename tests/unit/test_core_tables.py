@@ -133,3 +133,13 @@ def test_a_lower_generation_and_another_member_of_the_same_are_refused() -> None
     assert isinstance(table.decide_commit("g", "n", 3, 1, "", False, **common), Refused)  # type: ignore[arg-type]
     assert isinstance(table.decide_commit("g", "m", 2, 1, "", False, **common), Refused)  # type: ignore[arg-type]
     assert isinstance(table.decide_commit("g", "m", 3, 1, "", False, **common), CommitEntry)  # type: ignore[arg-type]
+
+
+def test_an_epoch_that_retention_emptied_still_tells_where_it_ended() -> None:
+    index = EpochIndex([(1, 0), (2, 5)])
+    index.advance(5)
+    assert index.end_offset_for(1, 9) == (1, 5), "a secondary that ends at 5 in epoch 1 agrees with this log"
+    index.advance(9)
+    index.observe(4, 9)  # everything is gone, and another primary begins
+    assert index.end_offset_for(2, 10) == (2, 9)
+    assert EpochIndex(index.items()).items() == index.items()

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 class EpochIndex:
     """Start offsets of epochs in one log, ascending in both.
 
-    Invariant: epochs and starts rise strictly. Derivable from the log, so it is rebuilt at start and never trusted from
-    disk.
+    Invariant: epochs rise strictly, and so do starts, except that the first epoch may be empty: retention took its
+    records, and it begins at the log start like the second. It is the epoch of the record before the log start. Without
+    it, a secondary that ends exactly there could not be told that the logs agree, and an in-sync one would stop.
+    Derivable from the log, so it is rebuilt at start and never trusted from disk.
     """
 
     __slots__ = ("_epochs", "_starts")
@@ -28,7 +30,10 @@ class EpochIndex:
             if epoch == last:
                 return
             assert epoch > last, f"epoch {epoch} after {last} at offset {offset}"
-            assert offset > self._starts[-1], f"epoch {epoch} starts at {offset}, not after {self._starts[-1]}"
+            emptied = len(self._starts) == 1 and offset == self._starts[0]
+            assert emptied or offset > self._starts[-1], (
+                f"epoch {epoch} starts at {offset}, not after {self._starts[-1]}"
+            )
         self._epochs.append(epoch)
         self._starts.append(offset)
 
@@ -60,8 +65,8 @@ class EpochIndex:
             self._epochs.pop()
 
     def advance(self, log_start: int) -> None:
-        """Forget epochs that end at or below ``log_start``; the one that spans it begins there."""
-        while len(self._starts) > 1 and self._starts[1] <= log_start:
+        """Forget epochs that end below ``log_start``; the one of the record before it begins there."""
+        while len(self._starts) > 1 and self._starts[1] < log_start:
             self._starts.pop(0)
             self._epochs.pop(0)
         if self._starts and self._starts[0] < log_start:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 
 class EpochStarts:
-    """(epoch, start offset) pairs; both rise strictly.
+    """(epoch, start offset) pairs; epochs rise strictly, and so do starts but for the first two.
 
-    The first pair may stand for an epoch of which no record is left (retention took them): it begins at the log start
-    and makes way for the first epoch that really begins there. So the tail epoch of an emptied log is still known.
+    The first pair may stand for an epoch of which no record is left (retention took them): that of the record before the
+    log start, where it begins. So the tail epoch of an emptied log is still known, and a secondary that ends exactly at
+    the log start can be compared.
     """
 
     __slots__ = ("pairs",)
@@ -29,16 +30,18 @@ class EpochStarts:
             last_epoch, last_start = self.pairs[-1]
             if epoch == last_epoch:
                 return
-            if offset == last_start:
+            if offset == last_start and len(self.pairs) > 1:
                 self.pairs.pop()
         self.pairs.append((epoch, offset))
 
     def begin_at(self, log_start: int, epoch_before: int) -> None:
         """The log begins at ``log_start`` now; the record before it was of ``epoch_before`` (-1: unknown or none)."""
-        above = [pair for pair in self.pairs if pair[1] > log_start]
-        spanning = [epoch for epoch, start in self.pairs if start <= log_start]
-        epoch = spanning[-1] if spanning else epoch_before
-        self.pairs = ([(epoch, log_start)] if epoch >= 0 else []) + above
+        left = [pair for pair in self.pairs if pair[1] >= log_start]
+        below = [epoch for epoch, start in self.pairs if start < log_start]
+        epoch = below[-1] if below else epoch_before
+        if epoch >= 0 and (not left or epoch < left[0][0]):
+            left.insert(0, (epoch, log_start))
+        self.pairs = left
 
     def cut(self, log_end: int, log_start: int, epoch_before: int) -> None:
         """Everything from ``log_end`` on is gone."""
