@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ferryline.cli.chaos import HISTORY, Sabotage
 from ferryline.cli.chaos.bed import ProcessBed, running
 from ferryline.cli.chaos.campaign import Account, Campaign, Load, Now, Tell
+from ferryline.cli.chaos.containers import POSSIBLE, DockerBed
 from ferryline.cli.chaos.ledger import append, commit_of
 from ferryline.cli.connection import run as run_coroutine
-from ferryline.cli.failures import Failed
+from ferryline.cli.failures import USAGE, Failed
 from ferryline.cli.output import stderr, warn
 from ferryline.cli.processes import missing_services
 
@@ -36,11 +37,23 @@ async def _run(
 ) -> Account:
     history = root / HISTORY
     if driver == "docker":
-        raise Failed("the docker driver is not there yet")
+        return await _run_containers(plan, load, history, project, tell)
     env = {"FERRYLINE_SABOTAGE": sabotage.value} if sabotage is not None else {}
     bed = ProcessBed(root, brokers=len(plan.brokers), faults=plan.faults, env=env)
     async with running(bed):
         return await Campaign(plan, load, bed, history, tell).run()
+
+
+async def _run_containers(plan: Plan, load: Load, history: Path, project: str, tell: Tell) -> Account:
+    impossible = sorted(set(plan.faults) - POSSIBLE)
+    if impossible:
+        told = f"the docker driver cannot do {', '.join(impossible)}"
+        raise Failed(told, USAGE, remedy=f"Choose among: --faults {','.join(sorted(POSSIBLE))}")
+    bed = DockerBed(project)
+    found = bed.find()
+    if tuple(found) != plan.brokers:
+        raise Failed(f"project {project!r} has {len(found)} brokers", USAGE, remedy=f"Say --brokers {len(found)}")
+    return await Campaign(plan, load, bed, history, tell).run()
 
 
 def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabotage: Sabotage | None) -> None:
