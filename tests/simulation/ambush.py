@@ -7,10 +7,12 @@ nothing and draws nothing.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.messages import RESTART_OS_CRASH, AlterIsr, AlterIsrs
 from ferryline_broker.core.partition import PartitionCore
+from ferryline_coordinator.core.config import CoreConfig
 from tests.simulation.engine import MS
 from tests.simulation.ghost import Violation
 
@@ -33,6 +35,9 @@ class Ambushes:
         self._moments = random.Random(f"moments of {self.engine.seed}")
         self._rng = self._moments
         self._count = 0
+        self._lies_until_us: dict[int, int] = {}
+        if self.rates.fence_one_ms:
+            self._plan_fence()
 
     def _strikes(self, rate: float, what: str) -> bool:
         """Whether it happens now. Each gets a name on the tape of faults and a source of its own (see `Faults`)."""
@@ -58,13 +63,33 @@ class Ambushes:
         return self._rng.random() < probability
 
     def _fence(self, broker: Broker | None) -> None:
-        """The coordinator is about to take a healthy broker for dead."""
+        """The coordinator is about to take a healthy broker, and only this one, for dead."""
         if broker is None or not broker.host.alive or not self.world.faults.raging:
             return
-        coordinator = self.world.coordinator
-        coordinator.probes_lie_until_us = max(coordinator.probes_lie_until_us, self.engine.now_us + 400 * MS)
+        self._lies_until_us[broker.id] = self.engine.now_us + 400 * MS
         if broker.coordinator is not None:
             self.world.network.end(broker.coordinator)
+
+    def lies_about(self, broker_id: int) -> bool:
+        """A probe of this broker is refused although it lives."""
+        return self.world.faults.raging and self.engine.now_us < self._lies_until_us.get(broker_id, 0)
+
+    def _plan_fence(self) -> None:
+        gap_us = int(self._moments.random() * 2 * self.rates.fence_one_ms * MS) + 1
+        self.engine.after(gap_us, self._fence_one)
+
+    def _fence_one(self) -> None:
+        if self._strikes(1.0, "wrong fence"):
+            self._fence(self._pick(self.world.brokers))
+        if not self.world.faults.over:
+            self._plan_fence()
+
+    def core_config(self) -> CoreConfig:
+        """Of a coordinator that starts; in some weather it gives primaries back at once."""
+        config = self.world.core_config
+        if not self.rates.restless:
+            return config
+        return replace(config, preferred_ms=200, balance_ms=100, handover_retry_ms=300)
 
     # -- primaries ---------------------------------------------------------------------------------
 
@@ -99,7 +124,8 @@ class Ambushes:
     def resigning(self, broker: Broker, core: PartitionCore) -> int:
         """C10: the resignation arrives when its sender serves again, and the heir has not seen what came since."""
         others = [b for b in core.isr if b != broker.id]
-        if not others or not self._strikes(self.rates.hold_resign, "late resignation"):
+        leaving = core.primary is None or core.primary.handover is None or core.primary.handover.stopping
+        if leaving or not others or not self._strikes(self.rates.hold_resign, "late resignation"):
             return 0
         late_ms = self._between(550, 1_200)
         heir = self.world.broker_by_id(self._pick(others))
@@ -120,9 +146,12 @@ class Ambushes:
                 for _ in range(self._between(1, 4)):
                     self.world.network.repeat(session, broker, frame, self._between(20, 1_800) * MS)
             return False
-        if not self._strikes(self.rates.half_open, "half-open session"):
+        message = frame[4]
+        core = broker.parts[message.topic_id, message.partition].core
+        heard = core.secondary is None or core.secondary._primary_version  # answered in this epoch
+        if heard or not self._strikes(self.rates.half_open, "half-open session"):
             return False
-        late_us = self._between(50, 1_500) * MS
+        late_us = self._between(40, 500) * MS
         self.world.network.repeat(session, broker, frame, late_us)
         self.world.network.half_end(session, broker, late_us + 10 * MS)
         broker.session_ended(session)
@@ -169,7 +198,8 @@ class Ambushes:
             broker.die("kill -9 of all")
         engine.run_until(engine.now_us + 4 * world.weather.fence_ms * MS)
         parts = [record.meta.key for record in world.checks.parts.values() if alone.id in record.meta.replicas]
-        alone.start()
+        if not alone.host.alive:  # a restart that was planned before the healing may have come first
+            alone.start()
 
         def leads() -> bool:
             return all(world.checks.parts[key].meta.primary == alone.id for key in parts)
@@ -180,5 +210,3 @@ class Ambushes:
         for broker in world.brokers:
             if not broker.host.alive and broker.wanted:
                 broker.start()
-
-

@@ -78,7 +78,7 @@ class Coordinator:
         self.host.begin_life()
         self.epoch = self.store.campaign()
         world.checks.campaigned(self.epoch)
-        self.core = CoordinatorCore(world.core_config)
+        self.core = CoordinatorCore(world.ambushes.core_config())
         self.core.load(sorted(self.store.rows.items()), self.epoch, self.host.now_ms())
         self.alarm = Alarm(self.host, self.core.next_deadline_ms, lambda: self.event(ce.Tick()))
         world.engine.note(self.host.name, ("campaigned", self.epoch))
@@ -211,16 +211,17 @@ class Coordinator:
         world = self.world
         broker = world.broker_by_id(probe.broker_id)
         delay_us = 2 * world.network.delay_us()
+        lied = world.ambushes.lies_about(probe.broker_id)
         alive = (
             broker is not None
             and broker.host.alive
             and not broker.host.paused
             and world.network.reachable(self.host, broker.host)
             and world.engine.now_us >= self.probes_lie_until_us
+            and not lied
         )
         late = delay_us > probe.timeout_ms * MS
-        refused = world.weather.mischief.quick_lies and world.engine.now_us < self.probes_lie_until_us
-        if not alive and not refused and broker is not None and broker.host.alive:
+        if not alive and not lied and broker is not None and broker.host.alive:
             delay_us = probe.timeout_ms * MS  # nobody refuses: the connection hangs
         event = ce.ProbeEnded(probe.probe, probe.broker_id, alive and not late)
         self.host.deliver_after(min(delay_us, probe.timeout_ms * MS), self.event, event)

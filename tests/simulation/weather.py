@@ -26,7 +26,8 @@ class Mischief(msgspec.Struct):
 
     echo: float = 0.0  # a proposal that adds somebody is held up and repeated, while that broker is fenced wrongly
     echo_coordinator: float = 0.0  # ... and the coordinator is replaced before the repetitions
-    quick_lies: bool = False  # a wrong probe is a refused connection, not one that hangs
+    fence_one_ms: int = 0  # mean time between wrong fences of one broker: its probe is refused at once
+    restless: bool = False  # the coordinator gives primaries back as soon as it can
     late_flush: float = 0.0  # a secondary's flush takes long, so that it may end in another epoch
     hold_diverging: float = 0.0  # a primary is slow to say that the logs differ
     second_death: float = 0.0  # kill -9 right after the start that followed a power cut
@@ -40,18 +41,18 @@ class Mischief(msgspec.Struct):
 
 def _late_flushes(weather: Weather, rng: random.Random) -> None:
     weather.flush_us = rng.choice((8_000, 20_000))
-    _often(weather, false_probe=2.0, kill=1.5, stop=1.0, cut_one_way=1.0)
+    _often(weather, kill=1.5, stop=1.0, cut_one_way=1.0)
     weather.produce_gap_ms = 60
     weather.fault_gap_ms = 400
-    weather.mischief = Mischief(quick_lies=True, late_flush=0.35, hold_diverging=0.6)
+    weather.mischief = Mischief(fence_one_ms=700, late_flush=0.35, hold_diverging=0.6)
 
 
 def _echoes(weather: Weather, rng: random.Random) -> None:
-    _often(weather, false_probe=2.0, kill=1.0, end_sessions=0.5)
+    _often(weather, kill=1.0, end_sessions=0.5)
     weather.producers, weather.partitions, weather.produce_gap_ms = 3, 1, 60
     weather.slow_flush, weather.slow_flush_us = 0.2, 200_000
     weather.fault_gap_ms = 1_000
-    weather.mischief = Mischief(echo=0.7, echo_coordinator=rng.choice((0.0, 0.6)), quick_lies=True)
+    weather.mischief = Mischief(echo=0.7, echo_coordinator=rng.choice((0.0, 0.6)), fence_one_ms=1_000)
 
 
 def _twice_down(weather: Weather, rng: random.Random) -> None:
@@ -62,19 +63,21 @@ def _twice_down(weather: Weather, rng: random.Random) -> None:
 
 
 def _flips(weather: Weather, rng: random.Random) -> None:
-    _often(weather, drain=1.0, false_probe=2.0)
+    _often(weather, kill=0.3)
+    weather.ordered = {"replica": False, "coordinator": False}
+    weather.slow, weather.late_us = 0.15, 500_000
     weather.producers, weather.produce_gap_ms, weather.partitions = 3, 60, 1
     weather.fault_gap_ms = 1_000
     weather.lag_max_ms = 10_000
     weather.duration_ms = 24_000
-    weather.mischief = Mischief(hold_resign=0.8, late_fetch=0.8, flip_back=0.8, quick_lies=True)
+    weather.mischief = Mischief(hold_resign=0.8, late_fetch=0.6, flip_back=0.8, restless=True, fence_one_ms=1_500)
 
 
 def _half_open(weather: Weather, rng: random.Random) -> None:
-    _often(weather, false_probe=2.0, kill=1.0, stop=0.5)
+    _often(weather, kill=1.0, stop=0.5)
     weather.producers, weather.produce_gap_ms = 3, 60
     weather.flush_us = 20_000
-    weather.mischief = Mischief(quick_lies=True, late_flush=0.35, hold_diverging=0.3, half_open=0.6)
+    weather.mischief = Mischief(fence_one_ms=700, late_flush=0.8, hold_diverging=0.9, half_open=0.9)
 
 
 def _moves(weather: Weather, rng: random.Random) -> None:
