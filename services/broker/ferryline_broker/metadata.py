@@ -42,8 +42,8 @@ class _ParkedMetadata:
 
 
 class MetadataHandler:
-    """Serves this broker's copy, whole, as soon as it is newer than the asker's. So clients can start, and learn of new
-    primaries, while no coordinator answers."""
+    """Serves this broker's copy, or what changed in it, as soon as it is newer than the asker's. So clients can start,
+    and learn of new primaries, while no coordinator answers."""
 
     def __init__(self, view: ClusterView, *, parked_max: int) -> None:
         self._view = view
@@ -77,7 +77,7 @@ class MetadataHandler:
             self._answer(parked)
 
     def _answer(self, parked: _ParkedMetadata) -> None:
-        parked.session.answer(Kind.METADATA, parked.correlation, self._view.encoded())
+        parked.session.answer(Kind.METADATA, parked.correlation, self._view.news(*parked.known))
 
     def _nothing_new(self, parked: _ParkedMetadata) -> None:
         metadata = self._view.metadata

@@ -104,6 +104,8 @@ class NodeDriver:
                 self._send_heartbeat(effect)
         self._arm()
         if (node.metadata.revision, node.metadata.coord_epoch) != before:
+            if isinstance(event, ev.MetadataReceived) and event.answer is not None:
+                self._view.took(event.answer)
             self._metadata_changed()
 
     def alter_isr_answered(self, result: AlterIsrResult) -> None:

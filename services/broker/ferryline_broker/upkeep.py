@@ -15,6 +15,7 @@ from ferryline_broker.core import events as ev
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.group import GroupFlush
+from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.log.scrubber import Scrubber
@@ -27,6 +28,7 @@ _SLICE_S = 0.01  # of work between two turns of the loop
 _TICK_MS = 20
 _CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages cannot be believed (rule L11)
 _CHECKPOINTS_MAX = 200  # of one group: keeps it short
+_REST_MS = 10_000  # without anything to save, and the descriptors go back
 _SCRUB_STEP_BYTES = 1024 * 1024
 
 
@@ -54,6 +56,8 @@ class Upkeep:
         self._clock_distance = wall_ms() - now_ms()
         self._retention_told = False
         self._scrubbers: dict[tuple[ev.Key, int], Scrubber] = {}
+        self._sealed: list[tuple[ev.Key, int]] = []  # logs with something to scrub, as of the last retention
+        self._moved: dict[HostedReplica, int] = {}  # -> when it last had anything to save, oldest first
         self._task: asyncio.Task[None] | None = None
         partitions.on_appended = self._appended
         self.check_disk()
@@ -82,6 +86,7 @@ class Upkeep:
                 if now >= due["retention"]:
                     due["retention"] = now + config.retention_ms
                     await self._in_slices(self._retention())
+                    await self._in_slices(self._find_sealed())
                 if now >= due["scrub"]:
                     due["scrub"] = now + 1000
                     await self._in_slices(self._scrub(config.scrub_bytes_per_s))
@@ -107,7 +112,9 @@ class Upkeep:
 
     def _checkpoints(self) -> Iterator[None]:
         """Record what is flushed and committed, of everything that moved; one sync for many."""
-        moved = [hosted for hosted in self._hosted() if hosted.unsaved]
+        replicas = self._partitions.replicas.values()
+        moved = [one for one in replicas if one.unsaved and not one.broken and one.core.role != "stopped"]
+        self._note_moved(moved)
         for first in range(0, len(moved), _CHECKPOINTS_MAX):
             self._checkpoint_group(moved[first : first + _CHECKPOINTS_MAX])
             yield
@@ -118,6 +125,21 @@ class Upkeep:
                 except (StorageFailed, StorageFull) as error:
                     _log.warning("snapshot has to wait", partition=hosted.name, error=str(error))
                 yield
+
+    def _note_moved(self, moved: list[HostedReplica]) -> None:
+        """Logs that nobody appends to hold no descriptors: a broker has many partitions, and few move at a time."""
+        now = now_ms()
+        for hosted in moved:
+            self._moved.pop(hosted, None)
+            self._moved[hosted] = now  # at the end: the dict is in order of time
+        while self._moved:
+            hosted, last = next(iter(self._moved.items()))
+            if now - last < _REST_MS:
+                break
+            del self._moved[hosted]
+            if not hosted.broken:
+                for log in hosted.logs:
+                    log.rest()
 
     def _checkpoint_group(self, moved: list[HostedReplica]) -> None:
         asked: dict[ReplicaStore, HostedReplica] = {}
@@ -179,25 +201,34 @@ class Upkeep:
             _log.info("retention", partition=hosted.name, log_start=start)
             self._partitions.feed(hosted, ev.LogStartAdvanced(RECORDS, start))
 
+    def _find_sealed(self) -> Iterator[None]:
+        """Which logs have sealed segments: only the last may be unsealed, so the first one tells."""
+        sealed = []
+        for hosted in self._hosted():
+            for number in (RECORDS, STATE):
+                segments = hosted.logs[number].segments
+                if segments and segments[0].seal is not None:
+                    sealed.append((hosted.key, number))
+            yield
+        self._sealed = sealed
+        keep = set(sealed)
+        for gone in [key for key in self._scrubbers if key not in keep]:
+            del self._scrubbers[gone]
+
     # -- scrubbing ----------------------------------------------------------------------------------
 
     def _scrub(self, budget: int) -> Iterator[None]:
         """Read ``budget`` bytes of sealed segments, fairly over all logs."""
         if budget <= 0:
             return
-        alive = {(hosted.key, number) for hosted in self._hosted() for number in (RECORDS, STATE)}
-        for gone in [key for key in self._scrubbers if key not in alive]:
-            del self._scrubbers[gone]
-        share = max(_SCRUB_STEP_BYTES, budget // max(1, len(alive)))
-        for key, number in sorted(alive, key=lambda item: self._rounds(*item)):
+        share = max(_SCRUB_STEP_BYTES, budget // max(1, len(self._sealed)))
+        for key, number in sorted(self._sealed, key=lambda item: self._rounds(*item)):
             if budget <= 0:
                 return
             hosted = self._partitions.replicas.get(key)
-            if hosted is None:
+            if hosted is None or hosted.broken or hosted.core.role == "stopped":
                 continue
             log = hosted.logs[number]
-            if not any(segment.seal is not None for segment in log.segments):
-                continue
             scrubber = self._scrubbers.get((key, number))
             if scrubber is None or scrubber.log is not log:
                 scrubber = self._scrubbers[key, number] = Scrubber(log)
@@ -205,8 +236,8 @@ class Upkeep:
             budget -= _SCRUB_STEP_BYTES
             if finding is not None:
                 _log.error("scrubber found damage", partition=hosted.name, segment=finding.segment, why=finding.reason)
-                hosted.store.mark_damaged(finding.reason)
-                self._partitions.storage_failed(hosted, number, StorageFailed(f"damaged: {finding.reason}"))
+                damage = LogDamaged(f"scrubber: {finding.reason}", offset=finding.offset)
+                self._partitions.storage_failed(hosted, number, damage)
             yield
 
     def _rounds(self, key: ev.Key, number: int) -> int:

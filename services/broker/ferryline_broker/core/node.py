@@ -250,13 +250,17 @@ class NodeCore:
         live = {b.id: b.broker_epoch for b in self.metadata.brokers.values() if not b.fenced and not b.stopping}
         live_changed, self._live = live != self._live, live
         deleted = set(answer.deleted_topics)
-        for key in sorted(self.open):
+        for key in sorted(self.open) if deleted else ():
             if key[0] in deleted:
                 self.out.append(DeleteReplica(key))
                 del self.open[key]
         changed = {part.key for part in answer.partitions}
-        for key, part in sorted(self.metadata.partitions.items()):
-            if key in changed or (live_changed and part.primary == self.broker_id):
+        partitions = self.metadata.partitions
+        if live_changed:  # costs time in proportion to the cluster; the others only to what changed
+            changed.update(key for key, part in partitions.items() if part.primary == self.broker_id)
+        for key in sorted(changed):
+            part = partitions.get(key)
+            if part is not None:
                 self._tell(key, part)
         if self.stopping:
             self._maybe_stopped()
@@ -288,6 +292,9 @@ class NodeCore:
 
     def _replica_opened(self, event: ReplicaOpened) -> None:
         self.open[event.key] = event.log_state
+        part = self.metadata.partitions.get(event.key)
+        if event.log_state == LOG_DAMAGED and self.registered and part is not None and self._may_refetch(part):
+            self._tell(event.key, part)  # nothing about this partition may change any more: do it now
         if self._disk_full:
             self.out.append(TellReplica(event.key, DiskFull(True)))
 

@@ -33,6 +33,7 @@ class SegmentChain:
         self._storage, self._path, self._wall_ms = storage, path, wall_ms
         self._bases = [segment.base for segment in segments]
         self._loaded: list[Segment] = []  # sealed segments with their index in memory, least recently used first
+        self.resting = False  # the active segment's file may lose its descriptor: nobody appends at present
         self._names_dirty = False  # a file was created and its directory not yet synced
         self._index_bytes = self._index_crc = 0  # of the active segment's index file, as written
         self._settle()
@@ -42,6 +43,7 @@ class SegmentChain:
         active = last if last is not None and last.seal is None else None
         if active is not self.active:
             self._index_bytes = self._index_crc = 0
+            self.resting = False
         self.active = active
 
     @property
@@ -70,6 +72,19 @@ class SegmentChain:
         self._loaded.append(segment)
         while len(self._loaded) > LOADED_INDEXES_MAX:
             self._loaded.pop(0).index = None
+
+    def rest(self) -> None:
+        """Let go of the active segment's descriptor until `wake`. Only when nothing of it is dirty: an error of its
+        write-back is told to who has it open."""
+        if self.active is not None and not self.resting:
+            self.active.file.set_idle(True)
+            self.resting = True
+
+    def wake(self) -> None:
+        """Something is about to be written to the active segment."""
+        if self.resting and self.active is not None:
+            self.active.file.set_idle(False)
+        self.resting = False
 
     # -- growing ----------------------------------------------------------------------------------
 
@@ -132,6 +147,7 @@ class SegmentChain:
 
     def cut(self, keep: int, at: Walked) -> None:
         """Let the chain end at ``at`` inside segment number ``keep``. Durable."""
+        self.wake()
         first_gone = keep + 1 if at.position else keep
         while len(self.segments) > first_gone:
             self.segments[-1].remove()

@@ -26,6 +26,8 @@ _FRONT = _HEAD.size + _CRC.size
 VERSION = 1
 SLOT_BYTES = 4096  # apart by a page: a torn write of one slot cannot reach the other
 
+_UNKNOWN, _NOTHING = -1, -2  # which slot is durable: it may be either; there is no record at all
+
 T = TypeVar("T", bound=msgspec.Struct)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -82,7 +84,7 @@ class SlotFile:
         self._file.set_idle(True)
         self._sequence = 0
         self._at = 1  # slot of the newest record; an empty file begins with slot 0
-        self._safe = -1  # slot of the newest record known to be durable, -1: none
+        self._safe = _UNKNOWN  # slot of the newest record known to be durable
         self._failed = False
         self._unsynced = False  # the newest record may not be on the medium yet
 
@@ -100,6 +102,7 @@ class SlotFile:
             if found is not None and (best is None or found[0] > best[0]):
                 best, self._at = found, slot
         if best is None:
+            self._safe = _NOTHING
             return None
         self._sequence = best[0]
         if together is not None and together.settled:
@@ -119,9 +122,12 @@ class SlotFile:
             raise StorageFailed(f"{self.path}: an earlier write failed")
         data = pack(self._magic, body, self._sequence + 1)
         assert len(data) <= SLOT_BYTES, f"{self.path}: {len(data)} bytes do not fit into a slot"
-        if self._unsynced and self._safe < 0:
+        if self._unsynced and self._safe == _UNKNOWN:
             self.sync()  # otherwise a power cut now could tear this slot while the other never arrived
-        self._write(data, 1 - (self._safe if self._safe >= 0 else self._at))
+        if self._safe == _NOTHING:
+            self._write(data, 0)  # as long as nothing is durable, one slot is torn at most
+        else:
+            self._write(data, 1 - (self._safe if self._safe >= 0 else self._at))
         self._sequence += 1
         if sync:
             self.sync()

@@ -65,6 +65,8 @@ class PartitionLog:
         self._epochs.begin_at(self._start.offset, self._start.epoch)
         self._log_end = self._flushed_end = recovered.log_end
         self._flushed = self._present()  # the checkpoint that could be written, but for high watermark and index
+        if recovered.untouched:
+            self.rest()
 
     @classmethod
     def recover(
@@ -121,9 +123,8 @@ class PartitionLog:
     def dirty_bytes(self) -> int:
         """Appended and not yet flushed."""
         active, flushed = self._chain.active, self._flushed
-        if active is None:
-            return 0
-        return active.size - flushed.position if flushed.segment == active.base else active.size
+        size = active.size if active is not None else 0
+        return size - flushed.position if active is not None and flushed.segment == active.base else size
 
     @property
     def segments(self) -> list[Segment]:
@@ -151,6 +152,8 @@ class PartitionLog:
             offset, epoch, at = header.next_offset, header.epoch, at + header.size
         assert at == len(data) > 0, f"{self.path}: {len(data)} bytes for {at} bytes of batches"
         now_ms = self._wall_ms()
+        if self._chain.resting:
+            self._chain.wake()
         segment = self._chain.active
         if segment is None or self._roll_due(segment, at, offset, now_ms):
             segment = self._next_segment()
@@ -182,6 +185,11 @@ class PartitionLog:
         self._flushed_end = self._log_end
         self._flushed = self._present()
         return self._flushed_end
+
+    def rest(self) -> None:
+        """Nothing is appended at present: hold no descriptor until the next append."""
+        if not (self.dirty or self.failure):
+            self._chain.rest()
 
     @property
     def dirty(self) -> bool:
@@ -290,7 +298,7 @@ class PartitionLog:
             raise OffsetOutOfRange(f"offset {offset} is outside {self.log_start}..{self._log_end}", **details)
         if self.damage is not None or self.failure == CLOSED:
             self._check_usable()
-        if offset >= below or offset == self._log_end:
+        if offset >= min(below, self._log_end):
             return b""
         if self._tail.covers(offset):
             segment = self._chain.active
@@ -356,11 +364,9 @@ class PartitionLog:
 
     def _roll_due(self, segment: Segment, more_bytes: int, next_offset: int, now_ms: int) -> bool:
         config = self.config
-        return segment.size > 0 and (
-            segment.size + more_bytes > config.segment_bytes
-            or next_offset - segment.base >= 2**32  # relative offsets in the index are 32 bits
-            or 0 <= config.segment_ms <= now_ms - segment.created_ms
-        )
+        too_far = next_offset - segment.base >= 2**32  # relative offsets in the index are 32 bits
+        too_old = 0 <= config.segment_ms <= now_ms - segment.created_ms
+        return segment.size > 0 and (too_far or too_old or segment.size + more_bytes > config.segment_bytes)
 
     def _next_segment(self) -> Segment:
         if self._chain.active is not None:
@@ -389,5 +395,5 @@ class PartitionLog:
         last = self._chain.last
         if last is None:
             return LogCheckpoint(self._flushed_end)
-        times = (last.max_timestamp, last.created_ms, last.appended_ms)
-        return LogCheckpoint(self._flushed_end, last.base, last.size, last.chain, 0, 0, 0, *times)
+        at, times = (last.base, last.size, last.chain), (last.max_timestamp, last.created_ms, last.appended_ms)
+        return LogCheckpoint(self._flushed_end, *at, 0, 0, 0, *times)

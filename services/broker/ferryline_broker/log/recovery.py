@@ -65,6 +65,7 @@ class Recovered:
     segments: list[Segment] = field(default_factory=list)  # ascending; all sealed, but perhaps the last
     log_state: str = LOG_OK
     damage: Damage | None = None
+    untouched: bool = False  # nothing of the active segment was written again
 
     @property
     def log_end(self) -> int:
@@ -87,6 +88,7 @@ class Recovery:
     ) -> None:
         self.storage, self.path, self.config, self.together = storage, path, config, together
         self.checkpoint, self.hooks, self.epoch_max, self.wall_ms = checkpoint, hooks, epoch_max, wall_ms
+        self._sealed: set[int] = set()  # bases that have a seal, by name
 
     def run(self) -> Generator[None, None, Recovered]:
         together = self.together
@@ -126,6 +128,7 @@ class Recovery:
         names = self.storage.listdir(self.path)
         bases = sorted(int(name[:20]) for name in names if name.endswith(LOG) and name[:20].isdigit())
         known = {f"{base:020d}" for base in bases}
+        self._sealed = {int(name[:20]) for name in names if name.endswith(SEAL) and name[:20] in known}
         for name in names:
             orphan = name.endswith((SEAL, INDEX)) and name[:20] not in known
             if orphan or name.endswith(TEMP_SUFFIX):
@@ -159,7 +162,7 @@ class Recovery:
         for number, base in enumerate(bases):
             following = bases[number + 1] if number + 1 < len(bases) else None
             segment = self._open(base)
-            seal = read_seal(self.storage, self.path, base)
+            seal = read_seal(self.storage, self.path, base) if base in self._sealed else None
             if seal is not None:
                 if segment.file.size() != seal.size:
                     raise segment.damaged(base, f"{segment.file.size()} bytes, sealed with {seal.size}")
@@ -237,6 +240,7 @@ class Recovery:
         elif rewriter.dirty and self.together is not None:
             self.together.handle(segment.file)
             self.together.directory(self.path)
+        out.untouched = not rewriter.dirty
 
     def _judge(self, segment: Segment, end: ScanEnd, size: int) -> Generator[None, None, None]:
         """Torn tail or damage? Returns only for a torn tail."""

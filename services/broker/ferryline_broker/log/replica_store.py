@@ -72,6 +72,7 @@ class ReplicaStore:
         self._hw = [0, 0]
         self._last_snapshot_at = 0
         self._together: Together | None = None  # while it is being opened
+        self._snapshot_names: list[str] | None = None
 
     @classmethod
     def recover(
@@ -244,8 +245,10 @@ class ReplicaStore:
             f"{self.path}/producers-{offset:020d}", pack(PRODUCERS_MAGIC, ProducerSnapshot(offset, table))
         )
         self._last_snapshot_at = self.records.size_bytes
+        self._snapshot_names = None
         for name in self._snapshots()[:-SNAPSHOTS_KEPT]:
             self.storage.unlink(f"{self.path}/{name}")
+        self._snapshot_names = self._snapshots()[-SNAPSHOTS_KEPT:]
 
     def producer_snapshot(self) -> tuple[int, bytes]:
         """(offset, table) of the newest usable snapshot; (log start, b"") if there is none."""
@@ -310,11 +313,15 @@ class ReplicaStore:
         for name in gone:
             self.storage.unlink(f"{self.path}/{name}")
         if gone:
+            self._snapshot_names = None
             self.storage.fsync_dir(self.path)
 
     def _snapshots(self) -> list[str]:
-        names = self.storage.listdir(self.path)
-        return [name for name in names if name.startswith("producers-") and name[10:].isdigit()]
+        """Names, oldest first. Listed once: nobody else makes or removes them while the replica is open."""
+        if self._snapshot_names is None:
+            names = self.storage.listdir(self.path)
+            self._snapshot_names = [name for name in names if name.startswith("producers-") and name[10:].isdigit()]
+        return self._snapshot_names
 
     def _store(self, meta: ReplicaMeta) -> None:
         self._meta_file.store_twice(meta)
