@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import multiprocessing
 import os
+import shutil
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ NEEDS = {
     "root": "needs root: `make test-all`, or --root",
     "slow": "takes long: `make test-all`, or --slow",
 }
+PROGRAMS = {"etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it"}  # tests run where these are found
 POLL_SECONDS = 0.02
 
 
@@ -27,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """One switch for each marker whose tests do not run everywhere."""
     for marker, reason in NEEDS.items():
         parser.addoption(f"--{marker}", action="store_true", help=f"run tests marked {marker} ({reason})")
+    for program in PROGRAMS:
+        parser.addoption(f"--{program}", action="store_true", help=f"tests marked {program} must run, not be skipped")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,6 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for marker, reason in NEEDS.items():
             if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+        for program, reason in PROGRAMS.items():
+            missing = shutil.which(program) is None and not config.getoption(f"--{program}")
+            if item.get_closest_marker(program) and missing:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
