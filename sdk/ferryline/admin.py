@@ -12,11 +12,14 @@ import aiohttp
 import msgspec
 import tenacity
 
+from ferryline.finding import hinted
 from ferryline.message import TopicPartition
 from ferryline.protocol.errors import (
     BY_CODE,
     ConnectionFailed,
     ConnectionLost,
+    CoordinatorLoading,
+    CoordinatorStandby,
     CoordinatorUnavailable,
     DeadlineExceeded,
     FerrylineError,
@@ -308,11 +311,15 @@ class Admin:
         brokers = {routing.address(broker) for broker in routing.cluster.brokers}
         urls = [url for url in dict.fromkeys([*routing.coordinators, *self._client.urls]) if url not in brokers]
         last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
-        for url in urls:
+        for url in urls:  # grows while it is gone through
             try:
                 return await self._send(url, method, path, body)
-            except ConnectionFailed as error:
+            except (ConnectionFailed, CoordinatorStandby) as error:
                 last = error
+                if (active := hinted(error)) and active not in urls:
+                    urls.append(active)
+        if isinstance(last, CoordinatorStandby):
+            raise last
         raise ConnectionFailed(f"no coordinator answers: {last.message}") from last
 
     async def _send(self, url: str, method: str, path: str, body: Any) -> Any:
@@ -331,7 +338,7 @@ class Admin:
         except TimeoutError:
             raise RequestTimedOut(f"{url}{path}: no answer within {_ATTEMPT_S:g} s") from None
         if response.status >= 400:
-            raise _problem(response.status, raw)
+            raise problem_of(response.status, raw)
         return msgspec.json.decode(raw) if raw.strip() else {}
 
 
@@ -341,14 +348,14 @@ def _listed(answer: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _surely_not_sent(error: BaseException) -> bool:
-    return isinstance(error, ConnectionFailed)
+    return isinstance(error, (ConnectionFailed, CoordinatorStandby, CoordinatorLoading))
 
 
 def _worth_another_try(error: BaseException) -> bool:
     return isinstance(error, FerrylineError) and error.retriable
 
 
-def _problem(status: int, raw: bytes) -> FerrylineError:
+def problem_of(status: int, raw: bytes) -> FerrylineError:
     """Problem details (RFC 9457) back into the error they were made from."""
     try:
         body = msgspec.json.decode(raw)

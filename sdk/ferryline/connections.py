@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ferryline.core.metadata import Routing
 from ferryline.core.retry import Backoff, Jitter
+from ferryline.finding import hinted
 from ferryline.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
@@ -258,13 +259,15 @@ class MetadataWatch:
             if session is not None and session.is_open:
                 return session
         last: FerrylineError = ConnectionFailed("no address is known")
-        for url, broker in candidates:
+        for url, broker in candidates:  # grows while it is gone through
             try:
                 if broker:
                     return await self.connections.session(broker, timeout=self.connections.connector.connect_timeout)
                 return await self._open(url)
             except FerrylineError as error:
                 last = error
+                if (active := hinted(error)) and (active, COORDINATOR) not in candidates:
+                    candidates.append((active, COORDINATOR))
         raise last
 
     def _candidates(self, slot: int) -> list[tuple[str, int]]:

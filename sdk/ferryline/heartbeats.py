@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ferryline.core.retry import Backoff, Jitter
+from ferryline.finding import hinted
 from ferryline.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
     CoordinatorUnavailable,
     FerrylineError,
     InternalError,
+    RequestTimedOut,
+    Unavailable,
 )
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat
@@ -39,6 +42,7 @@ log = logging.getLogger("ferryline.heartbeats")
 
 ANSWER_S = 5.0
 LEAVE_S = 2.0
+OPEN_S = 2.0  # a stopped coordinator takes connections and says nothing: try the next one
 STUCK_AFTER_S = 5.0  # the application's loop did not come round for this long: say where it is
 STUCK_AGAIN_S = 60.0
 
@@ -228,8 +232,19 @@ class HeartbeatThread:
         member.sequence += 1
         sent = msgspec.structs.replace(member.declared, sequence=member.sequence)
         session = await self._coordinator()
-        answer, _ = await session.request(Kind.GROUP_HEARTBEAT, sent, GroupAssignment, timeout=ANSWER_S)
+        try:
+            answer, _ = await session.request(Kind.GROUP_HEARTBEAT, sent, GroupAssignment, timeout=ANSWER_S)
+        except (RequestTimedOut, Unavailable):
+            # Stopped, cut off, or not the active one any more: the next heartbeat looks for another coordinator.
+            if self._session is session and len(self._urls()) > 1:
+                self._session = None
+                await session.close()
+            raise
         return answer, sent
+
+    def _urls(self) -> list[str]:
+        client = self._client
+        return [*dict.fromkeys([*client.routing.coordinators, *client.urls])]
 
     def _remove(self, member: Member) -> None:
         if member.task is not None:
@@ -251,11 +266,14 @@ class HeartbeatThread:
                 return self._session
             client = self._client
             last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
-            for url in dict.fromkeys([*client.routing.coordinators, *client.urls]):
+            urls = self._urls()
+            for url in urls:  # grows while it is gone through
                 try:
-                    session = await self._connector.open(url, client.routing.cluster_id)
+                    session = await self._connector.open(url, client.routing.cluster_id, timeout=OPEN_S)
                 except FerrylineError as error:
                     last = error
+                    if (active := hinted(error)) and active not in urls:
+                        urls.append(active)
                     continue
                 if session.peer.server == "coordinator":
                     self._session = session

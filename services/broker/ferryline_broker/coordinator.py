@@ -1,7 +1,7 @@
 """The broker's link to the coordinator: one session, every message of the node core and the partition cores.
 
-The link only carries: what to send is decided by the cores, and a failed request is told to them as such. It tries the
-known coordinators in turn until one answers.
+The link only carries: what to send is decided by the cores, and a failed request is told to them as such. It finds the
+active one among the known coordinators, and leaves one that has become silent while there are others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ferryline.protocol.errors import ConnectionFailed, FerrylineError
+from ferryline.protocol.errors import ConnectionFailed, CoordinatorStandby, FerrylineError, RequestTimedOut
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.messages import (
     ROLE_BROKER,
@@ -36,6 +36,7 @@ from ferryline.protocol.messages import (
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.node import NodeCore
+from ferryline_broker.finding import find_active
 from ferryline_service.logs import get_logger
 from ferryline_service.node import NodeConnection
 from ferryline_service.tls import TlsFiles
@@ -43,6 +44,7 @@ from ferryline_service.tls import TlsFiles
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _CONNECT_TIMEOUT_S = 2.0
 _REQUEST_TIMEOUT_S = 5.0
+_SILENCE_S = 3.0  # below the lease of a coordinator and the patience of its successor together
 _LONG_POLL_SLACK_S = 5.0
 _RUN_MAX = 2_000  # entries of one frame
 _log = get_logger()
@@ -79,7 +81,10 @@ class CoordinatorLink:
         self._loop = asyncio.get_running_loop()
         self._runner: asyncio.Task[None] | None = None
         self._closed = False
-        self._unwanted = False
+        self._last_url = ""
+        self._unwanted = ""
+        self.stale_refused = 0  # sessions ended because that coordinator had been replaced
+        self.silences = 0  # sessions ended because nothing was answered
 
     @property
     def connected(self) -> bool:
@@ -99,34 +104,36 @@ class CoordinatorLink:
             await self._connection.close()
 
     def reset(self, reason: str) -> None:
-        """The node core does not want this coordinator: connect again, to the next one."""
+        """The node core does not want this coordinator, because it was replaced: find another one."""
         _log.warning("leaving the coordinator", reason=reason)
-        self._unwanted = True
+        self.stale_refused += 1
+        self._leave()
+
+    def _leave(self) -> None:
         if self._connection is not None:
+            self._unwanted = self._connection.url
+            if self._last_url == self._unwanted:
+                self._last_url = ""
             self._connection.abort()
 
     # -- the session --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        delay, attempt, told = _RETRY_FIRST_S, 0, ""
+        delay, told = _RETRY_FIRST_S, ""
         while True:
-            urls = [*dict.fromkeys([*self._given, *self._node.metadata.coordinators])]
-            url = urls[attempt % len(urls)]
-            attempt += 1
             try:
-                connection = await self._connect(url)
+                url, connection = await find_active(self._urls(), self._connect)
             except Exception as error:
                 if not isinstance(error, FerrylineError):
-                    _log.exception("session with the coordinator failed", url=url)
+                    _log.exception("session with the coordinator failed")
                 if str(error) != told:
                     told = str(error)
-                    _log.warning("no session with the coordinator", url=url, error=told)
-                if attempt % len(urls) == 0:
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, _RETRY_MAX_S)
+                    _log.warning("no session with a coordinator", error=told)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _RETRY_MAX_S)
                 continue
             told, delay = "", _RETRY_FIRST_S
-            attempt -= 1  # the same one first, when the session ends, unless the core does not want it any more
+            self._last_url, self._unwanted = url, ""
             self._lost.clear()
             if connection.closed:
                 continue
@@ -134,10 +141,16 @@ class CoordinatorLink:
             _log.info("session with the coordinator is open", url=url)
             self.listener.node_event(ev.CoordinatorUp())
             await self._lost.wait()
-            if self._unwanted:
-                self._unwanted = False
-                attempt += 1
             await asyncio.sleep(_RETRY_FIRST_S)
+
+    def _urls(self) -> list[str]:
+        """The last good one first, one that is not wanted last."""
+        known = [*self._given, *self._node.metadata.coordinators]
+        urls = [*dict.fromkeys([self._last_url, *known] if self._last_url else known)]
+        if self._unwanted in urls:
+            urls.remove(self._unwanted)
+            urls.append(self._unwanted)
+        return urls
 
     async def _connect(self, url: str) -> NodeConnection:
         node = self._node
@@ -189,9 +202,7 @@ class CoordinatorLink:
         def refused(error: FerrylineError) -> ev.Event:
             return ev.HeartbeatAnswered(None, error.code)
 
-        self._spawn(
-            self._ask(Kind.HEARTBEAT, heartbeat, HeartbeatOk, ev.HeartbeatAnswered, refused, _REQUEST_TIMEOUT_S)
-        )
+        self._spawn(self._ask(Kind.HEARTBEAT, heartbeat, HeartbeatOk, ev.HeartbeatAnswered, refused, _SILENCE_S))
 
     def request_metadata(self, request: MetadataRequest) -> None:
         def refused(_: FerrylineError) -> ev.Event:
@@ -216,9 +227,21 @@ class CoordinatorLink:
             event = good(await connection.call(kind, header, answer, timeout_s=timeout_s))
         except FerrylineError as error:
             event = bad(error)
+            self._note(connection, kind, error)
         if connection is not None and connection is self._connection:
             # An answer of an earlier session is not for the core any more: CoordinatorDown came in between.
             self.listener.node_event(event)
+
+    def _note(self, connection: NodeConnection | None, kind: Kind, error: FerrylineError) -> None:
+        """A silent or deposed coordinator is left, as long as there are others: the next one counts our heartbeats."""
+        silent = kind == Kind.HEARTBEAT and isinstance(error, RequestTimedOut)
+        if not silent and not isinstance(error, CoordinatorStandby):
+            return
+        if connection is None or connection is not self._connection or len(self._urls()) < 2:
+            return
+        _log.warning("leaving the coordinator", url=connection.url, reason=str(error))
+        self.silences += silent
+        self._leave()
 
     # -- messages of the partition cores ------------------------------------------------------------
 

@@ -35,12 +35,14 @@ from ferryline.protocol.errors import (
     from_info,
 )
 from ferryline_broker.config import BrokerConfig
+from ferryline_broker.finding import hinted
 from ferryline_service.files import write_durably
 from ferryline_service.logs import get_logger
 from ferryline_service.tls import TlsFiles
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 1.0
 _JOIN_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 2.0  # a stopped coordinator takes connections and says nothing
 _log = get_logger()
 
 
@@ -150,9 +152,10 @@ async def join(
     csr = signing_request(tls.private_key(), certificate_names([internal_url, external_url], config.tls_names))
     delay = _RETRY_FIRST_S
     told = ""
+    urls = list(config.coordinator)
     async with aiohttp.ClientSession() as http:
         while not stopped():
-            for url in config.coordinator:
+            for url in list(urls):
                 token = claim_token(config, storage_id)
                 reason = "no join token is available" if not token else ""
                 if token and (config.ca_file is None or config.ca_file.exists()):
@@ -174,6 +177,8 @@ async def join(
                         if not error.retriable:
                             raise
                         reason = str(error)
+                        if (active := hinted(error)) and active not in urls:
+                            urls.append(active)
                     else:
                         tls.store(joined)
                         if config.join_token_dir is not None:
@@ -202,7 +207,7 @@ async def _ask(http: aiohttp.ClientSession, url: str, body: dict[str, str], ca_f
             f"{url.rstrip('/')}/v1/join",
             json=body,
             ssl=context,
-            timeout=aiohttp.ClientTimeout(total=_JOIN_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=_JOIN_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S),
         ) as response:
             answer: Any = await response.json(content_type=None)
             status = response.status
@@ -216,7 +221,14 @@ async def _ask(http: aiohttp.ClientSession, url: str, body: dict[str, str], ca_f
         raise InvalidArgument(f"{url}: the answer to join is not understood: {error}") from None
 
 
+def _details(answer: dict[str, Any]) -> dict[str, Any]:
+    details = answer.get("details")
+    return {str(key): value for key, value in details.items() if key != "message"} if isinstance(details, dict) else {}
+
+
 def _refusal(url: str, status: int, answer: Any) -> FerrylineError:
     if isinstance(answer, dict) and isinstance(answer.get("code"), str):
-        return from_info(ErrorInfo(answer["code"], f"{url}: {str(answer.get('detail', ''))[:300]}"))
+        return from_info(
+            ErrorInfo(answer["code"], f"{url}: {str(answer.get('detail', ''))[:300]}", details=_details(answer))
+        )
     return InternalError(f"{url}: join answered HTTP {status}")
