@@ -10,7 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ferryline.cli.processes import READY_TIMEOUT_S, LocalCluster, ProcessFailed
+from ferryline.cli.processes import COORDINATOR, READY_TIMEOUT_S, LocalCluster, ProcessFailed
+
+__all__ = ["COORDINATOR", "ProcessCluster"]
 
 _POLL_S = 0.02
 
