@@ -369,7 +369,7 @@ def test_a_replica_far_behind_begins_again_at_the_log_start() -> None:
     pair.tell(1, ev.LogStartAdvanced(RECORDS, 4))
     pair.disks[1].logs[RECORDS] = [b for b in pair.disks[1].logs[RECORDS] if b[0].base_offset >= 4]
     pair.meta(part(1, 1, 1, (1,)), 2)
-    assert pair.effects(ev.ResetLog, 2) == [ev.ResetLog(RECORDS, 4)]
+    assert pair.effects(ev.ResetLog, 2) == [ev.ResetLog(RECORDS, 4, 1)]
     assert pair.cores[2].log_end[RECORDS] == 6
     assert sorted(m.broker_id for m in pair.proposals()[-1].new_isr) == [1, 2]
 
@@ -387,7 +387,7 @@ def test_a_replica_whose_epochs_are_no_longer_retained_begins_again() -> None:
     pair.cut = pair.fenced = set()
     pair.meta(part(2, 2, 2, (2,)), 1)
     assert pair.cores[1].role == "secondary"
-    assert ev.ResetLog(RECORDS, 2) in pair.effects(ev.ResetLog, 1)
+    assert ev.ResetLog(RECORDS, 2, 2) in pair.effects(ev.ResetLog, 1)
     assert pair.disks[1].end(RECORDS) == pair.disks[2].end(RECORDS)
 
 

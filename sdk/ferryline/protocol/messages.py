@@ -292,7 +292,10 @@ class ReplicaProgresses(Message):
 
 
 class LogData(Message):
-    """Answer for one log. ``diverging``: (epoch, end) up to which both sides may agree; then there is no data."""
+    """Answer for one log. ``diverging``: (epoch, end) up to which both sides may agree; then there is no data.
+
+    ``start_epoch``: of the record before ``log_start``, -1 if it is not known.
+    """
 
     fetch_offset: int  # echo
     last_epoch: int  # echo
@@ -300,6 +303,7 @@ class LogData(Message):
     log_start: int
     size: int = 0
     diverging: tuple[int, int] | None = None
+    start_epoch: int = -1
 
 
 class ReplicaData(Message):

@@ -30,10 +30,9 @@ class EpochIndex:
             if epoch == last:
                 return
             assert epoch > last, f"epoch {epoch} after {last} at offset {offset}"
-            emptied = len(self._starts) == 1 and offset == self._starts[0]
-            assert emptied or offset > self._starts[-1], (
-                f"epoch {epoch} starts at {offset}, not after {self._starts[-1]}"
-            )
+            start = self._starts[-1]
+            emptied = len(self._starts) == 1 and offset == start
+            assert emptied or offset > start, f"epoch {epoch} starts at {offset}, not after {start}"
         self._epochs.append(epoch)
         self._starts.append(offset)
 
@@ -57,6 +56,10 @@ class EpochIndex:
         """Epoch of the record at ``offset``; -1 below the first known epoch."""
         at = bisect_right(self._starts, offset) - 1
         return self._epochs[at] if at >= 0 else -1
+
+    def epoch_before(self, log_start: int) -> int:
+        """Epoch of the record before ``log_start``, -1 if there was none or nobody knows."""
+        return self._epochs[0] if log_start > 0 and self._starts and self._starts[0] <= log_start else -1
 
     def truncate(self, log_end: int) -> None:
         """Forget epochs that begin at or above ``log_end``."""

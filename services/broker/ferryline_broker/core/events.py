@@ -254,10 +254,11 @@ class Truncate(Effect):
 
 
 class ResetLog(Effect):
-    """Empty the log and let it begin at ``offset`` (rule F6)."""
+    """Empty the log and let it begin at ``offset`` (rule F6). ``epoch``: of the record before it, -1 if not known."""
 
     log: int
     offset: int
+    epoch: int = -1
 
 
 class AdvanceStart(Effect):

@@ -136,11 +136,11 @@ class Replica:
         if log == RECORDS:
             self.out.append(RebuildProducers())
 
-    def reset(self, log: int, offset: int) -> None:
+    def reset(self, log: int, offset: int, epoch: int = -1) -> None:
         """Begin again, empty, at the primary's log start: what stood here before is no longer retained anywhere."""
-        self.out.append(ResetLog(log, offset))
+        self.out.append(ResetLog(log, offset, epoch))
         self.log_start[log] = self.log_end[log] = self.flushed[log] = self.high_watermark[log] = offset
-        self.epochs[log] = EpochIndex()
+        self.epochs[log] = EpochIndex([(epoch, offset)] if epoch >= 0 else ())
         if log == RECORDS:
             self.producers = ProducerTable()
 

@@ -149,10 +149,10 @@ class Secondary:
         replica = self.replica
         if data.diverging is not None:
             if self._begins_later(log, data):
-                return self._restart_at(log, data.log_start)
+                return self._restart_at(log, data)
             return self._diverged(log, *data.diverging)
         if data.log_start > replica.log_end[log]:
-            return self._restart_at(log, data.log_start)
+            return self._restart_at(log, data)
         if batches.headers:
             if not self._continues(log, batches.headers):
                 return False
@@ -206,7 +206,7 @@ class Secondary:
         start, high = self.replica.log_start[log], self.replica.high_watermark[log]
         return data.diverging[0] < 0 and start < data.log_start >= high
 
-    def _restart_at(self, log: int, log_start: int) -> bool:
+    def _restart_at(self, log: int, data: LogData) -> bool:
         """Rule F6: the primary no longer has what we need next; only a replica that nobody counts on may jump."""
         replica = self.replica
         part = replica.part
@@ -214,11 +214,11 @@ class Secondary:
         if replica.broker_id in part.isr or replica.broker_id in part.elr:
             if self._behind(part):
                 return False
-            self.failed = f"log {log}: primary begins at {log_start}, this in-sync replica ends at "
+            self.failed = f"log {log}: primary begins at {data.log_start}, this in-sync replica ends at "
             self.failed += str(replica.log_end[log])
             replica.stop(LOG_CONFLICT)
             return False
-        replica.reset(log, log_start)
+        replica.reset(log, data.log_start, data.start_epoch)
         return True
 
     def _behind(self, part: PartitionMeta) -> bool:

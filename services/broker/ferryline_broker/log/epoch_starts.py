@@ -8,9 +8,9 @@ from collections.abc import Iterable
 class EpochStarts:
     """(epoch, start offset) pairs; epochs rise strictly, and so do starts but for the first two.
 
-    The first pair may stand for an epoch of which no record is left (retention took them): that of the record before the
-    log start, where it begins. So the tail epoch of an emptied log is still known, and a secondary that ends exactly at
-    the log start can be compared.
+    The first pair may stand for an epoch of which no record is left (retention took them): that of the record before
+    the log start, where it begins. So the tail epoch of an emptied log is still known, and a secondary that ends
+    exactly at the log start can be compared.
     """
 
     __slots__ = ("pairs",)
