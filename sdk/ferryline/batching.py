@@ -16,6 +16,7 @@ from ferryline.sender import Sender
 
 if TYPE_CHECKING:
     from ferryline.client import Client
+    from ferryline.receipts import Receipts
 
 _EARLY_S = 0.0005  # a timer may fire a hair before its time
 
@@ -36,6 +37,7 @@ class Batching:
         compression: str,
         delivery_ms: int,
         request_ms: int,
+        receipts: Receipts | None = None,
     ) -> None:
         self.topics: dict[str, TopicBuffer] = {}
         self.buffered = 0
@@ -48,7 +50,9 @@ class Batching:
         self._buffer_bytes = buffer_bytes
         self._compression = compression
         self._delivery_ms = delivery_ms
-        self._sender = Sender(client, request_timeout_ms=request_ms, left=self._left, returned=self._returned)
+        self._sender = Sender(
+            client, request_timeout_ms=request_ms, left=self._left, returned=self._returned, receipts=receipts
+        )
         self._numbers = 0
         self._lingering: deque[tuple[float, TopicBuffer, Accumulator, BatchBuilder]] = deque()
         self._timer: asyncio.Handle | None = None

@@ -39,6 +39,7 @@ from ferryline.serializers import CONTENT_TYPE, Encoded, Serializer, encode
 
 if TYPE_CHECKING:
     from ferryline.client import Client
+    from ferryline.receipts import Receipts, ReceiptsLike
 
 log = logging.getLogger("ferryline.producer")
 
@@ -54,6 +55,8 @@ class Producer:
 
     Acknowledged means committed on every in-sync replica. Records of one partition are stored in the order of the
     calls, each at most once. For use from one event loop.
+
+    ``receipts``: a file, or a callable, that gets a line for each acknowledged batch (`ferryline.receipts`).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Producer:
         delivery_timeout: float = 120.0,
         request_timeout: float = 30.0,
         serializer: Serializer | None = None,
+        receipts: ReceiptsLike | None = None,
     ) -> None:
         if compression not in CODECS:
             raise InvalidArgument(
@@ -89,6 +93,8 @@ class Producer:
         self._topics: dict[str, TopicBuffer] = {}  # the dict of `Batching`
         self._new_future: Callable[[], RecordFuture] = _not_started
         self._closed = False
+        self._receipts_to = receipts
+        self._receipts: Receipts | None = None
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -106,7 +112,11 @@ class Producer:
         if self._batching is not None:
             return
         await self._client.start()
-        self._batching = Batching(self._client, **self._options)
+        if self._receipts_to is not None:
+            from ferryline.receipts import Receipts
+
+            self._receipts = Receipts(self._receipts_to)
+        self._batching = Batching(self._client, **self._options, receipts=self._receipts)
         self._topics = self._batching.topics
         # The C class itself: asyncio's create_future is a Python call around it, once per record.
         self._new_future = partial(asyncio.Future, loop=asyncio.get_running_loop())
@@ -126,6 +136,8 @@ class Producer:
         finally:
             self._client.closables.remove(self)
             batching.give_up()
+            if self._receipts is not None:
+                self._receipts.close()
 
     # -- sending -----------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ from ferryline.transport import Session
 
 if TYPE_CHECKING:
     from ferryline.client import Client
+    from ferryline.receipts import Receipts
 
 log = logging.getLogger("ferryline.producer")
 
@@ -103,10 +104,12 @@ class Sender:
         request_timeout_ms: int,
         left: Callable[[Batch], None],
         returned: Callable[[Batch], None],
+        receipts: Receipts | None = None,
     ) -> None:
         self._client = client
         self._left = left
         self._returned = returned
+        self._receipts = receipts
         self._core = ProducerCore(secrets.randbits(63), request_timeout_ms=request_timeout_ms)
         self._loop = asyncio.get_running_loop()
         self._batches: dict[int, Batch] = {}
@@ -134,12 +137,16 @@ class Sender:
             self._left(batch)
             return
         self._batches[batch.number] = batch
+        if self._receipts is not None:
+            self._receipts.sent(batch)
         partitions = batch.partitions if batch.keyed else 0
         self._feed(BatchClosed(batch.key, batch.number, len(batch.futures), deadline_ms, partitions))
 
     def answered(self, send: SendBatch, error: FerrylineError | None, base_offset: int = -1, epoch: int = 0) -> None:
         if error is not None and "primary" in error.details:
             self._client.routing.hint(send.key, error.details.get("primary"), error.details.get("epoch"))
+        if error is None and self._receipts is not None:
+            self._receipts.answered(send.batch, epoch)
         self._feed(BatchAnswered(send.key, send.batch, send.attempt, base_offset, epoch, error))
 
     def tell_routes(self, buffer: TopicBuffer) -> None:
@@ -182,15 +189,21 @@ class Sender:
                 self._outbox.setdefault(effect.broker, []).append(effect)
             elif isinstance(effect, CompleteBatch):
                 batch = self._batches.pop(effect.batch)
+                if self._receipts is not None:
+                    self._receipts.acknowledged(batch, effect.base_offset)
                 batch.complete(effect.base_offset)
                 left.append(batch)
             elif isinstance(effect, FailBatch):
                 batch = self._batches.pop(effect.batch)
+                if self._receipts is not None:
+                    self._receipts.failed(batch, definite=effect.error.definite)
                 batch.fail(effect.error)
                 left.append(batch)
             elif isinstance(effect, RepartitionBatch):
                 left.append(self._batches.pop(effect.batch))
                 left[-1].returned = True
+                if self._receipts is not None:
+                    self._receipts.failed(left[-1], definite=True)
             elif isinstance(effect, RefreshMetadata):
                 self._client.watch.refresh()
         # Only now, because these may close further batches, whose sends must follow the ones above.

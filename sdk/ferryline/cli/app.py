@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cluster": ("cluster", CLUSTER, "Health, partitions and in-sync sets."),
     "produce": ("produce", DATA, "Send lines, files or JSON as records."),
     "consume": ("consume", DATA, "Print records, from any offset or time."),
+    "verify": ("verify", TOOLS, "Prove that no copy is damaged, different or incomplete."),
     "bench": ("bench", TOOLS, "Measure throughput and latency."),
     "chaos": ("chaos", TOOLS, "Break a cluster under load and prove that nothing was lost."),
     "doctor": ("doctor", TOOLS, "Say what is wrong and what to do about it."),

@@ -42,6 +42,7 @@ class Target:
     headers: tuple[tuple[str, bytes | None], ...]
     compression: str
     linger: float
+    receipts: Path | None = None
 
 
 @dataclass
@@ -92,6 +93,7 @@ def app(
     partition: Annotated[int | None, typer.Option("--partition", "-p", help="Instead of the key's.", min=0)] = None,
     compression: Annotated[str, typer.Option("--compression", "-z", help="none, gzip, snappy, lz4, zstd.")] = "none",
     linger: Annotated[float, typer.Option(help="Seconds to wait for more records of a batch.", min=0)] = 0.005,
+    receipts: Annotated[Path | None, typer.Option(help="Keep proof of what was acknowledged in this file.")] = None,
 ) -> None:
     """Send records. Each is acknowledged only when every in-sync replica has it.
 
@@ -119,6 +121,7 @@ def app(
         tuple(_header(text) for text in header or ()),
         compression,
         linger,
+        receipts,
     )
     invocation = of(ctx)
     settings = invocation.settings
@@ -144,7 +147,7 @@ async def _produce(settings: Settings, target: Target, form: InputForm, files: l
     async with connected(settings) as client:
         # A topic that does not exist is told before stdin is read.
         await client.admin.describe_topic(target.topic)
-        producer = client.producer(linger=target.linger, compression=target.compression)
+        producer = client.producer(linger=target.linger, compression=target.compression, receipts=target.receipts)
         async with producer:
             watch = asyncio.create_task(_show(tally))
             try:

@@ -146,10 +146,23 @@ def _put(packed: Numbers, first: int, count: int) -> None:
 
 
 def together(values: Numbers, offsets: Numbers) -> Iterator[tuple[int, int, int]]:
-    """(first value, first offset, count) of each stretch in which both rise one by one.
+    """(first value, first offset, count) of each longest stretch in which both rise one by one.
 
     Raises HistoryError unless both lists are of one length.
     """
+    value = offset = total = 0
+    for next_value, next_offset, count in _side_by_side(values, offsets):
+        if total and next_value == value + total and next_offset == offset + total:
+            total += count
+            continue
+        if total:
+            yield value, offset, total
+        value, offset, total = next_value, next_offset, count
+    if total:
+        yield value, offset, total
+
+
+def _side_by_side(values: Numbers, offsets: Numbers) -> Iterator[tuple[int, int, int]]:
     rest = list(runs(offsets))
     rest.reverse()
     for value, left in runs(values):

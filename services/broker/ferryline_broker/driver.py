@@ -26,6 +26,7 @@ from ferryline_broker.clock import now_ms
 from ferryline_broker.core import events as ev
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.group import GroupFlush
+from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
 from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, Request
@@ -50,6 +51,7 @@ class PartitionDriver:
         self.link: LinkPort
         self.delete_replica: Callable[[ev.Key], None]
         self.on_appended: Callable[[int], None] = _ignore
+        self.on_damaged: Callable[[HostedReplica, LogDamaged], None] = _ignore_damage
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
@@ -149,6 +151,8 @@ class PartitionDriver:
         _log.error("storage failed", partition=hosted.name, log=log, error=str(error))
         hosted.follow_ups = []
         self.feed(hosted, ev.StorageFailed(log, str(error)))
+        if isinstance(error, LogDamaged):
+            self.on_damaged(hosted, error)
         self.end_pass_soon()
 
     def _append(self, hosted: HostedReplica, effect: ev.Append) -> None:
@@ -173,7 +177,7 @@ class PartitionDriver:
         hosted.unsaved = True
 
     def _reset(self, hosted: HostedReplica, effect: ev.ResetLog) -> None:
-        hosted.logs[effect.log].reset(effect.offset)
+        hosted.logs[effect.log].reset(effect.offset, effect.epoch)
         hosted.unsaved = True
 
     def _advance_start(self, hosted: HostedReplica, effect: ev.AdvanceStart) -> None:
@@ -383,4 +387,8 @@ class PartitionDriver:
 
 
 def _ignore(_: int) -> None:
+    return
+
+
+def _ignore_damage(_: HostedReplica, __: LogDamaged) -> None:
     return
