@@ -38,6 +38,8 @@ class Ambushes:
         self._lies_until_us: dict[int, int] = {}
         if self.rates.fence_one_ms:
             self._plan_fence()
+        if self.rates.operator_ms:
+            self.engine.after(self.rates.operator_ms * MS, self._operate)
 
     def _strikes(self, rate: float, what: str) -> bool:
         """Whether it happens now. Each gets a name on the tape of faults and a source of its own (see `Faults`)."""
@@ -80,16 +82,24 @@ class Ambushes:
 
     def _fence_one(self) -> None:
         if self._strikes(1.0, "wrong fence"):
-            self._fence(self._pick(self.world.brokers))
+            leaders = [b for r in self.world.checks.parts.values() if (b := self.world.broker_by_id(r.meta.primary))]
+            self._fence(self._pick(leaders if leaders and self._chance(0.7) else self.world.brokers))
         if not self.world.faults.over:
             self._plan_fence()
+
+    def _operate(self) -> None:
+        """An operator who does not wait: what no candidate is left for is recovered while the faults go on."""
+        if self.world.faults.over:
+            return
+        self.world.recover()
+        self.engine.after(self.rates.operator_ms * MS, self._operate)
 
     def core_config(self) -> CoreConfig:
         """Of a coordinator that starts; in some weather it gives primaries back at once."""
         config = self.world.core_config
         if not self.rates.restless:
             return config
-        return replace(config, preferred_ms=200, balance_ms=100, handover_retry_ms=300)
+        return replace(config, preferred_ms=200, balance_ms=100, handover_retry_ms=3_000)
 
     # -- primaries ---------------------------------------------------------------------------------
 
@@ -115,10 +125,15 @@ class Ambushes:
             self.world.faults.kill_coordinator(coordinator)
             self.engine.after(self._between(10, 150) * MS, self.world.faults.restart_coordinator)
 
-    def answering(self, data: Any) -> int:
-        """Section 3: between a fetch that does not match and the answer that says so, flushes may end."""
+    def answering(self, broker: Broker, session: Session, frame: Any) -> int:
+        """Section 3: between a fetch that does not match and the answer that says so, flushes may end. F2: an answer
+        that says so may come again when the secondary has long gone on."""
+        data = frame[2]
         if data.logs is None or not any(log.diverging is not None for log in data.logs):
             return 0
+        if not session.ordered and self._strikes(self.rates.repeat_diverging, "repeated answer"):
+            for _ in range(self._between(1, 3)):
+                self.world.network.repeat(session, broker, frame, self._between(5, 800) * MS)
         return self._between(20, 600) * MS if self._strikes(self.rates.hold_diverging, "held answer") else 0
 
     def resigning(self, broker: Broker, core: PartitionCore) -> int:

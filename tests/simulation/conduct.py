@@ -39,8 +39,11 @@ class Conduct:
                 self._move(record)
 
     def _broker(self, record: BrokerRecord) -> None:
-        """C5: a broker serves again only when it has heard that it was fenced."""
+        """C2: a process life has one broker epoch. C5: a broker serves again only when it has heard of its fence."""
         meta, known = record.meta, self.world.checks.brokers.get(record.meta.id)
+        if known is not None and (known.meta.storage_id, known.meta.incarnation) == (meta.storage_id, meta.incarnation):
+            if known.meta.broker_epoch not in (0, meta.broker_epoch):
+                raise Violation("C2 a process life has one broker epoch", f"{known.meta} -> {meta}")
         if known is None or (meta.fenced and (not known.meta.fenced or meta.broker_epoch != known.meta.broker_epoch)):
             self.fenced_at[meta.id] = self.revision
             return

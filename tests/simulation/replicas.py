@@ -219,7 +219,7 @@ class Replicas:
             data, headers = hosted.files.read(log, *read) if read is not None else (b"", [])
             payload.append(ev.LogBatches(data, headers))
         frame = ("data", self.broker.id, effect.data, (payload[0], payload[1]))
-        late_us = self.world.ambushes.answering(effect.data)
+        late_us = self.world.ambushes.answering(self.broker, session, frame)
         if late_us:
             self.host.deliver_after(late_us, self.broker.send, session, frame)
         else:

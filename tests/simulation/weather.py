@@ -31,6 +31,8 @@ class Mischief(msgspec.Struct):
     late_flush: float = 0.0  # a secondary's flush takes long, so that it may end in another epoch
     hold_diverging: float = 0.0  # a primary is slow to say that the logs differ
     second_death: float = 0.0  # kill -9 right after the start that followed a power cut
+    repeat_diverging: float = 0.0  # ... and says it again, up to a second later
+    operator_ms: int = 0  # how often an operator recovers what has no candidate left; 0: after the faults
     hold_resign: float = 0.0  # a resignation travels so long that its sender serves again
     late_fetch: float = 0.0  # fetches arrive a second time, up to seconds later
     flip_back: float = 0.0  # whoever made a secondary cut its log is fenced wrongly at once
@@ -44,7 +46,8 @@ def _late_flushes(weather: Weather, rng: random.Random) -> None:
     _often(weather, kill=1.5, stop=1.0, cut_one_way=1.0)
     weather.produce_gap_ms = 60
     weather.fault_gap_ms = 400
-    weather.mischief = Mischief(fence_one_ms=700, late_flush=0.35, hold_diverging=0.6)
+    weather.ordered = {"replica": rng.random() < 0.5, "coordinator": rng.random() < 0.5}
+    weather.mischief = Mischief(fence_one_ms=700, late_flush=0.35, hold_diverging=0.6, repeat_diverging=0.5)
 
 
 def _echoes(weather: Weather, rng: random.Random) -> None:
@@ -67,10 +70,10 @@ def _flips(weather: Weather, rng: random.Random) -> None:
     weather.ordered = {"replica": False, "coordinator": False}
     weather.slow, weather.late_us = 0.15, 500_000
     weather.producers, weather.produce_gap_ms, weather.partitions = 3, 60, 1
-    weather.fault_gap_ms = 1_000
-    weather.lag_max_ms = 10_000
+    weather.fault_gap_ms = 4_000
+    weather.lag_max_ms, weather.handover_ms = 10_000, 1_000
     weather.duration_ms = 24_000
-    weather.mischief = Mischief(hold_resign=0.8, late_fetch=0.6, flip_back=0.8, restless=True, fence_one_ms=1_500)
+    weather.mischief = Mischief(hold_resign=0.8, late_fetch=0.6, flip_back=0.8, restless=True, fence_one_ms=2_500)
 
 
 def _half_open(weather: Weather, rng: random.Random) -> None:
@@ -108,6 +111,21 @@ def _often(weather: Weather, **weights: float) -> None:
     weather.weights.update(weights)
 
 
+def _blackouts(weather: Weather, rng: random.Random) -> None:
+    _often(weather, power_cut_all=2.0, kill=0.3)
+    weather.members, weather.partitions = max(weather.members, 2), 1
+    weather.produce_gap_ms, weather.producers = 120, 3
+    weather.fault_gap_ms, weather.fault_ms = 3_000, 200
+    weather.mischief = Mischief(operator_ms=700)
+
+
+def _joiners(weather: Weather, rng: random.Random) -> None:
+    _often(weather, power_cut=1.0, end_sessions=0.5)
+    weather.produce_gap_ms, weather.partitions = 60, 1
+    weather.ambush = 0.6
+    weather.mischief = Mischief(fence_one_ms=900)
+
+
 PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "late-flushes": _late_flushes,
     "echoes": _echoes,
@@ -117,6 +135,8 @@ PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "moves": _moves,
     "two-coordinators": _two_coordinators,
     "twins": _twins,
+    "blackouts": _blackouts,
+    "joiners": _joiners,
 }
 
 

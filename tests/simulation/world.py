@@ -277,7 +277,7 @@ class World:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
                 break
             self.faults.restart_all()
-            self._recover()
+            self.recover()
             for broker_id, record in sorted(self.checks.brokers.items()):
                 if record.meta.draining:  # the command that ended it met a dead coordinator
                     self.command(lambda reply, broker_id=broker_id: ce.DrainSet(reply, broker_id, False))
@@ -285,7 +285,7 @@ class World:
         if trouble is not None:
             raise Violation("D1.12 liveness after healing", trouble)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """What an operator does: partitions that no candidate is left for are recovered, if possible without force."""
         for key, record in sorted(self.checks.parts.items()):
             part = record.meta

@@ -105,6 +105,7 @@ TABLE = (
         FSYNC,
         ("Secondary._matches", " or data.fetch_id != out.fetch_id", ""),
         ("Secondary._matches", "return all(self._echoes(log, data.logs[log]) for log in BOTH_LOGS)", "return True"),
+        weather="late-flushes",
     ),
     mutant(
         "same-epoch-after-restart",
@@ -132,6 +133,7 @@ TABLE = (
         "a member that restarted since its fetch may be added (KIP-903)",
         REPLICATED,
         ("Partitions._refusal", "if joining.meta.broker_epoch != member.broker_epoch:", "if False:"),
+        weather="joiners",
     ),
     mutant(
         "registration-not-idempotent",
@@ -192,6 +194,7 @@ TABLE = (
         "state entries that name lost records count",
         "2/2/replicated,3/2/replicated",
         ("_stands", "return entry.offset <= log_end and", "return True or entry.offset <= log_end and"),
+        weather="blackouts",
     ),
     mutant(
         "state-served-early",
