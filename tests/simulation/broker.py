@@ -19,12 +19,14 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.node import NodeConfig, NodeCore, NodeIdentity
 from ferryline_broker.log.memory import SimulatedStop
 from ferryline_coordinator.core.events import Admitted, BrokerAdmitted
+from tests.simulation.clients import is_rotten
 from tests.simulation.engine import MS
 from tests.simulation.ghost import Violation
 from tests.simulation.hosts import Alarm, Host
 from tests.simulation.network import Session
 from tests.simulation.replicas import Hosted, Replicas
 from tests.simulation.serving import Serving
+from tests.simulation.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -38,6 +40,7 @@ class Broker:
         self.number = number
         self.host = Host(world.engine, f"b{number}", world.drift())
         self.disk = world.make_disk(number)
+        self.disk.host = self.host
         self.url = f"https://b{number}:9443"
         self.wanted = True  # restarted whenever it is down
         self.stopping = False
@@ -93,6 +96,7 @@ class Broker:
             world.count("died while starting")
             world.faults.died_starting(self, repr(error))
             return
+        Upkeep(self).start()
         self._log("started", self.restart, disk.incarnation, disk.broker_id)
         if disk.broker_id:
             self._become_node(states)
@@ -251,7 +255,14 @@ class Broker:
             _, sender, data, payload = frame
             key = (data.topic_id, data.partition)
             if key in self.parts:
-                self.replicas.feed(key, ev.DataReceived(sender, data, payload))
+                batches = [batch for batch in payload if batch is not None and batch.headers]
+                if self.world.rotted and any(
+                    is_rotten(b.data, at, header) for b in batches for at, header in b.headers
+                ):
+                    self.world.count("rotten batches refused by secondaries")
+                    self.replicas.feed(key, ev.DataCorrupt(sender, data.epoch, data.fetch_id))
+                else:
+                    self.replicas.feed(key, ev.DataReceived(sender, data, payload))
         elif kind == "answer":
             self._answered(session, frame)
         elif kind == "tell":
@@ -293,7 +304,8 @@ class Broker:
             return
         name, _ = self.pending.pop(number, ("", None))
         if not name:
-            if isinstance(result, MetadataAnswer):  # an answer that came twice, or after its time: harmless
+            asked = sum(name == "metadata" for name, _ in self.pending.values())
+            if isinstance(result, MetadataAnswer) and asked < 2:  # it came twice, or after its time: harmless
                 self.node_event(ev.MetadataReceived(result))
             return
         code = error.code if error is not None else ""

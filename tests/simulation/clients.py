@@ -20,10 +20,10 @@ from ferryline.core.producer import (
     TimePassed,
 )
 from ferryline.core.retry import Backoff
-from ferryline.protocol.errors import ConnectionFailed, ErrorInfo, from_info
+from ferryline.protocol.errors import ConnectionFailed, CorruptBatch, ErrorInfo, from_info
 from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat, GroupPartition
 from ferryline.protocol.metadata import NO_BROKER, ClusterMetadata, MetadataAnswer
-from ferryline.protocol.records import decode_batch, encode_batch, set_producer
+from ferryline.protocol.records import BatchHeader, check_crc, decode_batch, encode_batch, set_producer
 from ferryline_broker.core.events import Key
 from tests.simulation.engine import MS
 from tests.simulation.history import FAIL, INFO, OK, Poll, Send
@@ -159,7 +159,7 @@ class Producer(Client):
         self.numbers = 0
         self.quiet = False
         self.alarm = Alarm(self.host, self.core.next_deadline_ms, lambda: self.event(TimePassed()))
-        self.topic_id = ""
+        self.routed: set[Key] = set()  # partitions that the core has heard of
 
     def start(self) -> None:
         self.poll_metadata()
@@ -222,7 +222,10 @@ class Producer(Client):
     def _repartition(self, batch: Batch) -> None:
         """Its records were surely not stored: route each again, as a new attempt of the application."""
         topic = self.metadata.topic(self.world.topic)
-        assert topic is not None
+        if topic is None:
+            for send in batch.sends:
+                send.outcome, send.error, send.ended_us = FAIL, "the topic is gone", self.engine.now_us
+            return
         for send in batch.sends:
             self.sent += 1
             send.key = (topic.id, self.engine.between(0, topic.config.partitions - 1))
@@ -234,7 +237,10 @@ class Producer(Client):
         if broker is None:
             self.host.deliver_after(1, self._not_sent, effect)
             return
-        topic = self.metadata.topics[effect.key[0]]
+        topic = self.metadata.topics.get(effect.key[0])
+        if topic is None:  # deleted; the core hears of it with the next RouteChanged
+            self.host.deliver_after(1, self._not_sent, effect)
+            return
         data = bytearray(self.batches[effect.batch].data)
         set_producer(data, effect.pid, effect.pepoch, effect.sequence)
         self.ask(
@@ -259,7 +265,12 @@ class Producer(Client):
             self._not_sent(context)
 
     def metadata_changed(self) -> None:
-        for key, part in sorted(self.metadata.partitions.items()):
+        partitions = self.metadata.partitions
+        for key in [key for key in sorted(self.routed) if key not in partitions]:
+            self.routed.discard(key)
+            self.event(RouteChanged(key, NO_BROKER, 0, gone=True))
+        for key, part in sorted(partitions.items()):
+            self.routed.add(key)
             self.event(RouteChanged(key, part.primary, part.epoch))
 
 
@@ -280,7 +291,10 @@ class Reader(Client):
                 self._read(key)
 
     def _read(self, key: Key) -> None:
-        part = self.metadata.partitions[key]
+        part = self.metadata.partitions.get(key)
+        if part is None:
+            del self.polls[key]  # the topic is gone
+            return
         secondary = self.engine.chance(0.5)
         target = self.world.broker_by_id(self.engine.pick(list(part.replicas)) if secondary else part.primary)
         if target is None:
@@ -294,14 +308,18 @@ class Reader(Client):
     def answered(self, context: Any, frame: Any) -> None:
         _, _, found, error = frame
         if error is not None:
-            if error.code not in ("NOT_PRIMARY", "PRIMARY_NOT_AVAILABLE", "UNKNOWN_TOPIC", "UNKNOWN_PARTITION"):
+            if error.code in ("LOG_TRUNCATED", "OFFSET_OUT_OF_RANGE"):
                 self.world.checks.read_refused(self.host.name, context, self.polls[context].next, error)
                 self.polls[context] = sought(self.world, self.polls[context], error)
             self.refresh()
             self._later(context)
             return
+        before = self.polls[context].next
         take(self.world, self.polls[context], found)
-        self.host.deliver_after(self.engine.between(1, 20) * MS, self._read, context)
+        if found[1] and self.polls[context].next == before:
+            self._later(context)  # it was rotten: perhaps another replica's copy is not
+        else:
+            self.host.deliver_after(self.engine.between(1, 20) * MS, self._read, context)
 
     def unanswered(self, context: Any, *, sent: bool) -> None:
         if context != "metadata":
@@ -314,6 +332,9 @@ def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[bytes
     data, headers = found
     values = []
     for at, header in headers:
+        if world.rotted and is_rotten(data, at, header):
+            world.count("rotten batches refused by readers")
+            break
         world.checks.polled(poll.consumer, poll.key, header)
         if header.next_offset <= poll.next:
             continue
@@ -326,10 +347,20 @@ def take(world: World, poll: Poll, found: tuple[bytes, list[Any]]) -> list[bytes
     return values
 
 
+def is_rotten(data: Any, at: int, header: BatchHeader) -> bool:
+    """What the checksum says, which everybody who receives a batch looks at."""
+    try:
+        check_crc(data, header, at)
+    except CorruptBatch:
+        return True
+    return False
+
+
 def sought(world: World, poll: Poll, error: ErrorInfo) -> Poll:
     """What an application does that accepts a declared loss: read on from the safe offset, as a row of its own."""
-    world.count("consumers sent back by a declared loss")
     safe = error.details.get("safe_offset", -1)
+    below = poll.next < error.details.get("log_start", 0)
+    world.count("consumers overtaken by retention" if below else "consumers sent back by a declared loss")
     return world.poll(poll.consumer, poll.key, max(safe, error.details.get("log_start", 0), 0))
 
 

@@ -14,7 +14,9 @@ from typing import Protocol
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline.protocol.messages import (
+    LOG_DAMAGED,
     LOG_OK,
+    RECORDS,
     RESTART_CLEAN,
     RESTART_FOREIGN,
     RESTART_OS_CRASH,
@@ -24,17 +26,29 @@ from ferryline.protocol.records import BatchHeader, decode_batch
 from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.producers import ProducerTable
 from ferryline_broker.core.replica import LogOpened, OpenedReplica
+from tests.simulation.hosts import Host
+from tests.simulation.settings import Weather
+from tests.simulation.upkeep import Expired
 
 BOTH = (0, 1)
+RETENTION_STEP = 4  # batches in one go
+
+
+def spoilt(data: bytes) -> bytes:
+    """With one bit flipped where no header lies."""
+    return data[:-1] + bytes((data[-1] ^ 1,))
 
 
 class Stored:
     """One batch on a disk. ``value``: of a state record, decoded when first asked for."""
 
-    __slots__ = ("data", "header", "value")
+    __slots__ = ("appended_ms", "appended_us", "data", "header", "rotten", "value")
 
-    def __init__(self, header: BatchHeader, data: bytes) -> None:
+    def __init__(self, header: BatchHeader, data: bytes, appended_ms: int, appended_us: int) -> None:
         self.header = header
+        self.rotten = False
+        self.appended_ms = appended_ms  # by the wall clock of the broker
+        self.appended_us = appended_us  # in truth
         self.data = data
         self.value: bytes | None = None
 
@@ -57,7 +71,7 @@ class ReplicaFiles(Protocol):
     def truncate(self, log: int, offset: int) -> int:
         """Returns the new end of the log."""
 
-    def reset(self, log: int, offset: int) -> None: ...
+    def reset(self, log: int, offset: int, epoch: int) -> None: ...
     def advance_start(self, log: int, offset: int) -> int: ...
     def persist_epoch(self, epoch: int) -> None: ...
     def checkpoint(self, high_watermark: list[int]) -> None: ...
@@ -68,6 +82,17 @@ class ReplicaFiles(Protocol):
         """(base, next, epoch, crc) of every batch, for the checks."""
 
     def start(self, log: int) -> int: ...
+    def expired(self, wall_ms: int, limit: int) -> Expired | None:
+        """What retention would take from the records, none of it at or above ``limit``."""
+
+    def scrub(self) -> int:
+        """Look for rot, and remember that there is some. Returns the log in which there is, -1 if in none."""
+
+    def rotten(self) -> int:
+        """The same without remembering it: for the checks."""
+
+    def rot(self, rng: random.Random) -> bool:
+        """Flip a bit of one batch. False if there is nothing to spoil."""
 
 
 class Disk(Protocol):
@@ -81,6 +106,7 @@ class Disk(Protocol):
     stopped_clean: bool  # the last process ended cleanly, and nothing has started since
     write_error: bool
     sync_error: bool
+    host: Host  # whose clocks it sees
 
     def start(self) -> str:
         """A process starts: returns its restart class. The incarnation is raised, durably."""
@@ -106,11 +132,12 @@ class Disk(Protocol):
 class FastLog:
     """One log: ``batches[:synced]`` survive a power cut. ``start`` is its first offset."""
 
-    __slots__ = ("batches", "start", "synced")
+    __slots__ = ("batches", "start", "start_epoch", "synced")
 
     def __init__(self) -> None:
         self.batches: list[Stored] = []
         self.start = 0
+        self.start_epoch = -1  # of the record before the start, as the real log remembers it
         self.synced = 0
 
     @property
@@ -129,7 +156,7 @@ class FastLog:
         return low
 
     def epochs(self) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
+        found: list[tuple[int, int]] = [(self.start_epoch, self.start)] if self.start_epoch >= 0 else []
         for batch in self.batches:
             if not found or found[-1][0] != batch.header.epoch:
                 found.append((batch.header.epoch, batch.header.base_offset))
@@ -146,6 +173,7 @@ class FastReplica:
         self.marked = [0, 0]  # high watermarks as last checkpointed
         self.log_state = LOG_OK
         self.repairing = False
+        self.removed = ProducerTable()  # of what retention took: the snapshot that a real replica keeps of it
 
     def opened(self) -> OpenedReplica:
         """Recovery: what is found is synced before anybody builds on it."""
@@ -160,10 +188,11 @@ class FastReplica:
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
         if self.disk.write_error:
             raise StorageFailed("write: Input/output error")
-        target = self.logs[log]
+        target, host = self.logs[log], self.disk.host
+        wall_ms, now_us = host.wall_ms(), host.engine.now_us
         for at, header in headers:
             assert header.base_offset == target.end, (log, header, target.end)
-            target.batches.append(Stored(header, bytes(data[at : at + header.size])))
+            target.batches.append(Stored(header, bytes(data[at : at + header.size]), wall_ms, now_us))
 
     def sync(self, log: int, end: int) -> int:
         if self.disk.sync_error:
@@ -180,11 +209,14 @@ class FastReplica:
         target.synced = min(target.synced, len(target.batches))  # the cut is durable; what stands below may not be
         return target.end
 
-    def reset(self, log: int, offset: int) -> None:
+    def reset(self, log: int, offset: int, epoch: int) -> None:
         target = self.logs[log]
         target.batches.clear()
+        target.start_epoch = epoch
         target.start = offset
         target.synced = 0
+        if log == RECORDS:
+            self.removed = ProducerTable()
 
     def advance_start(self, log: int, offset: int) -> int:
         """Whole segments only: here one batch is a segment. Returns the new start."""
@@ -194,6 +226,11 @@ class FastReplica:
             offset = min(offset, target.batches[at].header.base_offset)
         if offset <= target.start:
             return target.start
+        if at:
+            target.start_epoch = target.batches[at - 1].header.epoch
+        if log == RECORDS:
+            for batch in target.batches[:at]:
+                self.removed.observe(batch.header)
         del target.batches[:at]
         target.synced = max(0, target.synced - at)
         target.start = offset
@@ -216,7 +253,7 @@ class FastReplica:
             if batch.header.next_offset > below or (parts and size + batch.header.size > bytes_max):
                 break
             headers.append((size, batch.header))
-            parts.append(batch.data)
+            parts.append(spoilt(batch.data) if batch.rotten else batch.data)
             size += batch.header.size
         return b"".join(parts), headers
 
@@ -228,7 +265,7 @@ class FastReplica:
         ]
 
     def producers(self) -> ProducerTable:
-        table = ProducerTable()
+        table = ProducerTable.restore(self.removed.snapshot()) if len(self.removed) else ProducerTable()
         for batch in self.logs[0].batches:
             table.observe(batch.header)
         return table
@@ -240,6 +277,45 @@ class FastReplica:
 
     def start(self, log: int) -> int:
         return self.logs[log].start
+
+    def expired(self, wall_ms: int, limit: int) -> Expired | None:
+        """Here one batch is a segment, and all but the last are sealed. A few at a time."""
+        weather, batches = self.disk.weather, self.logs[RECORDS].batches
+        size = sum(batch.header.size for batch in batches)
+        found: Expired | None = None
+        for batch in batches[:RETENTION_STEP]:
+            if batch.header.next_offset > limit:
+                break
+            by_age = 0 <= weather.retention_ms < wall_ms - batch.appended_ms
+            size -= batch.header.size
+            if not by_age and not (0 <= weather.retention_bytes <= size and batch is not batches[-1]):
+                break
+            by_age = by_age if found is None else by_age and found.by_age
+            found = Expired(batch.header.next_offset, by_age, batch.appended_us, size)
+        return found
+
+    def scrub(self) -> int:
+        found = self.rotten()
+        if found >= 0:
+            self.log_state = LOG_DAMAGED
+        return found
+
+    def rotten(self) -> int:
+        if self.disk.rotten:
+            for log in BOTH:
+                if any(batch.rotten for batch in self.logs[log].batches):
+                    return log
+        return -1
+
+    def rot(self, rng: random.Random) -> bool:
+        batches = [
+            batch for log in self.logs for batch in log.batches[:-1]
+        ]  # the newest might be taken for a torn tail
+        if not batches:
+            return False
+        batches[int(rng.random() * len(batches))].rotten = True
+        self.disk.rotten = True
+        return True
 
     def lose_unsynced(self, rng: random.Random) -> bool:
         """A power cut. Of what was not synced any prefix survives. Returns whether anything was lost."""
@@ -256,8 +332,11 @@ class FastDisk:
     registration is confirmed. Everything but the logs is durable at once.
     """
 
-    def __init__(self, storage_id: str) -> None:
+    def __init__(self, storage_id: str, weather: Weather) -> None:
         self.storage_id = storage_id
+        self.weather = weather
+        self.host: Host
+        self.rotten = False  # some batch of it, some time
         self.broker_id = 0
         self.cluster_id = ""
         self.incarnation = 0
@@ -328,7 +407,8 @@ class FastDisk:
         return self.replicas.get(key)
 
     def exchanged(self, *, same_id: bool) -> FastDisk:
-        fresh = FastDisk(f"{self.storage_id}x")
+        fresh = FastDisk(f"{self.storage_id}x", self.weather)
+        fresh.host = self.host
         if same_id:
             fresh.join(self.broker_id, self.cluster_id)
             fresh.seen_coord_epoch = self.seen_coord_epoch

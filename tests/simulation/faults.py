@@ -410,6 +410,39 @@ class Faults:
 
         self._for_a_while(mend)
 
+    def _rot(self) -> None:
+        """A bit flips, on one copy of whole ones: where every copy rots, nothing can be asked of anybody."""
+        world = self.world
+        found = []
+        for key, record in sorted(world.checks.parts.items()):
+            part = record.meta
+            brokers = [b for b in world.brokers if b.at_work and b.id in part.isr and key in b.parts]
+            whole = len(brokers) == len(part.replicas) >= 2
+            if whole and not any(world.rotted and b.parts[key].files.rotten() >= 0 for b in brokers):
+                found += [(b, key) for b in brokers]
+        if not found:
+            return
+        broker, key = self._pick(found)
+        if broker.parts[key].files.rot(self.rng):
+            world.rotted = True
+            world.count("rotten batches")
+            self.engine.note("fault", ("rot", broker.host.name, key[1]))
+
+    def damage_found(self, broker: Broker) -> None:
+        """Somebody reads the alarm and restarts the broker, which then sets the damaged files aside."""
+
+        def restart() -> None:
+            if broker.host.alive:
+                broker.die("restarted after damage was found")
+            self._restart(broker)
+
+        self.engine.after(self._between(100, 1_500) * MS, restart)
+
+    def _wall_jump(self) -> None:
+        host = self._pick(self.world.brokers).host
+        by_ms = self._pick([300, 5_000, 50_000, 10**7, 10**10])
+        host.set_wall_clock(by_ms if self._chance(0.6) else -by_ms)
+
     def _disk_full(self) -> None:
         broker = self._broker()
         if broker is None or not broker.joined:
@@ -442,6 +475,9 @@ class Faults:
             self.world.command(lambda reply: ce.DrainSet(reply, broker_id, True))
             self._for_a_while(lambda: self.world.command(lambda reply: ce.DrainSet(reply, broker_id, False)))
 
+    def _recreate(self) -> None:
+        self.world.recreate_topic(f"{self.rng.getrandbits(128):032x}", self._between(1, 800))
+
     def _add_broker(self) -> None:
         if len(self.world.brokers) < 6:
             self.world.add_broker().start()
@@ -456,6 +492,12 @@ class Faults:
 
     def _consumer_joins(self) -> None:
         self.world.add_member()
+
+    def _producer_pause(self) -> None:
+        if self.world.producers:
+            producer = self._pick(self.world.producers)
+            producer.host.pause()
+            self._for_a_while(producer.host.resume)
 
     def _consumer_pause(self) -> None:
         if self.world.members:

@@ -69,15 +69,20 @@ class History:
         self,
         logs: dict[Key, list[tuple[str, list[tuple[int, bytes]]]]],
         lost_ranges: dict[Key, list[tuple[int, int]]],
+        starts: dict[Key, int] | None = None,
     ) -> None:
-        """``logs``: per partition what a fresh reader finds on every replica, as (offset, value)."""
+        """``logs``: per partition what a fresh reader finds on every replica from its start on, as (offset, value).
+
+        ``starts``: offsets below which retention has deleted; what was acknowledged there is excused.
+        """
+        starts = starts or {}
         for key, replicas in sorted(logs.items()):
             where, first = replicas[0]
             for other, found in replicas[1:]:
                 if found != first:
                     raise Violation("D2 inconsistent replicas", f"{key}: {where} and {other} differ after healing")
-            self._check_log(key, first, lost_ranges.get(key, []))
-        self._check_polls({key: replicas[0][1] for key, replicas in logs.items()}, lost_ranges)
+            self._check_log(key, first, [*lost_ranges.get(key, []), (0, starts.get(key, 0))])
+        self._check_polls({key: replicas[0][1] for key, replicas in logs.items()}, lost_ranges, starts)
 
     def _check_log(self, key: Key, log: list[tuple[int, bytes]], lost: list[tuple[int, int]]) -> None:
         places: dict[bytes, int] = {}
@@ -137,7 +142,12 @@ class History:
             if send.began_us > latest_begin:
                 latest_begin, whose = send.began_us, value
 
-    def _check_polls(self, logs: dict[Key, list[tuple[int, bytes]]], lost: dict[Key, list[tuple[int, int]]]) -> None:
+    def _check_polls(
+        self,
+        logs: dict[Key, list[tuple[int, bytes]]],
+        lost: dict[Key, list[tuple[int, int]]],
+        starts: dict[Key, int],
+    ) -> None:
         for poll in self.polls:
             if lost.get(poll.key):
                 continue  # what was read before a declared loss may be gone
@@ -151,11 +161,13 @@ class History:
                 last = offset
                 if value not in self.sends:
                     raise Violation("D2 phantom", f"{poll.consumer} read {value!r} at {offset}; nobody sent it")
+            start = starts.get(poll.key, 0)
             expected = [record for record in log if poll.began <= record[0] < poll.next]
-            if expected != poll.records:
-                got = dict(poll.records)
+            read = [record for record in poll.records if record[0] >= start]
+            if expected != read:
+                got = dict(read)
                 missing = [record for record in expected if got.get(record[0]) != record[1]]
-                extra = [record for record in poll.records if record not in expected]
+                extra = [record for record in read if record not in expected]
                 raise Violation(
                     "D2 poll skip or inconsistent poll",
                     f"{poll.consumer} {poll.key} {poll.began}..{poll.next}: missing {missing[:3]}, extra {extra[:3]}",

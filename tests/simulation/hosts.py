@@ -25,6 +25,8 @@ class Host:
         self.backlog: list[tuple[int, Callable[..., None], tuple[Any, ...]]] = []
         self._rate = 1.0 + drift  # local time per global time
         self._epoch_us = engine.between(0, 10**9)  # uptime at the start: no two clocks agree
+        self._wall_ms = engine.between(0, 10**12)  # of the wall clock above `now_ms`
+        self.jumped_ms = 0  # sum of all jumps of the wall clock, whatever their direction
         self._at_us, self._at_ms = -1, 0  # the last answer of `now_ms`: asked several times at the same moment
 
     # -- time --------------------------------------------------------------------------------------
@@ -35,6 +37,14 @@ class Host:
         if now_us != self._at_us:
             self._at_us, self._at_ms = now_us, int(self._epoch_us + now_us * self._rate) // MS
         return self._at_ms
+
+    def wall_ms(self) -> int:
+        """What the wall clock shows: it may be set at any time."""
+        return self.now_ms() + self._wall_ms
+
+    def set_wall_clock(self, by_ms: int) -> None:
+        self._wall_ms += by_ms
+        self.jumped_ms += abs(by_ms)
 
     def global_us(self, local_ms: int) -> int:
         """The first global time at which `now_ms` is not below ``local_ms``."""

@@ -18,8 +18,11 @@ from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.log.storage import Faults, MemoryStorage
+from ferryline_broker.log.scrubber import Scrubber
 from ferryline_broker.opening import opened_replica, rebuild_producers, replay_state
+from tests.simulation.hosts import Host
 from tests.simulation.settings import Weather
+from tests.simulation.upkeep import Expired
 
 SEGMENT_BYTES = 3_000
 
@@ -27,8 +30,9 @@ SEGMENT_BYTES = 3_000
 class RealReplica:
     """One replica on the product's log."""
 
-    def __init__(self, store: ReplicaStore, *, repairing: bool) -> None:
+    def __init__(self, store: ReplicaStore, storage: MemoryStorage, *, repairing: bool) -> None:
         self.store = store
+        self.disk_storage = storage
         self._repairing = repairing
 
     def opened(self) -> OpenedReplica:
@@ -43,8 +47,8 @@ class RealReplica:
     def truncate(self, log: int, offset: int) -> int:
         return self.store.logs[log].truncate(offset)
 
-    def reset(self, log: int, offset: int) -> None:
-        self.store.logs[log].reset(offset)
+    def reset(self, log: int, offset: int, epoch: int) -> None:
+        self.store.logs[log].reset(offset, epoch)
 
     def advance_start(self, log: int, offset: int) -> int:
         return self.store.logs[log].advance_start(offset)
@@ -81,6 +85,33 @@ class RealReplica:
     def start(self, log: int) -> int:
         return self.store.logs[log].log_start
 
+    def expired(self, wall_ms: int, limit: int) -> Expired | None:
+        found = self.store.logs[RECORDS].retention_candidates(wall_ms, limit)
+        return Expired(found[-1].end, True, -1, -1) if found else None
+
+    def scrub(self) -> int:
+        found = self.rotten()
+        if found >= 0:
+            self.store.mark_damaged("rot")
+        return found
+
+    def rotten(self) -> int:
+        for log in (RECORDS, STATE):
+            if Scrubber(self.store.logs[log]).step(1 << 30) is not None:
+                return log
+        return -1
+
+    def rot(self, rng: random.Random) -> bool:
+        """A bit of a log file, not in its last bytes: those are a torn tail as well as rot."""
+        storage, log = self.disk_storage, self.store.logs[int(rng.random() * 2)]
+        segments = [segment for segment in log.segments if segment.seal is not None]
+        if not segments:
+            return False
+        segment = segments[int(rng.random() * len(segments))]
+        path = f"{log.path}/{segment.base:020d}.log"
+        storage.flip(path, int(rng.random() * segment.size), int(rng.random() * 8))
+        return True
+
 
 class RealDisk:
     """One machine's disk. Values that other hosts' checks ask for are kept while no process has it open."""
@@ -92,6 +123,8 @@ class RealDisk:
         self.incarnation = 0
         self.seen_coord_epoch = 0
         self.stopped_clean = False
+        self.host: Host
+        self.rotten = False
         self._weather = weather
         self._storage = MemoryStorage()
         self._node: NodeStore | None = None
@@ -130,7 +163,10 @@ class RealDisk:
 
     def start(self) -> str:
         self._node = NodeStore.open(
-            self._storage, boot_id=f"boot-{self._boot}", make_storage_id=lambda: self.storage_id, wall_ms=lambda: 0
+            self._storage,
+            boot_id=f"boot-{self._boot}",
+            make_storage_id=lambda: self.storage_id,
+            wall_ms=self.host.wall_ms,
         )
         node = self._node
         if self._preset is not None and not node.broker_id:
@@ -153,9 +189,12 @@ class RealDisk:
         old = node.replicas.pop(key, None)
         if old is not None:
             old.close()
-        config = LogConfig(segment_bytes=SEGMENT_BYTES, retention_ms=-1)
+        weather = self._weather
+        config = LogConfig(
+            segment_bytes=SEGMENT_BYTES, retention_ms=weather.retention_ms, retention_bytes=weather.retention_bytes
+        )
         store = node.open_replica(*key, config, quarantined="repair" if quarantine else "")
-        return RealReplica(store, repairing=quarantine)
+        return RealReplica(store, self._storage, repairing=quarantine)
 
     def delete(self, key: Key) -> None:
         if self._node is not None:
@@ -202,6 +241,7 @@ class RealDisk:
 
     def exchanged(self, *, same_id: bool) -> RealDisk:
         fresh = RealDisk(f"{self.storage_id}x", self._weather)
+        fresh.host = self.host
         if same_id:
             fresh._preset = (self.broker_id, self.cluster_id)
             fresh.broker_id, fresh.cluster_id = self.broker_id, self.cluster_id

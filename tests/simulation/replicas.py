@@ -162,9 +162,9 @@ class Replicas:
         match effect:
             case ev.Truncate(log, offset):
                 self._truncate(key, hosted, log, offset)
-            case ev.ResetLog(log, offset):
+            case ev.ResetLog(log, offset, epoch):
                 hosted.flushing[log].end = 0
-                hosted.files.reset(log, offset)
+                hosted.files.reset(log, offset, epoch)
                 copies[log].reset(offset)
                 checks.shrunk(broker, key, "resets")
             case ev.AdvanceStart(log, offset):

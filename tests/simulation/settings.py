@@ -75,12 +75,16 @@ FAULTS = (
     "producer_joins",  # with a burst, so that the first batches of an unknown producer meet changes
     "consumer_dies",
     "consumer_joins",
+    "recreate",  # the topic is deleted, and another one gets its name
+    "rot",  # a bit of a batch flips on one disk
+    "wall_jump",  # the wall clock of one broker is set, by seconds or by months
+    "producer_pause",
     "consumer_pause",  # long enough to lose its partitions, then it goes on as if nothing was
 )
 
 
 # Fields of the weather that perturb by themselves, without a fault of the tape: shrinking sets them to 0.
-RATES = frozenset(("loss", "double", "session_loss", "slow", "slow_flush", "drift"))
+RATES = frozenset(("loss", "double", "session_loss", "slow", "slow_flush", "drift", "unknown", "ambush"))
 
 
 class Weather(msgspec.Struct):
@@ -124,6 +128,11 @@ class Weather(msgspec.Struct):
     # see weather.py
     profile: str = ""
     mischief: Mischief = msgspec.field(default_factory=Mischief)
+    # what the world does besides
+    chores_ms: int = 0  # how often brokers look at retention and scrub; 0: never
+    retention_ms: int = -1
+    retention_bytes: int = -1
+    unknown: float = 0.0  # commits of the coordinator after which nobody knows whether they were written
 
 
 def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weather:
@@ -138,7 +147,18 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
     weights = {name: rng.random() ** 2 if rng.random() < 0.55 else 0.0 for name in FAULTS}
     for common in ("kill", "power_cut", "pause", "cut_pair", "cut_one_way"):
         weights[common] *= 3
-    for rare in ("power_cut_all", "kill_all", "lose_disk", "foreign_disk", "grow", "move", "drain", "add_broker"):
+    for rare in (
+        "power_cut_all",
+        "kill_all",
+        "lose_disk",
+        "foreign_disk",
+        "grow",
+        "move",
+        "drain",
+        "add_broker",
+        "recreate",
+        "rot",
+    ):
         weights[rare] *= 0.4
     for churn in ("consumer_dies", "consumer_joins", "consumer_pause"):
         weights[churn] *= 1.5
@@ -175,4 +195,8 @@ def draw(rng: random.Random, config: Config, *, real_log: bool = False) -> Weath
         fault_gap_ms=some(100, 250, 600, 2_000),
         fault_ms=some(200, 800, 2_500, 6_000),
         weights=weights,
+        chores_ms=some(300, 1_000, 2_500),
+        retention_ms=some(-1, -1, 3_000, 8_000),
+        retention_bytes=some(-1, -1, 500, 2_000),
+        unknown=maybe(0.4, 0.06 * rng.random()),
     )

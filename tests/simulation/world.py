@@ -52,6 +52,7 @@ class World:
         for rate in sorted(without & RATES):
             setattr(self.weather, rate, 0.0)
         self.calm = False
+        self.rotted = False  # some batch on some disk, some time: receivers check what they get
         self.counts: Counter[str] = Counter()
         self.topic = TOPIC
         self.topic_id = f"{self.engine.rng.getrandbits(128):032x}"
@@ -74,6 +75,7 @@ class World:
         self._ids: dict[int, Broker] = {}
         self.destroyed: set[int] = set()
         self._tokens = 0
+        self._recreating = False
         self._names = 0
         self.conflicts: list[str] = []
         self.checks = Checks(self)
@@ -188,7 +190,7 @@ class World:
 
     def make_disk(self, number: int) -> Disk:
         name = f"storage-{number}-0"
-        return RealDisk(name, self.weather) if self.weather.real_log else FastDisk(name)
+        return RealDisk(name, self.weather) if self.weather.real_log else FastDisk(name, self.weather)
 
     def add_broker(self) -> Broker:
         broker = Broker(self, len(self.brokers))
@@ -227,8 +229,25 @@ class World:
             "min_isr": self.config.min_isr,
             "flush": self.config.flush,
         }
-        self.command(lambda reply: ce.TopicCreated(reply, TOPIC, self.topic_id, settings))
+        topic_id = self.topic_id
+        self.command(lambda reply: ce.TopicCreated(reply, TOPIC, topic_id, settings))
         self.engine.after(100 * MS, self._create_topic)
+
+    def recreate_topic(self, topic_id: str, after_ms: int) -> None:
+        """Delete the topic; a while later another one gets its name. Nothing of the old one may be seen in it."""
+        if not self.checks.parts or self._recreating:
+            return
+        self._recreating = True
+        self.topic_id = topic_id
+
+        def again() -> None:
+            self._recreating = False
+            self.count("topics deleted, in time" if not self.checks.parts else "topics not deleted, or later")
+            self._create_topic()
+            self.engine.after(2_000 * MS, self._create_topic)  # the deletion may have waited for a slow disk
+
+        self.command(lambda reply: ce.TopicDeleted(reply, TOPIC))
+        self.engine.after(after_ms * MS, again)
 
     def grow(self) -> None:
         count = len(self.checks.parts)
@@ -277,6 +296,8 @@ class World:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
                 break
             self.faults.restart_all()
+            if not self._recreating:
+                self._create_topic()
             self.recover()
             for broker_id, record in sorted(self.checks.brokers.items()):
                 if record.meta.draining:  # the command that ended it met a dead coordinator
@@ -299,6 +320,14 @@ class World:
 
     def _well(self) -> str | None:
         """What is not yet as it should be, or None."""
+        if not self.checks.parts or self._recreating:
+            return "the topic is not there again"
+        for broker in self.brokers:
+            for key, hosted in broker.parts.items():
+                if key not in self.checks.parts:
+                    return f"{broker} still holds {key} of a deleted topic"
+                if self.rotted and hosted.files.rotten() >= 0:
+                    return f"{broker}: nobody has found the rot in {key}"
         for key, record in sorted(self.checks.parts.items()):
             part = record.meta
             if part.primary == NO_BROKER:
@@ -337,29 +366,32 @@ class World:
 
     def _check_end(self) -> None:
         logs: dict[Key, list[tuple[str, list[tuple[int, bytes]]]]] = {}
+        starts: dict[Key, int] = {}  # below them retention has taken something, perhaps not yet everywhere
         lost: dict[Key, list[tuple[int, int]]] = {}
         for key, record in sorted(self.checks.parts.items()):
             lost[key] = self.truth(key)[RECORDS].lost
             logs[key] = []
+            hosts = [broker for broker in self.brokers if broker.id in record.meta.replicas]
+            starts[key] = max(broker.parts[key].core.log_start[RECORDS] for broker in hosts)
             for broker_id in record.meta.replicas:
                 broker = self.broker_by_id(broker_id)
                 assert broker is not None
                 end = broker.parts[key].core.high_watermark[RECORDS]
-                logs[key].append((broker.host.name, self.read_all(broker, key, end)))
+                logs[key].append((broker.host.name, self.read_all(broker, key, starts[key], end)))
         for send in self.history.sends.values():
             if send.outcome == OPEN:
                 raise Violation("liveness", f"{send.value!r} was never answered")
-        self.history.check(logs, lost)
+        self.history.check(logs, lost, starts)
         if self.members:
             self.history.check_processed([GROUP], {key: found[0][1] for key, found in logs.items()})
 
-    def read_all(self, broker: Broker, key: Key, below: int) -> list[tuple[int, bytes]]:
-        """(offset, value) of every record on the broker's disk below ``below``."""
-        hosted = broker.parts[key]
-        data, headers = hosted.files.read(RECORDS, hosted.core.log_start[RECORDS], below, 1 << 60)
+    def read_all(self, broker: Broker, key: Key, start: int, below: int) -> list[tuple[int, bytes]]:
+        """(offset, value) of every record on the broker's disk from ``start`` to ``below``."""
+        data, headers = broker.parts[key].files.read(RECORDS, start, below, 1 << 60)
         found = []
         for at, header in headers:
             if not header.is_control:
                 for record in decode_batch(data[at : at + header.size], header):
-                    found.append((record.offset, record.value or b""))
+                    if record.offset >= start:
+                        found.append((record.offset, record.value or b""))
         return found
