@@ -10,7 +10,7 @@ DISTRIBUTIONS := sdk services/common services/coordinator services/broker
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants bench up down wheels images lock docs clean
+.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants bench bench-compare up down wheels images lock docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ demo: venv ## three brokers over TLS, 200,000 records, a kill -9 in the middle, 
 
 bench: venv ## throughput and latency beside librdkafka, on this machine
 	@$(BIN)/ferryline bench $(ARGS)
+
+bench-compare: venv ## beside Kafka, RabbitMQ, NATS and Redis; installs what it can: make bench-compare ARGS=--quick
+	@scripts/peers/install
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
 # -- prove it ---------------------------------------------------------------------------------------
 
