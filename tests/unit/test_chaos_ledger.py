@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ferryline.cli.chaos.bed import flip
 from ferryline.cli.chaos.campaign import broken, judge
+from ferryline.cli.chaos.harm import flip
 from ferryline.cli.chaos.ledger import append, commit_of, read, total
 from ferryline.cli.chaos.record import FAIL, INFO, OK, Recorder, now_us, number_of, payload
 from ferryline.cli.chaos.traffic import key_for, topics_for

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ferryline.cli.chaos.harm import flip, segments_of
 from ferryline.cli.chaos.network import Network
 from ferryline.cli.chaos.proxy import Link, Rule
 from ferryline.cli.chaos.schedule import ANY, CLIENT, COORDINATOR, NEED_LOSSY, Step
@@ -23,6 +24,7 @@ from ferryline.protocol.errors import FerrylineError
 
 if TYPE_CHECKING:
     from ferryline.client import Client
+    from ferryline.protocol.metadata import PartitionMeta
 
 SWITCHES = "faults.json"  # in the folder of each broker, which is its working directory
 DISK = frozenset({"disk-full", "disk-error", "clock"})
@@ -31,8 +33,7 @@ SCRUB_BYTES_PER_S = 64 * 1024 * 1024
 ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")
 ADMIN_S = 5.0
 STOP_S = 25.0  # it may be stopped by a SIGSTOP for a part of this
-LEAVE_S = 6.0  # a broker whose disk failed must have ended by then
-FLIPS, BITS_MAX = 6, 8
+FLIPS = 6  # files at a time
 _POLL_S = 0.05
 
 
@@ -58,6 +59,7 @@ class ProcessBed:
         self.admin: Client | None = None
         self._leaving: set[str] = set()  # brokers whose disk was made to fail: they are right to end
         self._paused: Counter[str] = Counter()
+        self._harmed = ""  # the broker whose disk or files were touched last: no other one before it is whole again
         self._draining: set[int] = set()
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
@@ -255,23 +257,27 @@ class ProcessBed:
         temp.rename(path)
 
     async def _begin_disk_full(self, step: Step) -> None:
-        self._switch(step.target, write="ENOSPC")
-        self._leaving.add(step.target)
-        self.counts["disk-full"] += 1
+        await self._fail_disk(step, write="ENOSPC")
 
     async def _begin_disk_error(self, step: Step) -> None:
-        self._switch(step.target, **{step.other: "EIO"})
-        self._leaving.add(step.target)
-        self.counts["disk-error"] += 1
+        await self._fail_disk(step, **{step.other: "EIO"})
 
-    async def _end_disk_full(self, step: Step) -> None:
+    async def _fail_disk(self, step: Step, **switches: str) -> None:
+        if self._may_be_harmed(step.target):
+            self._leaving.add(step.target)
+            await asyncio.to_thread(self._switch, step.target, **switches)
+            self.counts[step.kind] += 1
+
+    async def _end_disk_error(self, step: Step) -> None:
         await asyncio.to_thread(self._switch, step.target, write="", sync="")
-        service = self.cluster.local.services[step.target]
-        if not service.running:
+        if not self.cluster.local.services[step.target].running:
             await self._spawn(step.target)
         self._leaving.discard(step.target)
 
-    _end_disk_error = _end_disk_full
+    async def _end_disk_full(self, step: Step) -> None:
+        """As an operator does it: a replica that met a full disk stays stopped until its broker is started again."""
+        await self._end_disk_error(step)
+        await self._begin_restart(step)
 
     async def _begin_clock(self, step: Step) -> None:
         self._switch(step.target, wall_ms=step.amount)
@@ -280,21 +286,30 @@ class ProcessBed:
     async def _end_clock(self, step: Step) -> None:
         await asyncio.to_thread(self._switch, step.target, wall_ms=0)
 
-    def _others_have_it_all(self, name: str) -> bool:
-        """Whether each partition on this broker is in sync on another one, too: then its files may be harmed."""
+    def _parts_of(self, name: str) -> list[PartitionMeta]:
         client, broker = self.admin, self.cluster.broker_id(name)
         parts = client.routing.cluster.partitions.values() if client is not None else []
-        mine = [part for part in parts if broker in part.replicas]
-        return bool(mine) and all(set(part.isr) - {broker} for part in mine)
+        return [part for part in parts if broker in part.replicas]
 
-    def _segments(self, name: str) -> list[Path]:
-        found = self.cluster.local.data_dir(name).glob("*/partitions/*/records/*.log")
-        return sorted(path for path in found if path.stat().st_size > 1024)
+    def _may_be_harmed(self, name: str) -> bool:
+        """Whether each partition on this broker is in sync on another one, too, whose disk is as it should be.
+
+        A copy on a disk that failed counts for nothing until it was fetched again: one disk after the other.
+        """
+        if self._harmed and self._harmed != name:
+            before = self.cluster.broker_id(self._harmed)
+            if not all(before in part.isr for part in self._parts_of(self._harmed)):
+                return False
+        broker, mine = self.cluster.broker_id(name), self._parts_of(name)
+        if not mine or not all(set(part.isr) - {broker} for part in mine):
+            return False
+        self._harmed = name
+        return True
 
     async def _begin_flip(self, step: Step) -> None:
         draw = random.Random(step.amount)
-        segments = self._segments(step.target)
-        if not segments or not self._others_have_it_all(step.target):
+        segments = segments_of(self.cluster.local.data_dir(step.target))
+        if not segments or not self._may_be_harmed(step.target):
             return
         for path in draw.sample(segments, min(FLIPS, len(segments))):
             flip(path, draw)
@@ -302,7 +317,7 @@ class ProcessBed:
 
     async def _begin_truncate(self, step: Step) -> None:
         draw = random.Random(step.amount)
-        if not self._others_have_it_all(step.target):
+        if not self._may_be_harmed(step.target):
             return
         await self._kill(step.target, "kill")
         end = time.monotonic() + 5.0
@@ -310,7 +325,7 @@ class ProcessBed:
             if time.monotonic() > end:
                 return
             await asyncio.sleep(_POLL_S)
-        segments = self._segments(step.target)
+        segments = segments_of(self.cluster.local.data_dir(step.target))
         for path in draw.sample(segments, min(FLIPS, len(segments))):
             os.truncate(path, draw.randrange(path.stat().st_size))
             self.counts["truncate"] += 1
@@ -318,9 +333,8 @@ class ProcessBed:
     _end_truncate = _end_kill
 
     def _counted_on(self, name: str) -> bool:
-        client, broker = self.admin, self.cluster.broker_id(name)
-        parts = client.routing.cluster.partitions.values() if client is not None else []
-        return any(broker in part.isr or broker in part.elr for part in parts)
+        broker = self.cluster.broker_id(name)
+        return any(broker in part.isr or broker in part.elr for part in self._parts_of(name))
 
     # -- moves ---------------------------------------------------------------------------------------
 
@@ -372,17 +386,6 @@ class ProcessBed:
         """What each service wrote to stderr."""
         found = {name: service.log_path for name, service in self.cluster.local.services.items()}
         return {name: path.read_bytes() for name, path in found.items() if path.exists()}
-
-
-def flip(path: Path, draw: random.Random) -> None:
-    """Turn one to eight bits of a file over, wherever they are."""
-    size = path.stat().st_size
-    with path.open("r+b", buffering=0) as file:
-        for at in {min(size - 1, draw.randrange(size)) for _ in range(1 + draw.randrange(BITS_MAX))}:
-            file.seek(at)
-            (byte,) = file.read(1)
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
 
 
 @contextlib.asynccontextmanager
