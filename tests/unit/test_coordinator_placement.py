@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from ferryline.protocol.errors import NotEnoughReplicas
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.config import CoreConfig
-from ferryline_coordinator.core.placement import Assignment, placed, rebalanced
+from ferryline_coordinator.core.placement import Assignment, Planner, is_balanced, rebalanced
+from ferryline_coordinator.core.placement import placed as placed_by_counts
 from unit.coordinator_bench import Bench, even
+
+
+def placed(assignment: Assignment, new: dict[tuple[str, int], int], usable: list[int]) -> Assignment:
+    replicas, leaders = counts(assignment, usable)
+    return placed_by_counts(replicas, leaders, new, usable)
 
 
 def counts(plan: Assignment, usable: list[int]) -> tuple[dict[int, int], dict[int, int]]:
@@ -276,3 +282,77 @@ def test_a_topic_is_created_on_a_broker_that_is_away_only_if_it_must_be() -> Non
         assert set(record.meta.isr) == {1, 2}
     bench.create("u", partitions=3, replication=2)
     assert not any(3 in bench.part("u", p).replicas for p in range(3))
+
+
+@given(assignments, st.integers(1, 3), st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_placing_many_at_once_gives_what_placing_one_by_one_gives(
+    case: tuple[int, list[tuple[int, ...]], set[int], int], replication: int, partitions: int
+) -> None:
+    brokers, replicas, leave, joined = case
+    usable = [b for b in range(1, brokers + joined + 1) if b not in leave]
+    if len(usable) < replication:
+        return
+    before = {("a", number): r for number, r in enumerate(replicas)}
+    new = {("t", number): replication for number in range(partitions)}
+    spread, leaders = counts(before, usable)
+    one_by_one = Planner({}, usable, counts=spread, preferred=leaders)
+    for key in sorted(new):
+        one_by_one.place(key, new[key])
+    at_once = Planner({}, usable, counts=spread, preferred=leaders)
+    at_once.place_all(new)
+    assert at_once.plan == one_by_one.plan
+
+
+@given(assignments)
+@settings(max_examples=300, deadline=None)
+def test_a_cluster_that_counts_as_balanced_would_not_be_changed(
+    case: tuple[int, list[tuple[int, ...]], set[int], int],
+) -> None:
+    brokers, replicas, leave, joined = case
+    usable = [b for b in range(1, brokers + joined + 1) if b not in leave]
+    before = {("t", number): r for number, r in enumerate(replicas)}
+    everybody = [*usable, *sorted(leave)]
+    spread, leaders = counts(before, everybody)
+    for plan in (before, rebalanced(before, usable, leave)):
+        spread, leaders = counts(plan, everybody)
+        if is_balanced(spread, leaders, usable, leave):
+            assert rebalanced(plan, usable, leave) == plan
+
+
+@given(assignments, st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+def test_planning_a_few_steps_at_a_time_ends_where_nothing_is_left_to_do(
+    case: tuple[int, list[tuple[int, ...]], set[int], int], steps: int
+) -> None:
+    brokers, replicas, leave, joined = case
+    usable = [b for b in range(1, brokers + joined + 1) if b not in leave]
+    plan = {("t", number): r for number, r in enumerate(replicas)}
+    for _ in range(400):
+        following = rebalanced(plan, usable, leave, steps_max=steps)
+        if following == plan:
+            break
+        plan = following
+    assert rebalanced(plan, usable, leave) == plan
+
+
+def test_the_indexes_of_the_state_are_what_a_count_gives() -> None:
+    bench = Bench(4, lively=True)
+    bench.create("a", partitions=13, replication=2)
+    bench.create("b", partitions=5, replication=3)
+    bench.kill(2)
+    bench.play(33_000)
+    bench.create("c", partitions=7, replication=2)
+    bench.play(3_000)
+    bench.ask(ev.TopicDeleted, "a")
+    state = bench.state
+    metas = [record.meta for record in state.parts.values()]
+    keep = {meta.key: [b for b in meta.replicas if b not in meta.removing] for meta in metas}
+    brokers = sorted(state.brokers)
+    assert {b: state.assigned.get(b, 0) for b in brokers} == {b: sum(b in r for r in keep.values()) for b in brokers}
+    assert {b: state.preferred.get(b, 0) for b in brokers} == {
+        b: sum(r[0] == b for r in keep.values()) for b in brokers
+    }
+    assert {b: state.led.get(b, 0) for b in brokers} == {b: sum(m.primary == b for m in metas) for b in brokers}
+    assert state.moving == {meta.key for meta in metas if meta.adding or meta.removing}
+    assert state.misled == {meta.key for meta in metas if meta.primary != keep[meta.key][0]}

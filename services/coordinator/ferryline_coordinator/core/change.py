@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ferryline.protocol.errors import FerrylineError
-from ferryline.protocol.metadata import PartitionMeta, TopicMeta, check_partition
+from ferryline.protocol.metadata import PartitionMeta, TopicMeta
 from ferryline_coordinator.core.events import Decision, Effect, Note, Refuse, Reply
 from ferryline_coordinator.core.records import (
     CLUSTER_KEY,
@@ -22,7 +22,6 @@ from ferryline_coordinator.core.records import (
     PartRecord,
     Record,
     TopicGone,
-    broker_key,
     group_key,
     owners_key,
     part_key,
@@ -44,6 +43,7 @@ class Change:
         self.effects: list[Effect] = []
         self._late: dict[int, Callable[[], Effect]] = {}  # by position in effects
         self._puts: dict[str, Record] = {}
+        self._brokers: dict[int, BrokerRecord | None] = {}  # those among the puts and deletes: asked for all the time
         self._parts: dict[Key, PartRecord] = {}  # the partitions among the puts: a cluster has many, keys cost time
         self._deletes: dict[str, None] = {}
 
@@ -56,16 +56,13 @@ class Change:
         return record
 
     def broker(self, broker_id: int) -> BrokerRecord | None:
-        key = broker_key(broker_id)
-        if key in self._deletes:
-            return None
-        record = self._puts.get(key)
-        return record if isinstance(record, BrokerRecord) else self.state.brokers.get(broker_id)
+        if broker_id in self._brokers:
+            return self._brokers[broker_id]
+        return self.state.brokers.get(broker_id)
 
     def brokers(self) -> list[BrokerRecord]:
         """All brokers by id."""
-        ids = set(self.state.brokers)
-        ids.update(record.meta.id for record in self._puts.values() if isinstance(record, BrokerRecord))
+        ids = {*self.state.brokers, *self._brokers}
         return [record for broker_id in sorted(ids) if (record := self.broker(broker_id)) is not None]
 
     def part(self, key: Key) -> PartRecord | None:
@@ -86,6 +83,10 @@ class Change:
         """Partitions with a replica on a broker, as of before this decision, in a fixed order."""
         found = (self.part(key) for key in self.state.held_by(broker_id))
         return [record for record in found if record is not None]
+
+    @property
+    def writes_parts(self) -> bool:
+        return bool(self._parts or self._deletes)
 
     def written_parts(self) -> list[PartRecord]:
         """Partitions that this decision changes, in a fixed order."""
@@ -142,19 +143,23 @@ class Change:
         key = record_key(record)
         self._puts[key] = record
         self._deletes.pop(key, None)
+        if isinstance(record, BrokerRecord):
+            self._brokers[record.meta.id] = record
 
     def put_part(self, meta: PartitionMeta, *, frozen: bool | None = None) -> PartitionMeta:
         """Store a partition with the version after the stored one. Returns it as stored; unchanged stays unchanged."""
-        known = self.state.parts.get(meta.key)
-        working = self.part(meta.key)
+        key = (meta.topic_id, meta.partition)
+        known = self.state.parts.get(key)
+        working = self.part(key)
         is_frozen = frozen if frozen is not None else (working.frozen if working is not None else False)
         if known is not None:
-            if replace(meta, version=known.meta.version) == known.meta and is_frozen == known.frozen:
-                self._parts.pop(meta.key, None)
+            same = meta.epoch == known.meta.epoch and replace(meta, version=known.meta.version) == known.meta
+            if same and is_frozen == known.frozen:
+                self._parts.pop(key, None)
                 return known.meta
-            meta = replace(meta, version=max(known.meta.version + 1, meta.version))
-        check_partition(meta)
-        self._parts[meta.key] = PartRecord(meta, is_frozen)
+            if meta.version <= known.meta.version:
+                meta = replace(meta, version=known.meta.version + 1)
+        self._parts[key] = PartRecord(meta, is_frozen)
         return meta
 
     def put_broker(self, record: BrokerRecord) -> None:
@@ -166,6 +171,8 @@ class Change:
     def delete(self, key: str) -> None:
         self._deletes[key] = None
         self._puts.pop(key, None)
+        if key.startswith("broker/"):
+            self._brokers[int(key.partition("/")[2])] = None
 
     def delete_part(self, key: Key) -> None:
         self._deletes[part_key(*key)] = None

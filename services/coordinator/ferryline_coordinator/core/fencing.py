@@ -39,6 +39,7 @@ class Fencing:
         self._probe_number = 0
         self._probes: dict[int, tuple[int, int]] = {}  # broker -> (probe number, deadline)
         self._verdicts: dict[int, bool] = {}  # broker -> answered in this round
+        self._known_peers: tuple[tuple[int, tuple[int, ...]], frozenset[int]] = ((-1, ()), frozenset())
         self.doubted: set[int] = set()  # their session ended; their own probe decides
         self.suspects: dict[int, str] = {}
         self.registrations: dict[int, RegisterReceived] = {}  # waiting until their broker is fenced
@@ -144,12 +145,18 @@ class Fencing:
 
     def _peers(self, change: Change, gone: set[int]) -> set[int]:
         """Who shares an in-sync set with one of them and is not one of them."""
-        peers: set[int] = set()
-        for broker_id in sorted(gone):
-            for record in change.parts_held(broker_id):
-                if broker_id in record.meta.isr:
-                    peers.update(record.meta.isr)
-        return {peer for peer in peers if peer not in gone and change.unfenced(peer)}
+        about = (change.state.revision, tuple(sorted(gone)))
+        if self._known_peers[0] != about or change.writes_parts:  # a round asks again with every answer
+            peers: set[int] = set()
+            for broker_id in sorted(gone):
+                for key in change.state.held.get(broker_id, ()):
+                    record = change.part(key)
+                    if record is not None and broker_id in record.meta.isr:
+                        peers.update(record.meta.isr)
+            if change.writes_parts:
+                about = (-1, ())  # not what the next decision will see
+            self._known_peers = (about, frozenset(peers))
+        return {peer for peer in self._known_peers[1] if peer not in gone and change.unfenced(peer)}
 
     def _probe_peer(self, change: Change, broker_id: int) -> None:
         # A neighbour that lives also says so by its next heartbeat: a probe lost on a busy machine costs nothing.
@@ -177,7 +184,6 @@ class Fencing:
 def fence_brokers(change: Change, reasons: dict[int, str]) -> None:
     """C3 for a set of brokers, in one decision."""
     gone = sorted(reasons)
-    electable = change.electable
     fenced_now = []
     elected: list[PartitionMeta] = []
     for broker_id in gone:
@@ -185,11 +191,18 @@ def fence_brokers(change: Change, reasons: dict[int, str]) -> None:
         if record is not None and not record.meta.fenced:
             change.put_broker(replace(record, meta=replace(record.meta, fenced=True)))
             fenced_now.append(broker_id)
-    touched = {record.meta.key: record for broker_id in gone for record in change.parts_held(broker_id)}
+    # Asked for each of thousands of partitions, and the same for all of them.
+    brokers = change.brokers()
+    able = frozenset(record.meta.id for record in brokers if change.electable(record.meta.id))
+    draining = frozenset(record.meta.id for record in brokers if record.meta.draining)
+    electable, reluctant = able.__contains__, draining.__contains__
+    touched = {key for broker_id in gone for key in change.state.held.get(broker_id, ())}
     for key in sorted(touched):
-        part = touched[key]
+        part = change.part(key)
+        if part is None:
+            continue
         before = part.meta
-        after = fence(before, gone, electable, lambda b: is_draining(change, b), frozen=part.frozen)
+        after = fence(before, gone, electable, reluctant, frozen=part.frozen)
         if after is not before:
             stored = change.put_part(after)
             if stored.primary != before.primary:

@@ -99,6 +99,8 @@ class Membership:
             self._fencing.suspect(change, meta.id, STOPPING)
 
     def _leads(self, change: Change, broker_id: int) -> bool:
+        if not change.writes_parts:  # asked with every heartbeat of a broker that stops
+            return change.state.led.get(broker_id, 0) > 0
         return any(record.meta.primary == broker_id for record in change.parts_held(broker_id))
 
     # -- commands of operators ----------------------------------------------------------------------

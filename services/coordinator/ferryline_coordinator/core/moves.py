@@ -16,9 +16,11 @@ from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import settled
 from ferryline_coordinator.core.events import Tell
-from ferryline_coordinator.core.placement import rebalanced
+from ferryline_coordinator.core.placement import is_balanced, rebalanced
 from ferryline_coordinator.core.records import PartRecord
 from ferryline_coordinator.core.state import Key
+
+_HANDOVER_LOOKS = 60  # in about so many looks, once a second, all primaries are back where they belong
 
 
 def target(part: PartitionMeta) -> tuple[int, ...]:
@@ -56,8 +58,9 @@ class Moves:
         leave = self._to_leave(change)
         busy = False
         active = 0
-        for record in change.parts():
-            if record.meta.adding or record.meta.removing:
+        for key in sorted(change.state.moving):
+            record = change.part(key)
+            if record is not None and (record.meta.adding or record.meta.removing):
                 active += not self._step(change, record, leave)
                 busy = True
         busy |= self._start(change, active, leave)
@@ -94,9 +97,13 @@ class Moves:
     def _start(self, change: Change, active: int, leave: list[int]) -> bool:
         """Plan over the targets, and begin as many moves as may run. Returns whether any is left to begin."""
         usable = [broker.meta.id for broker in change.brokers() if change.usable(broker.meta.id)]
+        state = change.state
+        if not change.writes_parts and is_balanced(state.assigned, state.preferred, usable, leave):
+            return False  # as nearly always: nothing to plan, however many partitions there are
         records = {record.meta.key: record for record in change.parts()}
         now = {key: target(record.meta) for key, record in records.items()}
-        planned = rebalanced(now, usable, leave)
+        # No more than can run: a plan for thousands of moves would hold everybody up, and be stale before it is done.
+        planned = rebalanced(now, usable, leave, steps_max=4 * self._config.moves_max)
         wanted = [key for key in sorted(now) if planned[key] != now[key]]
         # Copies that are missing come first, then brokers to be left, then balance.
         wanted.sort(key=lambda key: (len(records[key].meta.isr) >= len(now[key]), not set(now[key]) & set(leave)))
@@ -191,7 +198,15 @@ class Moves:
         now_ms = change.now_ms
         asked: dict[int, list[HandoverEntry]] = {}
         outstanding, left = 0, False
-        for record in change.parts():
+        misled = change.state.misled
+        # Thousands of them (a broker came back) are to be where they belong within a minute or so.
+        at_once = max(self._config.handovers_max, len(misled) // _HANDOVER_LOOKS)
+        for key in [key for key in self._asked_ms if key not in misled]:
+            del self._asked_ms[key]
+        for key in sorted(misled):
+            record = change.part(key)
+            if record is None:
+                continue
             part = record.meta
             heir = self._heir(change, record)
             since = self._asked_ms.get(part.key)
@@ -201,7 +216,7 @@ class Moves:
             left = True
             if since is not None and now_ms < since + self._config.handover_retry_ms:
                 outstanding += 1
-            elif outstanding + sum(map(len, asked.values())) < self._config.handovers_max:
+            elif outstanding + sum(map(len, asked.values())) < at_once:
                 self._asked_ms[part.key] = now_ms
                 entry = HandoverEntry(part.topic_id, part.partition, part.epoch, heir)
                 asked.setdefault(part.primary, []).append(entry)

@@ -9,7 +9,7 @@ from ferryline.protocol.metadata import PartitionMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.elections import alter_isr, exclude, resign
 from ferryline_coordinator.core.events import AlterIsrsReceived, ReportReceived, ResignReceived
-from ferryline_coordinator.core.fencing import is_draining
+from ferryline_coordinator.core.fencing import is_draining, note_elected
 from ferryline_coordinator.core.records import PartRecord
 from ferryline_coordinator.core.registration import Registration
 from ferryline_coordinator.core.sessions import Sessions
@@ -103,19 +103,13 @@ class Partitions:
         """C10, and L10 for storage that failed. Entries that do not name the present primaryship change nothing."""
         message = event.message
         self._sessions.checked(change, message.broker_id, message.broker_epoch, event.session)
+        elected: list[PartitionMeta] = []
         for entry in message.entries[:FRAME_ENTRIES_MAX]:
             record = change.part((entry.topic_id, entry.partition))
             if record is None or record.meta.primary != message.broker_id or record.meta.epoch != entry.epoch:
                 continue
-            stored = self._resigned(change, record, entry.reason == DAMAGED)
-            change.note(
-                "elected",
-                topic_id=stored.topic_id,
-                partition=stored.partition,
-                primary=stored.primary,
-                epoch=stored.epoch,
-                reason=entry.reason[:32],
-            )
+            elected.append(self._resigned(change, record, entry.reason == DAMAGED))
+        note_elected(change, elected)
         change.reply(event.reply, Done(change.coord_epoch))
 
     def _resigned(self, change: Change, record: PartRecord, damaged: bool) -> PartitionMeta:

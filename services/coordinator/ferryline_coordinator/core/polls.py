@@ -122,11 +122,13 @@ class Polls:
             return self._everything(for_broker)
         brokers: list[BrokerMeta] = []
         topics: list[TopicMeta] = []
-        parts: list[PartitionMeta] = []
         gone: list[str] = []
         forgotten: list[int] = []
         state = self._state
-        for key in sorted(changed):
+        parts = [
+            state.parts[key].meta for key in sorted(key for key in changed if type(key) is tuple) if key in state.parts
+        ]
+        for key in sorted(key for key in changed if type(key) is str):
             kind, _, rest = key.partition("/")
             if kind == "broker":
                 broker = state.brokers.get(int(rest))
@@ -136,11 +138,6 @@ class Polls:
                     forgotten.append(int(rest))
             elif kind == "topic" and rest in state.topics:
                 topics.append(state.topics[rest])
-            elif kind == "part":
-                topic_id, _, number = rest.partition("/")
-                part = state.part(topic_id, int(number))
-                if part is not None:
-                    parts.append(part.meta)
             elif kind == "gone":
                 gone.append(rest)
         return self._answer(
@@ -160,7 +157,7 @@ class Polls:
                 full=True,
                 brokers=state.broker_metas(),
                 topics=[state.topics[topic_id] for topic_id in sorted(state.topics)],
-                partitions=[state.parts[key].meta for key in sorted(state.parts)],
+                partitions=[state.parts[key].meta for key in state.part_keys()],
                 # A broker that was away while a topic was deleted still gets the explicit command to remove its data.
                 deleted_topics=sorted(state.gone) if for_broker else [],
             )

@@ -18,15 +18,21 @@ REGRESSION_VERSIONS = 1 << 20
 
 
 class Reports:
-    """How the replicas of partitions stand. A report is good for one primaryless time and one life of its broker."""
+    """How the replicas of partitions stand. A report is good for one primaryless time and one life of its broker.
+
+    Kept only where a choice may have to be made; `want` brings the others when somebody asks.
+    """
 
     def __init__(self) -> None:
         self._reports: dict[Key, dict[int, tuple[int, int, ReplicaReport]]] = {}  # -> (epoch, broker epoch, report)
         self._wanted: set[int] = set()
 
     def take(self, change: Change, part: PartitionMeta, broker_id: int, report: ReplicaReport) -> None:
-        broker = change.broker(broker_id)
+        broker, record = change.broker(broker_id), change.part(part.key)
         assert broker is not None
+        if part.primary != NO_BROKER and not (record is not None and record.frozen):
+            self._reports.pop(part.key, None)  # of an earlier time without primary
+            return
         self._reports.setdefault(part.key, {})[broker_id] = (part.epoch, broker.meta.broker_epoch, report)
 
     def arrived(self, broker_id: int) -> None:

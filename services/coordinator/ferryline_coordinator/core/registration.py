@@ -258,7 +258,6 @@ class Registration:
             record = change.part(key)
             if record is None or broker_id not in record.meta.replicas:
                 continue
-            self._reports.take(change, record.meta, broker_id, report)
             if report.seen_epoch > record.meta.epoch and not record.frozen:
                 change.put_part(record.meta, frozen=True)
                 change.note(
@@ -269,6 +268,7 @@ class Registration:
                     epoch=record.meta.epoch,
                     seen=report.seen_epoch,
                 )
+            self._reports.take(change, record.meta, broker_id, report)
             if report.log_state in INCOMPLETE_LOGS:
                 self._exclude(change, key, broker_id)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from ferryline.protocol.metadata import BrokerMeta, PartitionMeta, TopicMeta, check_partition
+from ferryline.protocol.metadata import NO_BROKER, BrokerMeta, PartitionMeta, TopicMeta, check_partition
 from ferryline_coordinator.core.events import Decision
 from ferryline_coordinator.core.records import (
     BrokerRecord,
@@ -44,9 +44,15 @@ class CoordinatorState:
         self.owners: dict[tuple[str, str], GroupOwners] = {}
         self.group_topics: dict[str, set[str]] = {}  # group -> topics that have owners
         self.held: dict[int, set[Key]] = {}  # broker -> partitions that name it as a replica
-        self.changes: deque[tuple[int, str]] = deque()
+        self.changes: deque[tuple[int, str | Key]] = deque()  # partitions by number: their keys as text cost time
         self.changes_floor = 0
         self.replicas = 0  # of all partitions
+        # Indexes, so that looking costs what is unusual and not what there is. Replicas that leave are not counted.
+        self.assigned: dict[int, int] = {}  # broker -> replicas
+        self.preferred: dict[int, int] = {}  # broker -> partitions that name it first
+        self.led: dict[int, int] = {}  # broker -> partitions it is primary of
+        self.moving: set[Key] = set()  # with replicas that come or go
+        self.misled: set[Key] = set()  # whose primary is not the preferred one, or is about to leave
         self._changes_max = changes_max
         self._loading = False
         self._part_keys: list[Key] | None = None  # sorted; None: a partition came or went
@@ -61,7 +67,7 @@ class CoordinatorState:
         for key, value in sorted(records):
             record = decode_record(key, value)
             assert record_key(record) == key, (key, record)
-            self._put(key, record)
+            self._put(record)
         self._loading = False
         self.changes_floor = self.revision
         for part in self.parts.values():
@@ -72,7 +78,10 @@ class CoordinatorState:
         for key in decision.deletes:
             self._delete(key)
         for record in decision.puts:  # the cluster record with its revision comes first, brokers before partitions
-            self._put(record_key(record), record)
+            if isinstance(record, PartRecord):
+                self._put_part(record)
+            else:
+                self._put(record)
         if decision.puts or decision.deletes:
             self._remember(decision)
 
@@ -98,7 +107,7 @@ class CoordinatorState:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _put(self, key: str, record: Record) -> None:
+    def _put(self, record: Record) -> None:
         match record:
             case ClusterRecord():
                 assert record.revision >= self.revision, (self.cluster, record)
@@ -121,19 +130,58 @@ class CoordinatorState:
                 self.group_topics.setdefault(record.group, set()).add(record.topic_id)
 
     def _put_part(self, record: PartRecord) -> None:
-        meta, known = record.meta, self.parts.get(record.meta.key)
+        meta = record.meta
+        key = (meta.topic_id, meta.partition)
+        known = self.parts.get(key)
         if not self._loading:
             self._check(meta)
+        self.parts[key] = record
         if known is None:
             self._part_keys = None
-        else:
-            assert meta.version > known.meta.version, (known, record)
-            assert meta.epoch >= known.meta.epoch, (known, record)
-            self._unhold(known.meta)
-        self.parts[meta.key] = record
+            self._hold(key, meta)
+            return
+        before = known.meta
+        assert meta.version > before.version, (known, record)
+        assert meta.epoch >= before.epoch, (known, record)
+        if before.replicas != meta.replicas or before.removing != meta.removing or before.adding != meta.adding:
+            self._unhold(key, before)
+            self._hold(key, meta)
+        elif before.primary != meta.primary:
+            self.led[before.primary] -= 1
+            self.led[meta.primary] = self.led.get(meta.primary, 0) + 1
+            self._note_primary(key, meta)
+
+    def _hold(self, key: Key, meta: PartitionMeta) -> None:
         self.replicas += len(meta.replicas)
         for broker_id in meta.replicas:
-            self.held.setdefault(broker_id, set()).add(meta.key)
+            self.held.setdefault(broker_id, set()).add(key)
+        self._count(meta, 1)
+        if meta.adding or meta.removing:
+            self.moving.add(key)
+        self._note_primary(key, meta)
+
+    def _unhold(self, key: Key, meta: PartitionMeta) -> None:
+        self.replicas -= len(meta.replicas)
+        for broker_id in meta.replicas:
+            self.held[broker_id].discard(key)
+        self._count(meta, -1)
+        self.moving.discard(key)
+        self.misled.discard(key)
+
+    def _count(self, meta: PartitionMeta, sign: int) -> None:
+        keep = [b for b in meta.replicas if b not in meta.removing]
+        for broker_id in keep:
+            self.assigned[broker_id] = self.assigned.get(broker_id, 0) + sign
+        if keep:
+            self.preferred[keep[0]] = self.preferred.get(keep[0], 0) + sign
+        self.led[meta.primary] = self.led.get(meta.primary, 0) + sign
+
+    def _note_primary(self, key: Key, meta: PartitionMeta) -> None:
+        first = next((b for b in meta.replicas if b not in meta.removing), NO_BROKER)
+        if meta.primary != first:
+            self.misled.add(key)
+        else:
+            self.misled.discard(key)
 
     def _check(self, meta: PartitionMeta) -> None:
         check_partition(meta)
@@ -141,11 +189,6 @@ class CoordinatorState:
             broker = self.brokers.get(broker_id)
             assert broker is not None, meta
             assert not broker.meta.fenced, (meta, broker)
-
-    def _unhold(self, meta: PartitionMeta) -> None:
-        self.replicas -= len(meta.replicas)
-        for broker_id in meta.replicas:
-            self.held[broker_id].discard(meta.key)
 
     def _delete(self, key: str) -> None:
         kind, _, rest = key.partition("/")
@@ -161,7 +204,7 @@ class CoordinatorState:
                 part = self.parts.pop((topic_id, int(number)), None)
                 self._part_keys = None
                 if part is not None:
-                    self._unhold(part.meta)
+                    self._unhold((topic_id, int(number)), part.meta)
             case "gone":
                 self.gone.pop(rest, None)
             case "group":
@@ -176,7 +219,9 @@ class CoordinatorState:
     def _remember(self, decision: Decision) -> None:
         revision = self.revision
         for record in decision.puts:
-            if isinstance(record, BrokerRecord | TopicMeta | PartRecord | TopicGone):
+            if isinstance(record, PartRecord):
+                self.changes.append((revision, record.meta.key))
+            elif isinstance(record, BrokerRecord | TopicMeta | TopicGone):
                 self.changes.append((revision, record_key(record)))
         for key in decision.deletes:
             if key.startswith("broker/"):
@@ -184,11 +229,11 @@ class CoordinatorState:
         while len(self.changes) > self._changes_max:
             self.changes_floor = max(self.changes_floor, self.changes.popleft()[0])
 
-    def changed_since(self, revision: int) -> list[str] | None:
+    def changed_since(self, revision: int) -> list[str | Key] | None:
         """Keys of the records that became visible after ``revision``, each once; None: too long ago to know."""
         if revision < self.changes_floor or revision > self.revision:
             return None
-        found: dict[str, None] = {}
+        found: dict[str | Key, None] = {}
         for number, key in reversed(self.changes):
             if number <= revision:
                 break

@@ -20,7 +20,6 @@ from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import settled
 from ferryline_coordinator.core.events import PartitionsAdded, TopicAltered, TopicCreated, TopicDeleted
-from ferryline_coordinator.core.moves import target
 from ferryline_coordinator.core.placement import placed
 from ferryline_coordinator.core.records import TopicGone, gone_key, topic_key
 
@@ -154,8 +153,8 @@ class Topics:
                 limit=self._config.partitions_max,
             )
         new = {(topic.id, number): config.replication for number in range(first, config.partitions)}
-        present = {record.meta.key: target(record.meta) for record in change.parts()}
-        for (topic_id, number), replicas in placed(present, new, usable, registered).items():
+        state = change.state
+        for (topic_id, number), replicas in placed(state.assigned, state.preferred, new, usable, registered).items():
             isr = tuple(b for b in replicas if b in usable)
             change.put_part(
                 PartitionMeta(topic_id, number, replicas, isr[0], 1, 1, isr, min_isr=config.min_isr, flush=config.flush)
