@@ -248,9 +248,8 @@ class EtcdStore:
         compare = [created_at(keys.active, own), modified_at(keys.chain, chain), *checks]
         success = [put(keys.chain, msgspec.json.encode(link)), *changes]
         within_s = max(0.2, min(COMMIT_S, self._candidate.lease.left_s()))
-        answer = await transaction(
-            self._client, compare, success, [get(keys.active), get(keys.chain)], within_s=within_s
-        )
+        failure, unanswered = [get(keys.active), get(keys.chain)], list[str]()
+        answer = await transaction(self._client, compare, success, failure, within_s=within_s, unanswered=unanswered)
         if answer.get("succeeded"):
             self._chain = revision_of(answer)
             return Committed(Outcome.OK, self._chain)
@@ -261,7 +260,8 @@ class EtcdStore:
         if ours and link_of(linked).commit == link.commit and linked is not None:
             self._chain = linked.modified  # an earlier try of this very request was applied
             return Committed(Outcome.OK, self._chain)
-        return Committed(Outcome.UNKNOWN)  # somebody has committed since: whether before or after ours cannot be seen
+        # Somebody has committed since: whether that was before or after an unanswered try of ours cannot be seen.
+        return Committed(Outcome.UNKNOWN if unanswered else Outcome.LOST)
 
     async def _settle(self) -> None:
         """Finish the copying of an earlier large commit. Raises Lost, EtcdUnavailable."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import ssl
 import time
@@ -99,9 +100,12 @@ class EtcdClient:
         self._cluster = 0
         self._http: aiohttp.ClientSession | None = None
 
-    async def call(self, path: str, body: dict[str, Any], *, within_s: float) -> dict[str, Any]:
+    async def call(
+        self, path: str, body: dict[str, Any], *, within_s: float, unanswered: list[str] | None = None
+    ) -> dict[str, Any]:
         """The answer to ``POST /v3/<path>``, from whichever endpoint gives one.
 
+        ``unanswered`` collects the tries before it that had no answer, any of which may have been applied.
         Raises EtcdUnavailable, EtcdRefused, StoreUnusable.
         """
         end = time.monotonic() + within_s
@@ -111,6 +115,8 @@ class EtcdClient:
                 return await self._attempt(path, body, min(left, attempt_s))
             except EtcdUnavailable as error:
                 last = str(error)
+                if unanswered is not None:
+                    unanswered.append(last)
             self._turn += 1
             tries += 1
             if tries % len(self.endpoints) == 0:
@@ -197,10 +203,12 @@ class EtcdClient:
                 timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
-        headers = {"Authorization": self._token} if self._token else {}
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = self._token
         async with self._http.post(
             f"{endpoint}/v3/{path}",
-            json=body,
+            data=io.BytesIO(json.dumps(body).encode()),
             headers=headers,
             ssl=self._tls if self._tls is not None else True,
             allow_redirects=False,

@@ -83,7 +83,14 @@ def epoch_of(kv: KeyValue | None) -> int:
 
 
 async def transaction(
-    client: EtcdClient, compare: list[Json], success: list[Json], failure: list[Json], *, within_s: float
+    client: EtcdClient,
+    compare: list[Json],
+    success: list[Json],
+    failure: list[Json],
+    *,
+    within_s: float,
+    unanswered: list[str] | None = None,
 ) -> Json:
-    """Whole or not at all. Raises as `EtcdClient.call`."""
-    return await client.call("kv/txn", {"compare": compare, "success": success, "failure": failure}, within_s=within_s)
+    """Whole or not at all. Arguments and errors as of `EtcdClient.call`."""
+    body = {"compare": compare, "success": success, "failure": failure}
+    return await client.call("kv/txn", body, within_s=within_s, unanswered=unanswered)

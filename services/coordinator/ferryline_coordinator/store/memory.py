@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 
 from ferryline_coordinator.store.interface import Committed, Loaded, Outcome, Primaryship
@@ -91,3 +92,34 @@ class MemoryStore:
 
     async def close(self) -> None:
         await self.resign()
+
+
+class FaultyStore(MemoryStore):
+    """What a store behind a network does to a coordinator, drawn from a seed.
+
+    Commits end as UNKNOWN, written or not; a rival campaigns in between, so that primaryship is lost; the copy that is
+    read lags behind, and is not shown where it is older than what was asked for.
+    """
+
+    def __init__(self, disk: MemoryDisk, seed: int, *, unknown: float = 0.2, lost: float = 0.1) -> None:
+        super().__init__(disk, self._draw)
+        self._random = random.Random(seed)
+        self._unknown, self._lost = unknown, lost
+        self._old: list[Loaded] = []
+        self.stale_refused = 0
+
+    def _draw(self) -> str:
+        chance = self._random.random()
+        if chance < self._lost:
+            self.disk.coord_epoch += 1  # a rival, which commits nothing
+            self.disk.revision += 1
+            return ""
+        return self._random.choice(["unknown-before", "unknown-after"]) if chance < self._lost + self._unknown else ""
+
+    async def load(self, at_least: int) -> Loaded:
+        self._old.append(await super().load(at_least))
+        while True:
+            shown = self._random.choice(self._old)
+            if shown.revision >= at_least:
+                return shown
+            self.stale_refused += 1
