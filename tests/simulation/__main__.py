@@ -2,6 +2,8 @@
 
 python -m tests.simulation --seeds 2000 --jobs 2          all configurations take turns
 python -m tests.simulation --config 2/1/fsync --seed 7 --trace
+python -m tests.simulation --config 2/1/fsync --seed 7 --shrink 30
+python -m tests.simulation --ledger tests/simulation/ledger.jsonl --resume --seeds 20000 --jobs 2
 python -m tests.simulation --check-determinism 20
 """
 
@@ -10,10 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
+from tests.simulation import ledger
 from tests.simulation.kept_seeds import KEPT
 from tests.simulation.runner import Summary, run_all, run_seed, tell_failure
 from tests.simulation.settings import ALL, Config, parse_configs
+from tests.simulation.shrink import shrink
 from tests.simulation.weather import PROFILES
 
 FAILURES_MAX = 5  # after that many the campaign stops: they are probably the same one
@@ -33,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-determinism", type=int, metavar="N", help="run N seeds twice and compare the traces")
     parser.add_argument("--kept", action="store_true", help="run the seeds that once found a bug (kept_seeds.py)")
     parser.add_argument("--keep-going", action="store_true", help=f"do not stop after {FAILURES_MAX} failures")
+    parser.add_argument("--without", default="", help="faults of the tape and rates to leave out, with --seed")
+    parser.add_argument("--shrink", type=float, metavar="S", help="make a failing --seed smaller, for so many seconds")
+    parser.add_argument("--ledger", type=Path, help="append what was run to this file, a line for 1,000 seeds")
+    parser.add_argument("--resume", action="store_true", help="go on behind the last seed of the ledger")
+    parser.add_argument("--summary", action="store_true", help="add up the ledger and run nothing")
     parser.add_argument("--all-counts", action="store_true", help="print every counter")
     options = parser.parse_args(arguments)
     try:
@@ -41,6 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if options.seed is not None:
         return _one(options, configs[0])
+    if options.ledger is not None:
+        if options.summary:
+            print(ledger.summary(options.ledger))
+            return 0
+        first = ledger.next_seed(options.ledger) if options.resume else options.start
+        return 1 if ledger.campaign(options.ledger, configs, first, options.seeds, options.jobs) else 0
     if options.check_determinism:
         return _twice(options.check_determinism, options.start, options.real_log)
     return _campaign(options, configs)
@@ -49,7 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _one(options: argparse.Namespace, config: Config) -> int:
     profile = "" if options.weather == "plain" else options.weather
     trace = print if options.trace else None
-    outcome = run_seed(config, options.seed, trace=trace, real_log=options.real_log, profile=profile)
+    without = frozenset(filter(None, options.without.split(",")))
+    outcome = run_seed(
+        config, options.seed, trace=trace, real_log=options.real_log, profile=profile, without=without
+    )  # fmt: skip
+    if outcome.failure and options.shrink:
+        faults, events = len(outcome.struck), outcome.steps
+        outcome = shrink(config, outcome, real_log=options.real_log, seconds=options.shrink)
+        print(f"shrunk from {faults} faults and {events} events to {len(outcome.struck)} and {outcome.steps}")
     if outcome.failure:
         print(tell_failure(outcome, real_log=options.real_log))
         return 1

@@ -352,8 +352,15 @@ class Broker:
         if not self.host.alive:
             return
         self.world.engine.note(self.host.name, event.story())
+        seen = self.node.coord_epoch
+        effects = self.node.handle(event, self.now_ms())
+        answer = getattr(event, "answer", None)
+        if answer is not None and answer.coord_epoch < seen:
+            self.world.count("answers of replaced coordinators")
+            if any(not isinstance(effect, ev.ResetCoordinatorSession) for effect in effects):
+                raise Violation("D1.11 no replaced coordinator is heeded", f"{self} knew {seen}: {event} -> {effects}")
         try:
-            self._carry_out_node(self.node.handle(event, self.now_ms()))
+            self._carry_out_node(effects)
         except SimulatedStop:
             self.world.faults.kill_now(self)
         except StorageFailed as error:

@@ -78,7 +78,7 @@ class Coordinator:
         self.host.begin_life()
         self.epoch = self.store.campaign()
         world.checks.campaigned(self.epoch)
-        self.core = CoordinatorCore(world.ambushes.core_config())
+        self.core = CoordinatorCore(world.core_config)
         self.core.load(sorted(self.store.rows.items()), self.epoch, self.host.now_ms())
         self.alarm = Alarm(self.host, self.core.next_deadline_ms, lambda: self.event(ce.Tick()))
         world.engine.note(self.host.name, ("campaigned", self.epoch))
@@ -152,16 +152,33 @@ class Coordinator:
                 puts[record_key(record)] = record
                 deletes.pop(record_key(record), None)
         encoded = {key: encode_record(record) for key, record in puts.items()}
-        outcome = self.store.commit(self.epoch, encoded, tuple(deletes))
+        world = self.world
+        fate = "ok" if world.calm or not world.engine.chance(world.weather.unknown) else self._unknown()
+        outcome = self.store.commit(self.epoch, encoded, tuple(deletes)) if fate != "not written" else "unknown"
         self.world.engine.note(self.host.name, ("commit", outcome, sorted(puts)))
         if outcome == "lost":
             self.world.count("commits of zombies refused")
             self.die("another coordinator took over")
             return
-        self.world.checks.committed(decisions)
+        if outcome == "ok":
+            world.checks.committed(decisions)
+        if fate != "ok":
+            self._begin_again()
+            return
         for decision in decisions:
             self._carry_out(decision)
         self._work()
+
+    def _unknown(self) -> str:
+        """The connection to the store broke in the middle: the commit was written, or not, and nobody can tell."""
+        self.world.count("failed commits, of unknown outcome")
+        return self.world.engine.pick(["written", "not written"])
+
+    def _begin_again(self) -> None:
+        """What was decided since the last sure commit has left nobody's hands here: campaign, load, begin anew."""
+        self.die("a commit of unknown outcome")
+        if self is self.world.coordinator:
+            self.start()
 
     def _dies_now(self) -> bool:
         if self.steps_to_death < 0:

@@ -310,7 +310,7 @@ class FastReplica:
     def rot(self, rng: random.Random) -> bool:
         batches = [
             batch for log in self.logs for batch in log.batches[:-1]
-        ]  # the newest might be taken for a torn tail
+        ]  # the newest may pass for a torn tail
         if not batches:
             return False
         batches[int(rng.random() * len(batches))].rotten = True

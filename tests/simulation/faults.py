@@ -2,9 +2,9 @@
 
 Every action draws its victims and its duration itself. `heal` ends all of them.
 
-What it does is a tape of numbered faults: ``s7`` is the seventh strike, ``a3`` the third ambush. Each draws from a source
-of its own, so that leaving one out (``World.without``) leaves the draws of the others as they were; `shrink.py` lives
-on that.
+What it does is a tape of numbered faults: ``s7`` is the seventh strike, ``a3`` the third ambush. Each draws from a
+source of its own, so that leaving one out (``World.without``) leaves the draws of the others as they were; `shrink.py`
+lives on that.
 """
 
 from __future__ import annotations
@@ -427,16 +427,6 @@ class Faults:
             world.rotted = True
             world.count("rotten batches")
             self.engine.note("fault", ("rot", broker.host.name, key[1]))
-
-    def damage_found(self, broker: Broker) -> None:
-        """Somebody reads the alarm and restarts the broker, which then sets the damaged files aside."""
-
-        def restart() -> None:
-            if broker.host.alive:
-                broker.die("restarted after damage was found")
-            self._restart(broker)
-
-        self.engine.after(self._between(100, 1_500) * MS, restart)
 
     def _wall_jump(self) -> None:
         host = self._pick(self.world.brokers).host

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from ferryline_broker.core.events import Key
 
+Identity = tuple[int, int, int]  # producer id, epoch, first sequence
 Batch = tuple[int, int, int, int]  # base offset, next offset, epoch, crc
 
 
@@ -27,16 +28,25 @@ class Violation(AssertionError):
 class Truth:
     """The committed batches of one log. It only grows, except by a declared loss (unclean recovery)."""
 
-    __slots__ = ("batches", "end", "key", "log", "lost")
+    __slots__ = ("batches", "end", "key", "log", "lost", "named", "places")
 
     def __init__(self, key: Key, log: int) -> None:
         self.key, self.log = key, log
         self.batches: dict[int, Batch] = {}  # by base offset, in order
         self.end = 0
         self.lost: list[tuple[int, int]] = []  # declared: offsets [from, to) that were committed once
+        self.named: dict[tuple[int, int], Identity] = {}  # (base offset, crc) as appended by a primary -> its producer
+        self.places: dict[Identity, int] = {}  # where each identity was committed
 
-    def extend(self, batch: Batch) -> None:
+    def extend(self, batch: Batch, log_start: int = 0) -> None:
+        """``log_start``: of the replica that commits it. What retention has taken may come again: nobody knows it."""
         assert batch[0] == self.end, (batch, self.end)
+        identity = self.named.get((batch[0], batch[3]))
+        if identity is not None:
+            before = self.places.get(identity, -1)
+            if before >= log_start and not self.lost:
+                raise Violation("D2 duplicate", f"{self.key}: the batch at {before} was committed again at {batch[0]}")
+            self.places[identity] = batch[0]
         self.batches[batch[0]] = batch
         self.end = batch[1]
 
@@ -145,7 +155,7 @@ class Copy:
             batch = self.batches.get(truth.end)
             if batch is None:
                 raise Violation("watermark inside a batch", f"{self.broker} {self._where} at {truth.end} for {value}")
-            truth.extend(batch)
+            truth.extend(batch, self.start)
         if grew:
             self.agreed = max(self.agreed, truth.end)
         return grew

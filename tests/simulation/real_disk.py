@@ -17,8 +17,8 @@ from ferryline_broker.core.producers import ProducerTable
 from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.replica_store import ReplicaStore
-from ferryline_broker.log.storage import Faults, MemoryStorage
 from ferryline_broker.log.scrubber import Scrubber
+from ferryline_broker.log.storage import Faults, MemoryStorage
 from ferryline_broker.opening import opened_replica, rebuild_producers, replay_state
 from tests.simulation.hosts import Host
 from tests.simulation.settings import Weather

@@ -232,6 +232,9 @@ class Replicas:
         copy = self.world.copies(self.broker, key)[log]
         for _, header in headers:
             copy.append((header.base_offset, header.next_offset, header.epoch, header.crc))
+            if log == RECORDS and header.producer_id >= 0 and not header.is_control and hosted.core.role == "primary":
+                identity = (header.producer_id, header.producer_epoch, header.base_sequence)
+                copy.truth.named[header.base_offset, header.crc] = identity
         if log == STATE and self.asking is not None:
             self.asking.state_end, self.asking = headers[0][1].next_offset, None
 

@@ -41,6 +41,8 @@ class Outcome(msgspec.Struct):
     virtual_ms: int = 0
     profile: str = ""
     fault_steps: int = 0
+    struck: list[str] = []  # the tape of faults
+    without: list[str] = []  # what was left out of it
     sends: dict[str, int] = {}
     counts: dict[str, int] = {}
 
@@ -49,21 +51,21 @@ FAULT_STEPS = ("fault ", "ambush ", "frames ", "slow ", "failed ", "lie ")
 
 
 def fault_steps(counts: dict[str, int]) -> int:
-    """How often something was done to this run: faults that struck, ambushes, frames that were lost, doubled, late, held
-    by a cut or by a stopped process, sessions that broke or could not be opened, slow and failed writes, flushes and
-    commits, lying probes. What mends itself is not counted again."""
+    """How often something was done to this run: faults that struck, ambushes, frames that were lost, doubled, late,
+    held by a cut or by a stopped process, sessions that broke or could not be opened, slow and failed writes, flushes
+    and commits. What mends itself is not counted again."""
     return sum(count for name, count in counts.items() if name.startswith(FAULT_STEPS))
 
 
 def run_seed(
     config: Config, seed: int, *, trace: Callable[[str], None] | None = None, real_log: bool = False,
-    profile: str | None = None,
+    profile: str | None = None, without: frozenset[str] = frozenset(),
 ) -> Outcome:  # fmt: skip
     """One seed under one configuration, in its own weather or that of ``profile``. Never raises for a failed run: the
-    outcome tells."""
-    world = World(config, seed, real_log=real_log, profile=profile)
+    outcome tells. ``without``: see `World`."""
+    world = World(config, seed, real_log=real_log, profile=profile, without=without)
     world.engine.trace = trace
-    outcome = Outcome(config.name, seed, profile=world.weather.profile)
+    outcome = Outcome(config.name, seed, profile=world.weather.profile, without=sorted(without))
     try:
         world.run()
     except (AssertionError, SimulationStuck) as error:
@@ -75,6 +77,7 @@ def run_seed(
         outcome.rule = type(error).__name__
         outcome.story = _story(world, error)
     engine = world.engine
+    outcome.struck = world.faults.struck
     outcome.steps, outcome.hash, outcome.virtual_ms = engine.steps, engine.hash, engine.now_ms
     outcome.sends = world.history.counts()
     outcome.counts = dict(world.counts)
@@ -99,13 +102,18 @@ def commit() -> str:
     return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def tell_failure(outcome: Outcome, *, real_log: bool = False) -> str:
-    weather = draw_again(outcome)
+def replay_of(outcome: Outcome, *, real_log: bool = False) -> str:
+    """The command that repeats a run."""
     replay = f"python -m tests.simulation --config {outcome.config} --seed {outcome.seed} --trace"
     if outcome.profile != profile_of(outcome.seed):
         replay += f" --weather {outcome.profile or 'plain'}"
-    if real_log:
-        replay += " --real-log"
+    if outcome.without:
+        replay += f" --without {','.join(outcome.without)}"
+    return replay + (" --real-log" if real_log else "")
+
+
+def tell_failure(outcome: Outcome, *, real_log: bool = False) -> str:
+    weather = draw_again(outcome)
     return "\n".join(
         [
             f"FAILED seed {outcome.seed} configuration {outcome.config} commit {commit()}",
@@ -113,7 +121,7 @@ def tell_failure(outcome: Outcome, *, real_log: bool = False) -> str:
             f"  weather: {weather}",
             outcome.story,
             f"  {outcome.failure.splitlines()[0] if outcome.failure else ''}",
-            f"replay: {replay}",
+            f"replay: {replay_of(outcome, real_log=real_log)}",
         ]
     )
 

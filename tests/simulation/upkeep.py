@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ferryline.protocol.errors import StorageFailed
-from ferryline.protocol.messages import RECORDS
+from ferryline.protocol.messages import LOG_DAMAGED, RECORDS
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from tests.simulation.engine import MS
@@ -108,4 +108,5 @@ class Upkeep:
         if found >= 0:
             self.world.count("rot found by the scrubber")
             self.broker.replicas.feed(key, ev.StorageFailed(found, "damaged: found by the scrubber"))
-            self.world.faults.damage_found(self.broker)
+            if self.broker.at_work:
+                self.broker.node_event(ev.ReplicaOpened(key, LOG_DAMAGED))  # so that it is fetched anew
