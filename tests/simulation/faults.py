@@ -369,7 +369,7 @@ class Faults:
     # -- disks -------------------------------------------------------------------------------------
 
     def _lose_disk(self) -> None:
-        if self.disks_lost:
+        if self.disks_lost or self.world.rotted:
             return  # more than one would leave nothing to check
         self.disks_lost += 1
         broker = self._pick(self.world.brokers)
@@ -378,7 +378,7 @@ class Faults:
         self._restart_later(broker)
 
     def _foreign_disk(self) -> None:
-        if self.disks_lost:
+        if self.disks_lost or self.world.rotted:
             return
         self.disks_lost += 1
         broker = self._pick(self.world.brokers)
@@ -420,7 +420,7 @@ class Faults:
             whole = len(brokers) == len(part.replicas) >= 2
             if whole and not any(world.rotted and b.parts[key].files.rotten() >= 0 for b in brokers):
                 found += [(b, key) for b in brokers]
-        if not found:
+        if not found or self.disks_lost:
             return
         broker, key = self._pick(found)
         if broker.parts[key].files.rot(self.rng):
