@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 SWITCHES = "faults.json"  # in the folder of each broker, which is its working directory
 DISK = frozenset({"disk-full", "disk-error", "clock"})
 SCRUB_BYTES_PER_S = 64 * 1024 * 1024
-# A machine that runs a cluster, its load and a proxy may be nearly full of other things, too.
-ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")
+ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")  # this disk holds other things, too
 ADMIN_S = 5.0
 STOP_S = 25.0  # it may be stopped by a SIGSTOP for a part of this
 FLIPS = 6  # files at a time
+HEARD_S = 3.0  # after a fault of a disk, until what we know of the cluster tells of it
 _POLL_S = 0.05
 
 
@@ -60,6 +60,7 @@ class ProcessBed:
         self._leaving: set[str] = set()  # brokers whose disk was made to fail: they are right to end
         self._paused: Counter[str] = Counter()
         self._harmed = ""  # the broker whose disk or files were touched last: no other one before it is whole again
+        self._harmed_until = 0.0  # and not before everybody has heard what became of it
         self._draining: set[int] = set()
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
@@ -263,7 +264,7 @@ class ProcessBed:
         await self._fail_disk(step, **{step.other: "EIO"})
 
     async def _fail_disk(self, step: Step, **switches: str) -> None:
-        if self._may_be_harmed(step.target):
+        if self._may_be_harmed(step.target, step.for_s):
             self._leaving.add(step.target)
             await asyncio.to_thread(self._switch, step.target, **switches)
             self.counts[step.kind] += 1
@@ -291,25 +292,26 @@ class ProcessBed:
         parts = client.routing.cluster.partitions.values() if client is not None else []
         return [part for part in parts if broker in part.replicas]
 
-    def _may_be_harmed(self, name: str) -> bool:
+    def _may_be_harmed(self, name: str, for_s: float) -> bool:
         """Whether each partition on this broker is in sync on another one, too, whose disk is as it should be.
 
         A copy on a disk that failed counts for nothing until it was fetched again: one disk after the other.
         """
         if self._harmed and self._harmed != name:
             before = self.cluster.broker_id(self._harmed)
-            if not all(before in part.isr for part in self._parts_of(self._harmed)):
+            heard = time.monotonic() > self._harmed_until
+            if not heard or not all(before in part.isr for part in self._parts_of(self._harmed)):
                 return False
         broker, mine = self.cluster.broker_id(name), self._parts_of(name)
         if not mine or not all(set(part.isr) - {broker} for part in mine):
             return False
-        self._harmed = name
+        self._harmed, self._harmed_until = name, time.monotonic() + for_s + HEARD_S
         return True
 
     async def _begin_flip(self, step: Step) -> None:
         draw = random.Random(step.amount)
         segments = segments_of(self.cluster.local.data_dir(step.target))
-        if not segments or not self._may_be_harmed(step.target):
+        if not segments or not self._may_be_harmed(step.target, step.for_s):
             return
         for path in draw.sample(segments, min(FLIPS, len(segments))):
             flip(path, draw)
@@ -317,7 +319,7 @@ class ProcessBed:
 
     async def _begin_truncate(self, step: Step) -> None:
         draw = random.Random(step.amount)
-        if not self._may_be_harmed(step.target):
+        if not self._may_be_harmed(step.target, step.for_s):
             return
         await self._kill(step.target, "kill")
         end = time.monotonic() + 5.0

@@ -240,7 +240,8 @@ class Campaign:
         self._phase = ("reading every copy", len(self.plan.phases))
         self._show()
         async with self._connect() as client:
-            within_s = self._load.heal_s + self._recorder.acked / 20_000
+            # Copies of a cluster that did not heal are read as far as they can be, for what they tell.
+            within_s = 20.0 if self._trouble else self._load.heal_s + self._recorder.acked / 20_000
             reader = CopyReader(client, self._recorder, within_s)
             await reader.read_all(topics, self._traffic.highest)
             self._copies_read = reader.records
