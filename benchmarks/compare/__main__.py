@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from benchmarks.compare.facts import facts
 from benchmarks.compare.limits import limits
-from benchmarks.compare.plan import SYSTEMS, VARIANTS, Cell, cells, chosen_workloads
+from benchmarks.compare.plan import SYSTEMS, VARIANTS, WARM_UP_MAX_S, Cell, cells, chosen_workloads
 from benchmarks.compare.render import render, write_all
 from benchmarks.compare.runner import DATA, Comparison, fitting
 from benchmarks.compare.spec import KEY_BYTES
@@ -23,6 +24,7 @@ from benchmarks.compare.spec import KEY_BYTES
 RESULTS = Path(__file__).resolve().parents[1] / "results/compare"
 LIMIT_SIZES = (100, 1_024, 16_384)
 QUICK_SCALE, FIRST_SCALE = 0.1, 0.25
+QUICK_WARM_UP_S = 40.0
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
@@ -56,6 +58,10 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
     return cells(workloads, {"ferryline", *only}, variants)
 
 
+def warm_up_s(options: argparse.Namespace) -> float:
+    return 0.0 if options.no_warm_up else QUICK_WARM_UP_S if options.quick else WARM_UP_MAX_S
+
+
 def tell(line: str) -> None:
     sys.stderr.write(time.strftime("%H:%M:%S ") + line + "\n")
     sys.stderr.flush()
@@ -64,7 +70,7 @@ def tell(line: str) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything measured, as it goes into the JSON."""
     started = time.monotonic()
-    comparison = Comparison(chosen(options), warm_up=not options.no_warm_up, tell=tell)
+    comparison = Comparison(chosen(options), warm_up_s=warm_up_s(options), tell=tell)
     rounds = 1 if options.quick else options.rounds
     before = facts()
     with comparison.running():
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {
             "rounds": rounds,
             "scale": scale,
-            "warm_up": not options.no_warm_up,
+            "warm_up_s": warm_up_s(options),
             "minutes": round((time.monotonic() - started) / 60, 1),
             "arguments": sys.argv[1:],
             "key_bytes": KEY_BYTES,
@@ -100,8 +106,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _interrupted(number: int, _: object) -> None:
+    """SIGTERM ends us like Ctrl-C: through every `finally`, servers included."""
+    raise SystemExit(128 + number)
+
+
 def main(argv: list[str]) -> int:
     """Returns 1 when a measurement failed, 2 for a wrong option."""
+    signal.signal(signal.SIGTERM, _interrupted)
     options = options_of(argv)
     if options.render:
         report = json.loads(options.render.read_text())

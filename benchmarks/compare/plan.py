@@ -120,6 +120,9 @@ HEADLINE = "ferryline r2 fsync"
 SYSTEMS = ("kafka", "rabbitmq", "nats", "redis")
 
 
+WARM_UP_MAX_S = 90.0  # seconds of warming up one server; a JVM on two busy cores needs most of it
+
+
 @dataclass(frozen=True)
 class Workload:
     """``records`` for fast clients at scale 1; slow ones get ``slow`` of them. ``central``: with every variant."""

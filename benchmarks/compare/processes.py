@@ -6,6 +6,7 @@ caches stay warm, while nobody's housekeeping takes processor time from the one 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -21,6 +22,15 @@ import psutil
 _PORTS = range(20_000, 32_000)  # below what the kernel hands out for outgoing connections
 _taken: set[int] = set()
 STOP_S = 20.0
+
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)  # looked up now: nothing may be imported between fork and exec
+
+
+def _die_with_parent() -> None:
+    """Child, before exec: the kernel ends it when we end, even by kill -9."""
+    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 class PeerFailed(Exception):
@@ -97,6 +107,7 @@ class Program:
                 cwd=folder,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self.pid = self.process.pid
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.goals import verdicts
-from benchmarks.compare.plan import VARIANTS
+from benchmarks.compare.plan import VARIANTS, WARM_UP_MAX_S
 from benchmarks.compare.spec import KEY_BYTES
 from benchmarks.compare.stats import LATENCIES, Row, Spread, Table, table
 
@@ -58,8 +58,8 @@ def _head(report: dict[str, Any]) -> list[str]:
         f"the same value bytes for all. {versions}.",
         "",
     ]
-    if not settings["warm_up"]:
-        lines += ["**Servers were not warmed up: these figures say nothing about a JVM.**", ""]
+    if settings["warm_up_s"] < WARM_UP_MAX_S:
+        lines += ["**Servers were hardly warmed up: these figures flatter us beside a JVM.**", ""]
     if report["left_out"]:
         lines += ["Left out:", "", *(f"* {name}: {_first(reason)}" for name, reason in report["left_out"].items()), ""]
     if report["failures"]:

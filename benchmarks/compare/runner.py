@@ -25,7 +25,6 @@ from benchmarks.compare.processes import PeerFailed
 
 # Processor seconds of the server after which its rates no longer rise, by what it is written in.
 WARM_UP_CPU_S = {"kafka-3": 75.0, "kafka-1": 30.0, "rabbitmq-3": 4.0, "rabbitmq-1": 2.0}
-WARM_UP_MAX_S = 90.0
 IDLE_S = 2.0
 DATA = "/var/tmp"  # a real disk: /tmp may be memory
 SCALE_MIN, SCALE_MAX = 0.05, 4.0
@@ -50,9 +49,9 @@ class Found:
 class Comparison:
     """One run over ``cells``. Servers live from `running` to its end."""
 
-    def __init__(self, cells: list[Cell], *, warm_up: bool, tell: Callable[[str], None]) -> None:
+    def __init__(self, cells: list[Cell], *, warm_up_s: float, tell: Callable[[str], None]) -> None:
         self.cells = cells
-        self._warm_up = warm_up
+        self._warm_up_s = warm_up_s  # at most, for each server
         self._tell = tell
         self._peers: dict[str, Peer] = {}
         self._topics = 0
@@ -83,7 +82,7 @@ class Comparison:
         try:
             peer.start()
             self._peers[name] = peer
-            if self._warm_up:
+            if self._warm_up_s:
                 self._warm(peer)
         except (PeerFailed, MeasurementFailed, OSError, RuntimeError) as error:
             self._peers.pop(name, None)
@@ -107,9 +106,9 @@ class Comparison:
             for cell in cells:
                 self._measure(cell, 0, 0.5 if enough else 0.1)
                 used, taken = peer.usage().cpu_s, time.monotonic() - started
-                if enough and (used >= enough or taken > WARM_UP_MAX_S):
+                if enough and (used >= enough or taken > self._warm_up_s):
                     break
-            if used >= enough or taken > WARM_UP_MAX_S:
+            if used >= enough or taken > self._warm_up_s:
                 self._tell(f"{peer.name}: warm after {taken:.0f} s, {used:.0f} s of processor time")
                 return
 

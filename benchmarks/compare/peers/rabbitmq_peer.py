@@ -8,6 +8,7 @@ that was stopped for a turn is not taken for a dead one, and schedulers do not s
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class RabbitmqPeer(Peer):
         cookie.chmod(0o400)
         epmd = ["epmd", "-address", "127.0.0.1", "-port", str(self._epmd)]
         self.programs.append(Program(f"{self.name}-epmd", epmd, self.folder))
+        eventually("epmd listens", self._mapper_listens, READY_S, self.programs)
         home = _home()
         assert home is not None
         for number in range(1, self.nodes + 1):
@@ -71,6 +73,11 @@ class RabbitmqPeer(Peer):
             for words in (("stop_app",), ("reset",), ("join_cluster", self._node(1)), ("start_app",)):
                 self._control(number, *words)
         eventually(f"{self.name} serves", self._serves, READY_S, self.programs)
+
+    def _mapper_listens(self) -> bool:
+        """Otherwise a node starts a mapper of its own, which outlives it."""
+        with socket.create_connection(("127.0.0.1", self._epmd), timeout=1):
+            return True
 
     def _node(self, number: int) -> str:
         return f"bench{number}-{self._epmd}@localhost"
@@ -103,7 +110,7 @@ class RabbitmqPeer(Peer):
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
             "RABBITMQ_LOG_BASE": str(folder / "log"),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none -start_epmd false",
         }
 
     def _is_up(self, number: int) -> bool:
