@@ -6,8 +6,9 @@ import asyncio
 import time
 from typing import Any
 
-import ferryline as fl
 from benchmarks.scale.sampling import fresh_cluster, idle, spread, start_timed, until, usages
+
+import ferryline as fl
 from ferryline.cli.driver import ProcessCluster
 from ferryline.client import Client
 from ferryline.protocol.frames import Kind, encode_value

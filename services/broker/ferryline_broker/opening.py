@@ -48,7 +48,7 @@ class Opener:
 
     def open_all(self, broker_id: int) -> list[HostedReplica]:
         """Every replica on disk, with one sync for all. Called before anything is served."""
-        together = self._store.together()
+        together = self._store.together(starting=True)
         opened = [self.open(key, broker_id, None, together=together) for key in self._store.replicas_on_disk()]
         together.settle()
         return opened

@@ -43,7 +43,7 @@ from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.replica_store import ReplicaStore, quarantine, replica_path
 from ferryline_broker.log.steps import drained, wall_clock_ms
 from ferryline_broker.log.storage import Lock, Storage
-from ferryline_broker.log.together import Together
+from ferryline_broker.log.together import GROUP_MIN, GROUP_MIN_AT_START, Together
 
 FORMAT_MAGIC, NODE_MAGIC, CLEAN_MAGIC = b"FLFM", b"FLND", b"FLCS"
 DIRECTORIES_MAX = 1000  # tried before giving up: more brokers than this never share one data root
@@ -268,9 +268,10 @@ class NodeStore:
         self.replicas[key] = store
         return store
 
-    def together(self) -> Together:
+    def together(self, *, starting: bool = False) -> Together:
         """For opening many replicas with one sync."""
-        return Together(self.storage, settled=self.restart_class == RESTART_CLEAN)
+        group_min = GROUP_MIN_AT_START if starting else GROUP_MIN
+        return Together(self.storage, settled=starting and self.restart_class == RESTART_CLEAN, group_min=group_min)
 
     def open_replica(
         self,

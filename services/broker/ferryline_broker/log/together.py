@@ -13,7 +13,8 @@ from typing import Protocol
 
 from ferryline_broker.log.interface import FileHandle, Storage, parent_of
 
-_GROUP_MIN = 3  # fewer syncs are cheaper one by one
+# Fewer syncs are made one by one: syncfs also waits for what others have dirty on the same file system.
+GROUP_MIN, GROUP_MIN_AT_START = 16, 1_000
 
 
 class Syncable(Protocol):
@@ -30,8 +31,9 @@ class Together:
     """Collects what is to be synced. ``settled``: the process before synced everything as its last act, so that what
     was only read from files needs no second write."""
 
-    def __init__(self, storage: Storage, *, settled: bool = False) -> None:
+    def __init__(self, storage: Storage, *, settled: bool = False, group_min: int = GROUP_MIN) -> None:
         self.settled = settled
+        self._group_min = group_min
         self._storage = storage
         self._files: dict[Syncable, None] = {}
         self._directories: dict[str, None] = {}
@@ -65,7 +67,7 @@ class Together:
         """Everything put off so far is durable when this returns. Raises StorageFailed: nobody knows what is."""
         files, self._files = self._files, {}
         directories, self._directories = self._directories, {}
-        if len(files) + len(directories) >= _GROUP_MIN and self._storage.sync_all():
+        if len(files) + len(directories) >= self._group_min and self._storage.sync_all():
             for file in files:
                 file.synced_by_group()
             return
