@@ -7,10 +7,12 @@ nothing and draws nothing.
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.messages import RESTART_OS_CRASH, AlterIsr, AlterIsrs
+from ferryline.protocol.metadata import PartitionMeta
+from ferryline_broker.core.events import HandOverAsked, Key
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_coordinator.core.config import CoreConfig
 from tests.simulation.engine import MS
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from tests.simulation.network import Session
     from tests.simulation.world import World
 
+_NOBODY: tuple[Key, int, Broker | None] = (("", 0), 0, None)
 ALONE_MS = 15_000  # a complete replica that comes back alone leads within this
 
 
@@ -35,9 +38,14 @@ class Ambushes:
         self._moments = random.Random(f"moments of {self.engine.seed}")
         self._rng = self._moments
         self._count = 0
+        self._asked: dict[int, deque[tuple[Session, Any]]] = {}  # last fetches of a broker that may come again
         self._lies_until_us: dict[int, int] = {}
         if self.rates.fence_one_ms:
             self._plan_fence()
+        self._flip_until_us = 0  # a late resignation is under way
+        self._flipped = _NOBODY  # whose primary is about to be replaced, and in which epoch
+        if self.rates.handovers_ms:
+            self.engine.after(self.rates.handovers_ms * MS, self._ask_to_hand_over)
         if self.rates.operator_ms:
             self.engine.after(self.rates.operator_ms * MS, self._operate)
 
@@ -95,11 +103,7 @@ class Ambushes:
         self.engine.after(self.rates.operator_ms * MS, self._operate)
 
     def core_config(self) -> CoreConfig:
-        """Of a coordinator that starts; in some weather it gives primaries back at once."""
-        config = self.world.core_config
-        if not self.rates.restless:
-            return config
-        return replace(config, preferred_ms=200, balance_ms=100, handover_retry_ms=3_000)
+        return self.world.core_config
 
     # -- primaries ---------------------------------------------------------------------------------
 
@@ -109,8 +113,10 @@ class Ambushes:
         if not joining or not self._strikes(self.rates.echo, "echo"):
             return 0
         victim = self.world.broker_by_id(self._pick(joining))
-        self._fence(victim)
-        if victim is not None and self._chance(0.7):  # it lags when the repetitions come
+        late = self._chance(0.3)  # L8: it arrives, and counts, when its sender has long stopped waiting for an answer
+        if not late:
+            self._fence(victim)
+        if victim is not None and (late or self._chance(0.7)):  # it lags when the repetitions come
             self.world.faults.cut_for([(broker.host.name, victim.host.name)], self._between(300, 3_000))
         for _ in range(self._between(2, 6)):
             late_us = self._between(100, 2_500) * MS
@@ -118,7 +124,7 @@ class Ambushes:
         if self._chance(self.rates.echo_coordinator):
             coordinator = self.world.coordinator
             self.engine.after(self._between(100, 900) * MS, self._replace, coordinator)
-        return self._between(20, 300) * MS
+        return self._between(510, 1_300) * MS if late else self._between(20, 300) * MS
 
     def _replace(self, coordinator: Coordinator) -> None:
         if coordinator.host.alive and coordinator is self.world.coordinator and self.world.faults.raging:
@@ -138,16 +144,28 @@ class Ambushes:
 
     def resigning(self, broker: Broker, core: PartitionCore) -> int:
         """C10: the resignation arrives when its sender serves again, and the heir has not seen what came since."""
-        others = [b for b in core.isr if b != broker.id]
+        others = [b for b in (core.part.replicas if core.part else ()) if b in core.isr and b != broker.id]
         leaving = core.primary is None or core.primary.handover is None or core.primary.handover.stopping
         if leaving or not others or not self._strikes(self.rates.hold_resign, "late resignation"):
             return 0
         late_ms = self._between(550, 1_200)
-        heir = self.world.broker_by_id(self._pick(others))
+        self._flip_until_us = self.engine.now_us + (late_ms + 600) * MS
+        heir = self.world.broker_by_id(others[0])  # C4: in the order of the assignment
         if heir is not None:
             one, other = broker.host.name, heir.host.name
-            self.world.faults.cut_for([(one, other), (other, one)], late_ms + self._between(50, 900))
+            self.world.faults.cut_for([(one, other), (other, one)], late_ms + self._between(300, 1_200))
         return late_ms * MS
+
+    def _ask_to_hand_over(self) -> None:
+        """C10, as the coordinator does it; with its reasons or without."""
+        if self.world.faults.over:
+            return
+        for key, record in sorted(self.world.checks.parts.items()):
+            broker = self.world.broker_by_id(record.meta.primary)
+            if broker is not None and key in broker.parts and broker.parts[key].core.role == "primary":
+                broker.replicas.feed(key, HandOverAsked())
+        gap_ms = self.rates.handovers_ms * (0.5 + self._moments.random())
+        self.engine.after(int(gap_ms * MS), self._ask_to_hand_over)
 
     # -- secondaries -------------------------------------------------------------------------------
 
@@ -157,6 +175,8 @@ class Ambushes:
     def asking(self, broker: Broker, session: Session, kind: str, frame: Any) -> bool:
         """A fetch or progress leaves. Returns whether it was taken care of here."""
         if kind == "fetch":
+            if self.rates.flip_back:
+                self._asked.setdefault(broker.number, deque(maxlen=6)).append((session, frame))
             if not session.ordered and self._strikes(self.rates.late_fetch, "late fetch"):
                 for _ in range(self._between(1, 4)):
                     self.world.network.repeat(session, broker, frame, self._between(20, 1_800) * MS)
@@ -173,10 +193,29 @@ class Ambushes:
         return True
 
     def truncated(self, core: PartitionCore) -> None:
-        leader = core.secondary.primary if core.secondary is not None else 0
-        broker = self.world.broker_by_id(leader)
-        if broker is not None and self._strikes(self.rates.flip_back, "flip"):
-            self.engine.after(self._between(0, 20) * MS, self._fence, broker)
+        """L3: whoever led before leads again at once, while what was asked in its earlier epoch still arrives, and
+        before this secondary hears of it."""
+        secondary, me = core.secondary, self.world.broker_by_id(core.replica.broker_id)
+        leader = self.world.broker_by_id(secondary.primary) if secondary is not None else None
+        if self.engine.now_us >= self._flip_until_us or secondary is None or me is None or leader is None:
+            return
+        if not self._strikes(self.rates.flip_back, "flip"):
+            return
+        self._flip_until_us = 0
+        self._flipped = (core.key, secondary.epoch, me)
+        self.engine.after(self._between(0, 20) * MS, self._fence, leader)
+
+    def elected(self, part: PartitionMeta) -> None:
+        """A record with another epoch became durable; nobody has heard of it yet."""
+        key, epoch, me = self._flipped
+        if part.key != key or part.epoch <= epoch or me is None or not self.world.faults.raging:
+            return
+        self._flipped = _NOBODY
+        self.world.faults.cut_for([(self.world.coordinator.host.name, me.host.name)], self._between(100, 700))
+        for session, frame in self._asked.get(me.number, ()):
+            if frame[4].epoch < epoch and not session.ordered:
+                for _ in range(4):
+                    self.world.network.repeat(session, me, frame, self._between(2, 500) * MS)
 
     # -- processes ---------------------------------------------------------------------------------
 
@@ -221,7 +260,8 @@ class Ambushes:
 
         if not leads() and not engine.run_until(engine.now_us + ALONE_MS * MS, leads):
             stranded = [world.checks.parts[key].meta for key in parts if world.checks.parts[key].meta.primary == 0]
-            raise Violation("C3 those that die together stay candidates", f"{alone} is back and complete: {stranded}")
+            if stranded:  # otherwise somebody else came back before it, and leads
+                raise Violation("C3 those that die together stay candidates", f"{alone} is back, complete: {stranded}")
         for broker in world.brokers:
             if not broker.host.alive and broker.wanted:
                 broker.start()

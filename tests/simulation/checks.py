@@ -94,6 +94,7 @@ class Checks:
                 self.check_record(self.parts[key].meta)
         for record in self.parts.values():
             self._check_fenced(record.meta)
+        self.conduct.settled(changed)
 
     def _deleted(self, key: str) -> None:
         kind, _, rest = key.partition("/")

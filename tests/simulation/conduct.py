@@ -5,10 +5,13 @@ Called by `checks.Checks` with what became durable, before it takes it over, and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ferryline.protocol.messages import RECORDS
+from ferryline.protocol.metadata import NO_BROKER
 from ferryline_broker.core import events as ev
+from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_coordinator.core.events import Decision
 from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord
@@ -41,9 +44,10 @@ class Conduct:
     def _broker(self, record: BrokerRecord) -> None:
         """C2: a process life has one broker epoch. C5: a broker serves again only when it has heard of its fence."""
         meta, known = record.meta, self.world.checks.brokers.get(record.meta.id)
-        if known is not None and (known.meta.storage_id, known.meta.incarnation) == (meta.storage_id, meta.incarnation):
-            if known.meta.broker_epoch not in (0, meta.broker_epoch):
-                raise Violation("C2 a process life has one broker epoch", f"{known.meta} -> {meta}")
+        life = (meta.storage_id, meta.incarnation)
+        same = known is not None and (known.meta.storage_id, known.meta.incarnation) == life
+        if known is not None and same and known.meta.broker_epoch not in (0, meta.broker_epoch):
+            raise Violation("C2 a process life has one broker epoch", f"{known.meta} -> {meta}")
         if known is None or (meta.fenced and (not known.meta.fenced or meta.broker_epoch != known.meta.broker_epoch)):
             self.fenced_at[meta.id] = self.revision
             return
@@ -63,10 +67,27 @@ class Conduct:
         if known is None:
             return
         old, new = known.meta, record.meta
+        if new.epoch != old.epoch:
+            self.world.ambushes.elected(new)
         dropped = [b for b in old.removing if b not in new.replicas and b in old.isr]
         arrived = [b for b in old.adding if b in new.isr]
         if len(arrived) < len(dropped):
             raise Violation("C8 a new copy is complete before an old one goes", f"{old} -> {new}")
+        given_up = [b for b in old.adding if b not in new.replicas and b in (*old.isr, *old.elr)]
+        if given_up and len(new.isr) < new.min_isr:
+            raise Violation("C8 no candidate is dropped with a cancelled move", f"{old} -> {new}")
+
+    def settled(self, keys: Iterable[Key]) -> None:
+        """C4: nobody waits for a primary while a candidate could lead. `checks` holds what was decided."""
+        parts, brokers = self.world.checks.parts, self.world.checks.brokers
+        for key in keys:
+            record = parts.get(key)
+            if record is None or record.frozen or record.meta.primary != NO_BROKER:
+                continue
+            pool = record.meta.isr or record.meta.elr
+            ready = [b for b in pool if b in brokers and not brokers[b].meta.fenced and not brokers[b].meta.stopping]
+            if ready:
+                raise Violation("C4 nobody waits while there is a candidate", f"{record.meta}: {ready} could lead")
 
     def refused(self, core: PartitionCore, waiter: Waiter, refuse: ev.Refuse) -> None:
         """K7, the other way round: what a member has read as committed it can commit, also right after a fail-over."""

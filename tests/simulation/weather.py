@@ -27,7 +27,7 @@ class Mischief(msgspec.Struct):
     echo: float = 0.0  # a proposal that adds somebody is held up and repeated, while that broker is fenced wrongly
     echo_coordinator: float = 0.0  # ... and the coordinator is replaced before the repetitions
     fence_one_ms: int = 0  # mean time between wrong fences of one broker: its probe is refused at once
-    restless: bool = False  # the coordinator gives primaries back as soon as it can
+    handovers_ms: int = 0  # how often primaries are asked to hand over; 0: as the coordinator likes
     late_flush: float = 0.0  # a secondary's flush takes long, so that it may end in another epoch
     hold_diverging: float = 0.0  # a primary is slow to say that the logs differ
     second_death: float = 0.0  # kill -9 right after the start that followed a power cut
@@ -66,14 +66,17 @@ def _twice_down(weather: Weather, rng: random.Random) -> None:
 
 
 def _flips(weather: Weather, rng: random.Random) -> None:
-    _often(weather, kill=0.3)
+    for name in weather.weights:
+        weather.weights[name] = 0.0
+    weather.brokers, weather.ambush = max(3, min(weather.brokers, 4)), 0.0
     weather.ordered = {"replica": False, "coordinator": False}
-    weather.slow, weather.late_us = 0.15, 500_000
+    weather.loss, weather.session_loss, weather.slow_flush = 0.01, 0.0, 0.0
+    weather.delay_us, weather.slow, weather.late_us = 1_000, 0.1, 100_000
+    weather.flush_us = 1_000
     weather.producers, weather.produce_gap_ms, weather.partitions = 3, 60, 1
-    weather.fault_gap_ms = 4_000
-    weather.lag_max_ms, weather.handover_ms = 10_000, 1_000
+    weather.lag_max_ms, weather.handover_ms = 10_000, 300
     weather.duration_ms = 24_000
-    weather.mischief = Mischief(hold_resign=0.8, late_fetch=0.6, flip_back=0.8, restless=True, fence_one_ms=2_500)
+    weather.mischief = Mischief(hold_resign=0.9, late_fetch=0.5, flip_back=0.9, handovers_ms=2_600)
 
 
 def _half_open(weather: Weather, rng: random.Random) -> None:
@@ -126,6 +129,16 @@ def _joiners(weather: Weather, rng: random.Random) -> None:
     weather.mischief = Mischief(fence_one_ms=900)
 
 
+def _short_logs(weather: Weather, rng: random.Random) -> None:
+    _often(weather, kill=2.0, cut_pair=1.5, pause=1.0)
+    weather.snapshot_bytes = 300
+    weather.produce_gap_ms, weather.members, weather.partitions = 60, max(weather.members, 2), 1
+    weather.lag_max_ms, weather.fault_ms, weather.fault_gap_ms = 1_500, 5_000, 900
+    for name, value in (("chores_ms", 300), ("retention_bytes", 500)):
+        setattr(weather, name, value)
+    weather.mischief = Mischief(fence_one_ms=2_000)
+
+
 PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "late-flushes": _late_flushes,
     "echoes": _echoes,
@@ -137,6 +150,7 @@ PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "twins": _twins,
     "blackouts": _blackouts,
     "joiners": _joiners,
+    "short-logs": _short_logs,
 }
 
 

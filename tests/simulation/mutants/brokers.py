@@ -113,6 +113,7 @@ BROKERS = (
             "        self.proposal, self.maximal_isr = None, frozenset(self.isr)\n"
             "    wanted = [b for b in self.isr",
         ),
+        weather="echoes",
     ),
     mutant(
         "cut-inside-a-batch",
@@ -127,6 +128,7 @@ BROKERS = (
         "a secondary compares epochs that the primary no longer retains",
         ALL,
         ("Secondary._begins_later", "return data.diverging[0] < 0 and", "return False and"),
+        weather="short-logs",
     ),
     mutant(
         "conflict-from-old-record",
@@ -134,13 +136,7 @@ BROKERS = (
         "an outdated record of the partition proves a conflict",
         ALL,
         ("Secondary._behind", "if self._primary_version <= part.version:", "if True:"),
-    ),
-    mutant(
-        "restart-in-sync",
-        "F6",
-        "a replica that others count on begins again at the primary's log start",
-        ALL,
-        ("Secondary._restart_at", "if replica.broker_id in part.isr or replica.broker_id in part.elr:", "if False:"),
+        weather="short-logs",
     ),
     mutant(
         "reads-uncommitted",

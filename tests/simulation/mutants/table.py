@@ -151,7 +151,7 @@ TABLE = (
         "fetch-epoch-unchecked",
         "L3",
         "a fetch of an older epoch is served",
-        ALL,
+        "3/2/replicated,3/2/fsync",
         ("PartitionCore._fetch", "elif fetch.epoch < self.primary.epoch:", "elif False:"),
         weather="flips",
     ),
@@ -275,6 +275,7 @@ TABLE = (
         "a refusal of an earlier proposal ends the present one",
         ISR_MATTERS,
         ("InSyncSet.refused", "result.request_id != proposal.request_id or ", ""),
+        weather="echoes",
     ),
     mutant(
         "no-request-id",
