@@ -310,11 +310,20 @@ class Admin:
         routing = self._client.routing
         brokers = {routing.address(broker) for broker in routing.cluster.brokers}
         urls = [url for url in dict.fromkeys([*routing.coordinators, *self._client.urls]) if url not in brokers]
+        silent = self._client.silent
+        urls.sort(key=lambda url: url in silent)
         last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
         for url in urls:  # grows while it is gone through
+            silent.add(url)  # until it answers, or as long as the caller's patience ends first
             try:
-                return await self._send(url, method, path, body)
-            except (ConnectionFailed, CoordinatorStandby) as error:
+                answer = await self._send(url, method, path, body)
+                silent.discard(url)
+                return answer
+            except FerrylineError as error:
+                if not isinstance(error, (ConnectionFailed, ConnectionLost, RequestTimedOut)):
+                    silent.discard(url)
+                if not isinstance(error, (ConnectionFailed, CoordinatorStandby)):
+                    raise
                 last = error
                 if (active := hinted(error)) and active not in urls:
                     urls.append(active)

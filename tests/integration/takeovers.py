@@ -136,7 +136,7 @@ class Changes:
         self.acknowledged = 0
         self.made = 0
         self.errors: dict[str, int] = {}
-        self.times: list[float] = []  # when each acknowledgement came
+        self.times: list[tuple[float, float]] = []  # when each acknowledged change was asked for, and acknowledged
         self._number = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -152,6 +152,7 @@ class Changes:
     async def _run(self) -> None:
         while True:
             self._number += 1
+            asked = time.monotonic()
             try:
                 await self.client.admin._change(
                     "PATCH", f"/v1/topics/{REGISTER}", {"config": {"retention_ms": 1_000_000 + self._number}}, 5.0
@@ -161,14 +162,17 @@ class Changes:
             else:
                 self.acknowledged = self._number
                 self.made += 1
-                self.times.append(time.monotonic())
+                self.times.append((asked, time.monotonic()))
             await asyncio.sleep(CHANGE_S)
 
     async def after(self, moment: float, within_s: float) -> float:
-        """Seconds from ``moment`` to the first change that was acknowledged after it."""
+        """Seconds from ``moment`` to the first change that was asked for and acknowledged after it, or waited through.
+
+        One that was on its way and acknowledged within a moment tells nothing about what came after.
+        """
         end = time.monotonic() + within_s
         while time.monotonic() < end:
-            later = [when for when in self.times[-200:] if when > moment]
+            later = [ended for asked, ended in self.times[-200:] if asked > moment or ended > moment + 1.0]
             if later:
                 return later[0] - moment
             await asyncio.sleep(0.02)

@@ -18,7 +18,7 @@ from pathlib import Path
 from ferryline.cli.service import NotInstalled, ProcessFailed, Service, free_port
 
 PREFIX = "etcd-"
-REMEDY = "Install it (Debian: apt-get install etcd-server), or name a running one with --etcd-endpoints."
+REMEDY = "Debian: apt-get install etcd-server."
 
 
 def etcd_program() -> str | None:

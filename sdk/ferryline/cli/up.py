@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ferryline.cli.failures import FAILED, Failed
+from ferryline.cli.etcd import REMEDY, etcd_program
+from ferryline.cli.failures import FAILED, USAGE, Failed
 from ferryline.cli.invocation import of
 from ferryline.cli.output import stderr, stdout, warn
 from ferryline.cli.processes import COORDINATOR, LocalCluster, Service, missing_services, port_is_free
@@ -29,6 +30,10 @@ def app(
     port: Annotated[int, typer.Option(help="Port of the coordinator; 0 picks free ports.")] = DEFAULT_PORT,
     base_broker_port: Annotated[int, typer.Option(help="Port of the first broker; 0 picks free ports.")] = BROKER_PORT,
     restart: Annotated[bool, typer.Option(help="Start a service again when it ends by itself.")] = True,
+    coordinators: Annotated[
+        int, typer.Option(help="How many coordinators; more than one needs --store etcd.", min=1, max=9)
+    ] = 1,
+    store: Annotated[str, typer.Option(help="Where coordinators keep records: sqlite or etcd.")] = "sqlite",
 ) -> None:
     """Start a coordinator and brokers on this machine, over TLS, and keep them running until Ctrl-C.
 
@@ -42,8 +47,11 @@ def app(
       ferryline up --brokers 5 --port 0                   five brokers on whatever ports are free
 
       ferryline up --data-dir /tmp/try --port 0           a second cluster beside the first
+
+      ferryline up --coordinators 3 --store etcd --data-dir ~/ha   three etcd, three coordinators, three brokers
     """
-    _check_machine(port, 0 if port == 0 else base_broker_port, brokers)
+    _check_store(store, coordinators)
+    _check_machine(port, 0 if port == 0 else base_broker_port, brokers, coordinators)
     root = (data_dir or local_data_dir()).expanduser().absolute()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     cluster = LocalCluster(
@@ -52,11 +60,14 @@ def app(
         port=port,
         broker_port=0 if port == 0 else base_broker_port,
         death_signal=signal.SIGTERM,
+        coordinators=coordinators,
+        store=store,
     )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with stderr().status(f"starting a coordinator and {brokers} brokers"):
+    several = f"{coordinators} coordinators" if coordinators > 1 else "a coordinator"
+    with stderr().status(f"starting {several} and {brokers} brokers"):
         cluster.start()
     try:
         _welcome(cluster, of(ctx).output.form)
@@ -67,13 +78,30 @@ def app(
     warn("stopped; the data stays in " + str(root))
 
 
-def _check_machine(port: int, broker_port: int, brokers: int) -> None:
+def _check_store(store: str, coordinators: int) -> None:
+    """Refuse what cannot be: several coordinators on SQLite, etcd where there is none."""
+    if store not in ("sqlite", "etcd"):
+        raise Failed(f"--store {store}: sqlite or etcd", USAGE, code="INVALID_ARGUMENT")
+    if coordinators > 1 and store != "etcd":
+        raise Failed(
+            f"--coordinators {coordinators}: SQLite is for one",
+            USAGE,
+            code="INVALID_ARGUMENT",
+            remedy="Several coordinators share their records on etcd: --store etcd.",
+        )
+    if store == "etcd" and etcd_program() is None:
+        raise Failed("etcd: not installed", FAILED, code="NOT_INSTALLED", remedy=REMEDY)
+
+
+def _check_machine(port: int, broker_port: int, brokers: int, coordinators: int) -> None:
     """Refuse before anything starts: missing programs, ports in use."""
     if missing := missing_services():
         raise Failed(
             f"{' and '.join(missing)}: not installed", FAILED, code="NOT_INSTALLED", remedy=f"Install: {_INSTALL}"
         )
-    wanted = ([port] if port else []) + [broker_port + number for number in range(brokers) if broker_port]
+    wanted = [port + number for number in range(coordinators) if port] + [
+        broker_port + number for number in range(brokers) if broker_port
+    ]
     if busy := [str(number) for number in wanted if not port_is_free(number)]:
         raise Failed(
             f"port {', '.join(busy)}: in use",
@@ -92,7 +120,7 @@ def _welcome(cluster: LocalCluster, form: str) -> None:
     if form != "table":
         from ferryline.cli.output import Output
 
-        Output(form).one({"url": cluster.url, "ca": str(cluster.ca), "services": services})
+        Output(form).one({"url": _url(cluster), "ca": str(cluster.ca), "services": services})
         return
     from rich.table import Table
 
@@ -104,15 +132,20 @@ def _welcome(cluster: LocalCluster, form: str) -> None:
     console = stdout()
     console.print(table)
     console.print()
-    if cluster.url != f"https://127.0.0.1:{DEFAULT_PORT}" or cluster.root != local_data_dir().absolute():
+    if _url(cluster) != f"https://127.0.0.1:{DEFAULT_PORT}" or cluster.root != local_data_dir().absolute():
         console.print("[bold]In another terminal:[/bold]")
-        console.print(f"  export FERRYLINE_URL={cluster.url} FERRYLINE_CA={cluster.ca}", soft_wrap=True)
+        console.print(f"  export FERRYLINE_URL={_url(cluster)} FERRYLINE_CA={cluster.ca}", soft_wrap=True)
     else:
         console.print("[bold]In another terminal:[/bold]")
     console.print("  ferryline topic create orders --partitions 12")
     console.print("  echo 'c1 hello' | ferryline produce orders -f '%k %v\\n'")
     console.print("  ferryline consume orders --from start")
     console.print("\nCtrl-C stops it. Data and CA stay in " + str(cluster.root), soft_wrap=True)
+
+
+def _url(cluster: LocalCluster) -> str:
+    """What FERRYLINE_URL has to be: all coordinators."""
+    return ",".join(cluster.services[name].url for name in cluster.coordinators)
 
 
 def _watch(cluster: LocalCluster, stop: threading.Event, restart: bool) -> None:
@@ -133,6 +166,6 @@ def _watch(cluster: LocalCluster, stop: threading.Event, restart: bool) -> None:
                     warn(f"{name} is back, pid {starting.pop(name).pid}")
             except Exception as error:
                 del starting[name]
-                if name == COORDINATOR:
+                if name == COORDINATOR and len(cluster.coordinators) == 1:
                     raise Failed(str(error)) from None
                 warn(str(error))
