@@ -23,7 +23,7 @@ from benchmarks.compare.spec import KEY_BYTES
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/compare"
 LIMIT_SIZES = (100, 1_024, 16_384)
-QUICK_SCALE, FIRST_SCALE = 0.1, 0.25
+QUICK_SCALE, FIRST_SCALE = 0.1, 0.1
 QUICK_WARM_UP_S = 40.0
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from benchmarks.compare.peers import Peer, Variant
 from benchmarks.compare.plan import Workload
 from benchmarks.compare.processes import Usage
-from benchmarks.compare.spec import Outcome, Spec
+from benchmarks.compare.spec import Outcome, Spec, group_of
 from benchmarks.compare.worker import READY, STOP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +142,8 @@ def measure(work: Work) -> dict[str, dict[str, Any]]:
     Raises MeasurementFailed or PeerFailed. The topic is gone afterwards.
     """
     groups = [f"{work.topic}-g{number}" for number in range(work.workload.readers)]
+    passes = 1 if work.variant.slow else work.workload.passes
+    groups += [group_of(groups[0], number) for number in range(1, passes)]
     work.peer.create(work.topic, work.workload.partitions, work.variant, groups)
     try:
         return _KINDS[work.workload.kind](work, groups)
@@ -200,7 +202,7 @@ def _produce(work: Work, _: list[str]) -> dict[str, dict[str, Any]]:
 def _produce_consume(work: Work, groups: list[str]) -> dict[str, dict[str, Any]]:
     found = _produce(work, groups)
     stored = work.count + int(min(WARM_UP_MAX, work.count * WARM_UP))
-    found["consume"] = _run(work, [work.spec("read", count=stored, group=groups[0])])
+    found["consume"] = _run(work, [work.spec("read", count=stored, group=groups[0], passes=len(groups))])
     return found
 
 

@@ -69,7 +69,7 @@ VARIANTS: tuple[Variant, ...] = (
     _ferryline("fsync", 1),
     _ferryline("replicated", 1),
     *_kafka_all("confluent-kafka"),
-    *(one for one in _kafka_all("aiokafka") if one.name != "kafka r2 flush=1 aiokafka"),
+    _kafka_all("aiokafka")[0],
     Variant("rabbitmq 3 aio-pika", "rabbitmq-3", "aio-pika", _MAJORITY, 3, True, "rabbitmq", slow=True),
     Variant("rabbitmq 3 pika", "rabbitmq-3", "pika", _MAJORITY, 3, True, "rabbitmq", main=True, slow=True),
     Variant(
@@ -135,7 +135,9 @@ class Workload:
     producers: int = 1
     readers: int = 1
     rate: float = 0.0
+    passes: int = 1  # of the consumer; what a slow client consumes may be gone after one
     central: bool = False
+    single: bool = False  # one row for each system
     slow: float = 0.1
     turn: str = "throughput"  # workloads of one turn run one after another while a server is awake
     systems: frozenset[str] = field(
@@ -154,9 +156,9 @@ _PARTITIONED = frozenset({"ferryline", "kafka"})
 _ONE_QUEUE = "what orders records there is one queue, stream or key, not partitions of one topic"
 
 WORKLOADS: tuple[Workload, ...] = (
-    Workload("100B", "produce", 300_000, 100, central=True),
-    Workload("1KiB", "produce", 60_000, 1024, central=True),
-    Workload("16KiB", "produce", 6_000, 16_384, slow=0.3),
+    Workload("100B", "produce", 300_000, 100, passes=3, central=True),
+    Workload("1KiB", "produce", 60_000, 1024, passes=5, central=True),
+    Workload("16KiB", "produce", 6_000, 16_384, passes=5, slow=0.3),
     Workload("one-at-a-time", "latency", 600, central=True, slow=1.0, turn="latency"),
     Workload("end-to-end", "end-to-end", 4_000, rate=1_000.0, slow=1.0, turn="latency", scales=False),
     Workload("fan-out-5", "fan-out", 60_000, readers=5, slow=0.1, turn="streams"),
@@ -168,13 +170,14 @@ WORKLOADS: tuple[Workload, ...] = (
             200_000,
             partitions=number,
             turn="many",
+            single=True,
             systems=_PARTITIONED,
             left_out=_ONE_QUEUE,
         )
         for number in (1, 12, 200)
     ),
     *(
-        Workload(f"producers-{number}", "produce-only", 100_000, producers=number, turn="many")
+        Workload(f"producers-{number}", "produce-only", 100_000, producers=number, turn="many", single=True)
         for number in (1, 10, 50)
     ),
 )
@@ -211,11 +214,14 @@ def chosen_workloads(names: Iterable[str]) -> list[Workload]:
 
 
 def cells(workloads: Iterable[Workload], systems: Iterable[str], variants: Iterable[Variant] = VARIANTS) -> list[Cell]:
-    """What is measured: central workloads with all variants of these systems, the others with the main ones."""
-    wanted = set(systems)
-    return [
-        Cell(workload, variant)
-        for workload in workloads
-        for variant in variants
-        if variant.system in wanted and variant.system in workload.systems and (workload.central or variant.main)
-    ]
+    """Central workloads with all rows of these systems, others with the main ones, `single` ones with one a system."""
+    wanted, found = set(systems), []
+    for workload in workloads:
+        seen: set[str] = set()
+        for variant in variants:
+            if variant.system not in wanted & workload.systems or not (workload.central or variant.main):
+                continue
+            if not (workload.single and variant.system in seen):
+                found.append(Cell(workload, variant))
+            seen.add(variant.system)
+    return found

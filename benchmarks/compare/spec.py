@@ -36,6 +36,7 @@ class Spec:
     fan_out: bool = False  # several groups read: servers without groups then have a queue for each
     rate: float = 0.0
     stamps: bool = False
+    passes: int = 1  # how often everything is read, each time by a new group
     throughput: bool = True  # settings for throughput; otherwise for latency: nothing lingers
     timeout_s: float = 120.0
 
@@ -52,6 +53,11 @@ class Spec:
     @staticmethod
     def from_json(text: str) -> Spec:
         return Spec(**json.loads(text))
+
+
+def group_of(group: str, number: int) -> str:
+    """The group of pass ``number`` of a reader."""
+    return f"{group}p{number}" if number else group
 
 
 def key_of(number: int) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 from benchmarks.compare.clients import Adapter, adapter
-from benchmarks.compare.spec import Outcome, Spec, latencies, sent_ns
+from benchmarks.compare.spec import Outcome, Spec, group_of, latencies, sent_ns
 
 WARM_ONE_AT_A_TIME = 50
 UNCOUNTED_MAX = 0.5  # of the records may come before the clock starts
@@ -151,11 +151,28 @@ async def read(spec: Spec) -> Outcome:
         await read_warm_up(one, spec, deadline)
     tell(READY)
     wait_for_go()
-    if not spec.warm_up:
-        await one.open_consumer()
-    outcome = await (read_stamped if spec.stamps else read_plain)(one, spec, deadline)
-    await one.close()
-    return outcome
+    outcomes = []
+    for number in range(spec.passes):
+        if number:
+            one = adapter(replace(spec, group=group_of(spec.group, number)))
+        if not spec.warm_up:
+            await one.open_consumer()
+        outcomes.append(await (read_stamped if spec.stamps else read_plain)(one, spec, deadline))
+        await one.close()
+    return outcomes[0] if len(outcomes) == 1 else added(outcomes)
+
+
+def added(outcomes: list[Outcome]) -> Outcome:
+    """Passes one after another as one, without the time between them."""
+    return Outcome(
+        started_ns=0,
+        ended_ns=sum(one.ended_ns - one.started_ns for one in outcomes),
+        records=sum(one.records for one in outcomes),
+        value_bytes=sum(one.value_bytes for one in outcomes),
+        cpu_s=sum(one.cpu_s for one in outcomes),
+        rss_bytes=max(one.rss_bytes for one in outcomes),
+        errors=sum(one.errors for one in outcomes),
+    )
 
 
 async def read_warm_up(one: Adapter, spec: Spec, deadline: float) -> None:

@@ -30,6 +30,7 @@ class Confluent(Adapter):
             "bootstrap.servers": self.spec.servers,
             "acks": "all",
             "enable.idempotence": True,
+            "socket.nagle.disable": True,
             "linger.ms": 5 if self.spec.throughput else 0,
             "log_level": 0,
         }
