@@ -189,6 +189,8 @@ class NodeConnection:
                 self._arrived(decode_frame(message.data))
         except MalformedRequest as error:
             _log.warning("malformed frame from a node", url=self.url, error=str(error))
+        except (OSError, aiohttp.ClientError) as error:  # a pong to a ping that came just before the connection broke
+            _log.info("session to a node broke", url=self.url, error=str(error))
         except Exception:
             _log.exception("session to a node failed", url=self.url)
         finally:
