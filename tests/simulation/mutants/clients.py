@@ -107,6 +107,8 @@ CLIENTS = (
         "a group may commit what is not committed",
         GROUPS,
         ("GroupTable.decide_commit", "if not 0 <= offset <= high_watermark:", "if offset < 0:"),
+        # ... and an application that asks for it
+        ("simulation.clients:Member._commit", "offset = max(0, offset - 2)", "offset = offset + 100_000"),
     ),
     mutant(
         "snapshot-incomplete",

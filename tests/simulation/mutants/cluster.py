@@ -157,4 +157,22 @@ CLUSTER = (
             "        else:",
         ),
     ),
+    mutant(
+        "topic-id-reused",
+        "M2",
+        "a new topic gets the identity of a deleted one",
+        ALL,
+        (
+            "Topics.create",
+            "topic = TopicMeta(event.topic_id,",
+            "topic = TopicMeta(next(iter(sorted(change.state.gone)), event.topic_id),",
+        ),
+    ),
+    mutant(
+        "unknown-commit-taken-for-done",
+        "section 12",
+        "a coordinator goes on after a commit of unknown outcome",
+        ALL,
+        ("Coordinator._commit", 'if fate != "ok":', "if False:"),
+    ),
 )
