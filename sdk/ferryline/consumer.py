@@ -157,6 +157,8 @@ class Consumer(Generic[T]):
             partition.position = message.offset + 1
             return message
         reader.finish()
+        if self._running().due:
+            await self._running().breathe()
         while not self._closed:
             found = reader.one()
             if found is not None:
@@ -174,7 +176,14 @@ class Consumer(Generic[T]):
             if self._closed:
                 raise ClientClosed("the consumer is closed")
             batch = reader.some(max_records)
-            if batch or not await self._running().news(deadline - loop.time()):
+            if batch:
+                try:
+                    await self._running().breathe()
+                except BaseException:
+                    reader.put_back(batch)
+                    raise
+                return batch
+            if not await self._running().news(deadline - loop.time()):
                 return batch
 
     async def batches(self, max_records: int = 500, max_wait: float = 1.0) -> AsyncIterator[list[Message[T]]]:
@@ -186,6 +195,7 @@ class Consumer(Generic[T]):
             batch: list[Message[T]] = []
             try:
                 await self._fill(batch, max_records, max_wait)
+                await self._running().breathe()
             except BaseException:
                 reader.put_back(batch)
                 raise

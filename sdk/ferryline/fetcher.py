@@ -19,16 +19,18 @@ from ferryline.protocol.errors import (
     FerrylineError,
     LogTruncated,
     OffsetOutOfRange,
+    RequestTimedOut,
     UnknownTopic,
     from_info,
 )
-from ferryline.protocol.frames import Kind
+from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX
 from ferryline.protocol.messages import Fetch, FetchAnswer, FetchEntry, FetchResult
 from ferryline.protocol.metadata import NO_BROKER
-from ferryline.protocol.records import split_batches
+from ferryline.protocol.records import BatchHeader, split_batches
 from ferryline.requests import Key
 from ferryline.tasks import Tasks
+from ferryline.transport import Session
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -36,8 +38,76 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.fetcher")
 
 WAIT_MS = 5_000  # how long a fetch parks at the broker
+ANSWER_S = 5.0  # beyond that, until a fetch counts as lost
 FRAME_BYTES = 8 * 1024 * 1024  # one answer, over all its partitions
 _BACKOFF = Backoff(10, 500)
+
+
+class Asked:
+    """One FETCH frame on its way, and the partitions that wait for it.
+
+    Sent and answered without a task: a consumer of single records pays for each turn of the loop.
+    """
+
+    __slots__ = ("broker", "correlation", "fetcher", "partitions", "request", "session", "ticket", "timer")
+
+    def __init__(self, fetcher: Fetcher, broker: int, ticket: int, partitions: list[Partition], request: Fetch) -> None:
+        self.fetcher = fetcher
+        self.broker = broker
+        self.ticket = ticket
+        self.partitions = partitions
+        self.request = request
+        self.session: Session | None = None
+        self.correlation = 0
+        self.timer: asyncio.TimerHandle | None = None
+
+    def send(self, session: Session) -> None:
+        """Ask; whatever becomes of it comes to `on_answer`."""
+        self.session = session
+        try:
+            self.correlation = session.ask(Kind.FETCH, self.request, (), self.on_answer)
+        except FerrylineError as error:
+            self.on_answer(None, error)
+            return
+        timeout_s = self.request.wait_ms / 1000 + ANSWER_S
+        self.timer = asyncio.get_running_loop().call_later(timeout_s, self._overdue)
+        self.fetcher.asked.add(self)
+
+    def on_answer(self, frame: Frame | None, error: FerrylineError | None) -> None:
+        self._close()
+        try:
+            if frame is not None:
+                self.fetcher.take(self.ticket, decode_header(frame.header, FetchAnswer), frame.payload)
+        except FerrylineError as malformed:
+            error = malformed
+        except Exception:  # not foreseen; it must not end the session, which others use too
+            log.exception("a fetch answer could not be taken")
+        if error is not None:
+            self.fetcher.refresh()
+        self.settle(error)
+
+    def settle(self, error: FerrylineError | None = None) -> None:
+        """Whatever happened, no partition waits for a fetch that has ended."""
+        for partition in self.partitions:
+            if partition.ticket == self.ticket:
+                self.fetcher.lost(partition, error)
+        self.fetcher.schedule()
+
+    def forget(self) -> None:
+        """Heed no answer."""
+        self._close()
+        if self.session is not None:
+            self.session.forget(self.correlation)
+
+    def _overdue(self) -> None:
+        self.forget()
+        self.on_answer(None, RequestTimedOut("no answer to a fetch"))
+
+    def _close(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self.fetcher.asked.discard(self)
 
 
 class Fetcher:
@@ -51,6 +121,7 @@ class Fetcher:
         self._partition_bytes = partition_bytes
         self._buffer_bytes = buffer_bytes
         self._wait_ms = wait_ms
+        self.asked: set[Asked] = set()
         self._tickets = 0
         self._jitter = Jitter(id(self))
         self._scheduled: asyncio.Handle | None = None
@@ -112,9 +183,28 @@ class Fetcher:
         for handle in (self._scheduled, self._timer):
             if handle is not None:
                 handle.cancel()
+        for asked in list(self.asked):
+            asked.forget()
         self._tasks.cancel()
         await self._tasks.join()
         self.wake()
+
+    def refresh(self) -> None:
+        """Ask for the metadata again."""
+        self._client.watch.refresh()
+
+    @property
+    def due(self) -> bool:
+        """Whether something is to be fetched as soon as the loop comes round."""
+        return self._scheduled is not None
+
+    async def breathe(self) -> None:
+        """Send what is due and let the loop run once: brokers work while the application does, and what has arrived is
+        read. An application that always finds records would otherwise fetch only when it has none left."""
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+            self._fetch_idle()
+        await asyncio.sleep(0)
 
     # -- fetching ----------------------------------------------------------------------------------
 
@@ -164,41 +254,38 @@ class Fetcher:
             entries.append(
                 FetchEntry(*partition.key, partition.fetch_offset, partition.fetch_epoch, self._partition_bytes)
             )
-        self._tasks.spawn(self._fetch_and_settle(broker, self._tickets, partitions, entries))
+        asked = Asked(self, broker, self._tickets, partitions, Fetch(self._wait_ms, FRAME_BYTES, entries))
+        session = self._client.connections.ready(broker)
+        if session is not None:
+            asked.send(session)
+        else:
+            self._tasks.spawn(self._connect(asked))
 
-    async def _fetch_and_settle(
-        self, broker: int, ticket: int, partitions: list[Partition], entries: list[FetchEntry]
-    ) -> None:
-        try:
-            await self._fetch(broker, ticket, partitions, entries)
-        finally:  # whatever happened, no partition waits for a fetch that has ended
-            for partition in partitions:
-                if partition.ticket == ticket:
-                    partition.ticket = 0
-                    if not self._closed and partition.retry_at <= self._loop.time():
-                        self._failed(partition, None)
-            self.schedule()
-
-    async def _fetch(self, broker: int, ticket: int, partitions: list[Partition], entries: list[FetchEntry]) -> None:
+    async def _connect(self, asked: Asked) -> None:
         connections = self._client.connections
-        request = Fetch(self._wait_ms, FRAME_BYTES, entries)
         try:
-            session = await connections.session(broker, timeout=connections.connector.connect_timeout + 1)
-            answer, payload = await session.request(
-                Kind.FETCH, request, FetchAnswer, timeout=self._wait_ms / 1000 + 5.0
-            )
+            session = await connections.session(asked.broker, timeout=connections.connector.connect_timeout + 1)
         except FerrylineError as error:
-            self._client.watch.refresh()
-            for partition in partitions:
-                if partition.ticket == ticket:
-                    partition.ticket = 0
-                    self._failed(partition, error)
-            return
+            asked.on_answer(None, error)
+        except BaseException:
+            asked.settle()
+            raise
+        else:
+            asked.send(session)
+
+    def lost(self, partition: Partition, error: FerrylineError | None) -> None:
+        """The fetch of a partition has ended without an answer."""
+        partition.ticket = 0
+        if not self._closed and (error is not None or partition.retry_at <= self._loop.time()):
+            self._failed(partition, error)
+
+    def take(self, ticket: int, answer: FetchAnswer, payload: memoryview) -> None:
+        """Results of a fetch, for the partitions that still wait for it."""
         at = 0
         for result in answer.results:
-            partition_or_none = self.partitions.get((result.topic_id, result.partition))
-            if partition_or_none is not None and partition_or_none.ticket == ticket:
-                self._arrived(partition_or_none, result, payload[at : at + result.size])
+            partition = self.partitions.get((result.topic_id, result.partition))
+            if partition is not None and partition.ticket == ticket:
+                self._arrived(partition, result, payload[at : at + result.size])
             at += result.size
 
     def _arrived(self, partition: Partition, result: FetchResult, payload: memoryview) -> None:
@@ -213,6 +300,7 @@ class Fetcher:
             return
         try:
             found = split_batches(payload, verify=False)
+            _check_contiguous(found, partition.fetch_offset)
         except CorruptBatch as error:
             partition.error = located(error, partition)
         else:
@@ -273,3 +361,11 @@ class Fetcher:
 def _resolve(future: asyncio.Future[bool], value: bool) -> None:
     if not future.done():
         future.set_result(value)
+
+
+def _check_contiguous(found: list[tuple[int, BatchHeader]], offset: int) -> None:
+    """No CRC covers where a batch begins: a flipped bit there would skip records, or give them other offsets."""
+    for _, header in found:
+        if not header.base_offset <= offset < header.next_offset:
+            raise CorruptBatch(f"a batch holds {header.base_offset}..{header.next_offset - 1}, {offset} belongs there")
+        offset = header.next_offset

@@ -75,7 +75,7 @@ __all__ = [
     "TimePassed",
 ]
 
-PARTIAL_IN_FLIGHT = 2  # one on its way, one behind it; more small ones cost brokers 1.6 times the CPU for each record
+PARTIAL_IN_FLIGHT = 1  # more small ones cost brokers a third more CPU for each record: a flush, frames, a wake-up
 PEPOCH_MAX = 2**15 - 1  # i16 in the batch header
 SEQUENCE_WRAP = 2**31  # i32 in the batch header
 PID_BITS = 63

@@ -8,7 +8,8 @@ One pass of the loop, from a client's batch to its acknowledgement::
 
 The flush comes one pass after the frames because uvloop hands bytes to the kernel between passes: otherwise the
 secondary would wait for this broker's disk before it starts on its own. fdatasync runs inline: beside a loop that is
-never idle a thread waits longer for the interpreter lock than the disk takes.
+never idle a thread waits longer for the interpreter lock than the disk takes. While batches keep coming it waits a few
+passes more, so that a busy broker flushes megabytes at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, Request
 from ferryline_service.logs import get_logger
 from ferryline_service.server_session import ServerSession
 
+_POSTPONED_MAX = 6  # passes of the loop; each reads at most 256 KiB from a session
 _log = get_logger()
 
 
@@ -51,7 +53,7 @@ class PartitionDriver:
         self.link: LinkPort
         self.delete_replica: Callable[[ev.Key], None]
         self.on_appended: Callable[[int], None] = _ignore
-        self.on_damaged: Callable[[HostedReplica, LogDamaged], None] = _ignore_damage
+        self.on_damaged: Callable[[HostedReplica, LogDamaged], None] = _ignore
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
@@ -61,6 +63,7 @@ class PartitionDriver:
         self._pass_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
         self._sync_due = False
+        self._appends = self._appends_seen = self._postponed = 0
         self._heap: list[tuple[int, int, HostedReplica]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
@@ -159,6 +162,7 @@ class PartitionDriver:
         headers = effect.headers
         hosted.logs[effect.log].append(effect.data, headers)
         hosted.unsaved = True
+        self._appends += 1
         if effect.log == RECORDS:
             hosted.count_in(len(effect.data), headers)
         self.on_appended(len(effect.data))
@@ -266,6 +270,7 @@ class PartitionDriver:
         self._pass_due = False
         if self._dirty and not self._sync_due:
             self._sync_due = True
+            self._appends_seen, self._postponed = self._appends, 0
             self._loop.call_soon(self._sync)
         emitters, self._emitters = self._emitters, {}
         for emitter in emitters:
@@ -285,6 +290,11 @@ class PartitionDriver:
 
     def _sync(self) -> None:
         """Group commit: every log that is due becomes durable, however many batches were appended since the last."""
+        if self._appends != self._appends_seen and self._postponed < _POSTPONED_MAX:
+            # More has come since the last look, so more is likely to lie in the sockets: one flush for all of it.
+            self._appends_seen, self._postponed = self._appends, self._postponed + 1
+            self._loop.call_soon(self._sync)
+            return
         self._sync_due = False
         dirty, self._dirty = self._dirty, []
         started = perf_counter()
@@ -386,9 +396,5 @@ class PartitionDriver:
         self._end_pass()
 
 
-def _ignore(_: int) -> None:
-    return
-
-
-def _ignore_damage(_: HostedReplica, __: LogDamaged) -> None:
+def _ignore(*_: object) -> None:
     return
