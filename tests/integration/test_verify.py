@@ -126,8 +126,12 @@ def test_a_clean_cluster_verifies(stage: Stage) -> None:
 
 @pytest.mark.parametrize(
     ("which", "byte"),
-    [(0, 300), (-1, 300), (0, 13), (-1, 14)],
-    ids=["sealed, body", "active, body", "sealed, epoch", "active, epoch"],
+    [
+        pytest.param(0, 300, id="sealed, body"),
+        pytest.param(-1, 300, id="active, body", marks=pytest.mark.slow),
+        pytest.param(0, 13, id="sealed, epoch", marks=pytest.mark.slow),
+        pytest.param(-1, 14, id="active, epoch"),
+    ],
 )
 def test_a_flipped_bit_on_a_secondary_is_named_and_mended(stage: Stage, which: int, byte: int) -> None:
     topic = f"flip{which}{byte}".replace("-", "m")
@@ -214,7 +218,7 @@ def test_a_broker_that_starts_with_a_file_missing_fetches_its_copy_again_by_itse
     stage.restart(victim, lambda: logs_of(stage.folder(victim, part))[0].unlink())
 
     def back() -> bool:
-        return victim in stage.part("gone")["isr"]
+        return victim in stage.part("gone")["in_sync"]
 
     eventually_blocking(back, within_s=WITHIN_S)
     assert [row["state"] for row in stage.verify("gone")] == ["agree", "agree"]
