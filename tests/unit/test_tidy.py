@@ -40,6 +40,7 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "sdk/ferryline/cli/bench/__init__.py::app": "a command's options are its parameters, one line each",
+    "sdk/ferryline/cli/chaos/__init__.py::app": "the same",
 }
 # path -> why it may write to stdout or stderr
 PRINTING = {
