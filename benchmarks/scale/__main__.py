@@ -5,8 +5,8 @@ connections  10 to 2,000 client sessions: cost of each, news to all of them
 log          1 to 20 GiB of log on one broker: time to start
 core         the coordinator's core alone, up to 100 brokers and 1,000,000 partitions
 
-Writes JSON, plots and a table to benchmarks/results/scale/. Nothing else should run on the machine. Points that the budget
-leaves no time for are named as left out.
+Writes JSON, plots and a table to benchmarks/results/scale/. Nothing else should run on the machine. Points that the
+budget leaves no time for are named as left out.
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ class Bench:
 def measure(brokers: int, partitions: int, *, replication: int = 3, store: bool = True) -> dict[str, Any]:
     """One cluster of that size: seconds, bytes, memory."""
     gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # as the services do
     empty = usage_here()
     bench = Bench()
     for number in range(1, brokers + 1):

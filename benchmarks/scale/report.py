@@ -47,8 +47,8 @@ def _brokers(row: Row, field: str) -> float:
 
 
 def _partitions(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[str]:
-    head = ["partitions", "create, all online s", "idle CPU % broker / coordinator", "broker RSS MiB", "KiB / partition",
-            "descriptors", "full metadata KiB / ms", "change B", "fail-over gap p50 / p99 / worst s", "others worst s",
+    head = ["partitions", "create, all online s", "idle CPU % broker / coordinator", "broker RSS MiB",
+            "KiB / partition", "descriptors", "full metadata KiB / ms", "change B", "fail-over gap p50 / p99 / worst s", "others worst s",
             "broker back: ready / in sync s", "all killed: online s"]  # fmt: skip
     table, seconds, memory, cpu = [], {}, [], {}
     for row in rows:
@@ -110,15 +110,16 @@ def _log(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[st
             *(f"{row[way]['ready_s']} / {row[way]['all_online_s']}" for way in ways),
             f"{row['rss'] / 2**20:.0f}",
             row["descriptors"],
-        ]  # fmt: skip
+        ]
         for row in rows
     ]
     return _table(head, table)
 
 
 def _core(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[str]:
-    head = ["brokers", "partitions", "replication", "heartbeat us", "placement look ms", "create 10,000 partitions ms",
-            "B / partition", "full metadata MB / ms", "one broker dies: replicas, primaries", "decision ms", "records, MB",
+    head = ["brokers", "partitions", "replication", "heartbeat us", "placement look ms",
+            "create 10,000 partitions ms", "B / partition", "full metadata MB / ms", "one broker dies: replicas, primaries", "decision ms",
+            "records, MB",
             "told MB", "SQLite commit ms"]  # fmt: skip
     table, series = [], {}
     for row in rows:

@@ -23,6 +23,7 @@ from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.storage import Faults, MemoryStorage
 from ferryline_broker.log.together import GROUP_MIN, Together
+from ferryline_broker.metrics import SERIES_MAX, BrokerMetrics, PartitionGauges
 from ferryline_broker.view import ClusterView
 from unit.broker_world import BrokerWorld, eventually
 from unit.log_builders import append, contents
@@ -144,6 +145,30 @@ def test_another_coordinator_and_the_far_past_are_answered_with_everything() -> 
     broker.apply(later)
     view.took(later)
     assert answer(1, start + 2).full, "an earlier coordinator may have told another history"
+
+
+def test_a_scrape_of_many_partitions_shows_topics_and_every_series_once() -> None:
+    metrics = BrokerMetrics()
+    many: list[PartitionGauges] = []
+    for number in range(SERIES_MAX + 1):
+        part = PartitionGauges()
+        part.topic, part.partition = f"t{number % 2}", number
+        part.role = "primary" if number % 3 else "secondary"
+        part.high_watermark, part.log_bytes, part.in_sync, part.replicas = 10, 100, 2 - (number == 4), 2
+        part.groups = {"g": 4} if number == 1 else {}
+        part.secondary_lags = {2: number}
+        many.append(part)
+    for count in (SERIES_MAX, SERIES_MAX + 1):
+        metrics.partitions = lambda count=count: many[:count]  # type: ignore[misc]
+        samples = [s for metric in metrics.registry.collect() for s in metric.samples]
+        series = [(s.name, tuple(sorted(s.labels.items()))) for s in samples]
+        assert len(series) == len(set(series))
+        shown = {(s.labels["topic"], s.labels["partition"]) for s in samples if s.name == "ferryline_log_bytes"}
+        assert len(shown) == (SERIES_MAX if count == SERIES_MAX else 4)
+        assert sum(s.value for s in samples if s.name == "ferryline_log_bytes") == 100 * count
+        assert [s.value for s in samples if s.name == "ferryline_group_lag_records"] == [6]
+        assert [s.value for s in samples if s.name == "ferryline_under_replicated_partitions"] == [1]
+        assert min(s.value for s in samples if s.name == "ferryline_in_sync_replicas") == 1
 
 
 # -- descriptors ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from ferryline_service.metrics import ServiceMetrics
 
+SERIES_MAX = 1_000  # partitions shown one by one; more are shown by topic, or a scrape would hold the loop for long
 _LATENCY_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -46,12 +47,13 @@ class PartitionGauges:
         "replicas",
         "role",
         "secondary_lags",
+        "summed_lags",
         "topic",
     )
 
     def __init__(self) -> None:
         self.topic = ""
-        self.partition = 0
+        self.partition: int | str = 0
         self.role = "idle"
         self.log_start = self.high_watermark = 0
         self.log_bytes = 0
@@ -59,6 +61,13 @@ class PartitionGauges:
         self.producers = 0
         self.secondary_lags: dict[int, int] = {}
         self.groups: dict[str, int] = {}  # committed offset, -1 none
+        self.summed_lags: dict[str, int] | None = None  # of several partitions
+
+    def group_lags(self) -> dict[str, int]:
+        """Records that each group has not committed."""
+        if self.summed_lags is not None:
+            return self.summed_lags
+        return {group: self.high_watermark - max(at, self.log_start) for group, at in self.groups.items()}
 
 
 class BrokerMetrics(ServiceMetrics):
@@ -138,6 +147,9 @@ class _BrokerCollector(Collector):
         labels = ["topic", "partition"]
         roles: dict[str, int] = dict.fromkeys(("primary", "secondary", "idle", "stopped"), 0)
         under = 0
+        for part in partitions:
+            roles[part.role] = roles.get(part.role, 0) + 1
+            under += part.role == "primary" and part.in_sync < part.replicas
         size = GaugeMetricFamily("ferryline_log_bytes", "Bytes of both logs on disk", labels=labels)
         marks = GaugeMetricFamily("ferryline_high_watermark", "First offset that is not committed", labels=labels)
         queued = GaugeMetricFamily(
@@ -153,21 +165,19 @@ class _BrokerCollector(Collector):
         group_lag = GaugeMetricFamily(
             "ferryline_group_lag_records", "High watermark minus committed offset", labels=["group", *labels]
         )
-        for part in partitions:
+        for part in partitions if len(partitions) <= SERIES_MAX else by_topic(partitions):
             where = [part.topic, str(part.partition)]
-            roles[part.role] = roles.get(part.role, 0) + 1
             size.add_metric(where, part.log_bytes)
             marks.add_metric(where, part.high_watermark)
             producers.add_metric(where, part.producers)
             if part.role != "primary":
                 continue
-            under += part.in_sync < part.replicas
             queued.add_metric(where, part.high_watermark - part.log_start)
             in_sync.add_metric(where, part.in_sync)
             for broker, lag in part.secondary_lags.items():
                 lags.add_metric([*where, str(broker)], lag)
-            for group, committed in part.groups.items():
-                group_lag.add_metric([group, *where], part.high_watermark - max(committed, part.log_start))
+            for group, lag in part.group_lags().items():
+                group_lag.add_metric([group, *where], lag)
         by_role = GaugeMetricFamily("ferryline_partitions", "Partitions on this broker, by role", labels=["role"])
         for role, count in roles.items():
             by_role.add_metric([role], count)
@@ -176,3 +186,27 @@ class _BrokerCollector(Collector):
         )
         missing.add_metric([], under)
         yield from (by_role, missing, size, marks, queued, in_sync, producers, lags, group_lag)
+
+
+def by_topic(partitions: list[PartitionGauges]) -> list[PartitionGauges]:
+    """One row for each topic and role, which stands where the partition stood: sums; of in-sync sets the smallest, of
+    secondaries' lags the largest."""
+    rows: dict[tuple[str, str], PartitionGauges] = {}
+    for part in partitions:
+        row = rows.get((part.topic, part.role))
+        if row is None:
+            row = rows[part.topic, part.role] = PartitionGauges()
+            row.topic, row.role, row.partition = part.topic, part.role, part.role
+            row.in_sync, row.summed_lags = part.in_sync, {}
+        row.log_start += part.log_start
+        row.high_watermark += part.high_watermark
+        row.log_bytes += part.log_bytes
+        row.producers += part.producers
+        row.in_sync = min(row.in_sync, part.in_sync)
+        for broker, lag in part.secondary_lags.items():
+            row.secondary_lags[broker] = max(row.secondary_lags.get(broker, 0), lag)
+        lags = row.summed_lags
+        assert lags is not None
+        for group, lag in part.group_lags().items():
+            lags[group] = lags.get(group, 0) + lag
+    return [rows[key] for key in sorted(rows)]

@@ -69,9 +69,8 @@ class _State(Collector):
         primaries = GaugeMetricFamily("ferryline_primaries", "Partitions led, by broker", labels=["broker"])
         replicas = GaugeMetricFamily("ferryline_replicas", "Replicas held, by broker", labels=["broker"])
         for broker in brokers:
-            led = sum(state.parts[key].meta.primary == broker.id for key in state.held_by(broker.id))
-            primaries.add_metric([str(broker.id)], led)
-            replicas.add_metric([str(broker.id)], len(state.held_by(broker.id)))
+            primaries.add_metric([str(broker.id)], state.led.get(broker.id, 0))
+            replicas.add_metric([str(broker.id)], len(state.held.get(broker.id, ())))
         yield primaries
         yield replicas
         missing = sum(under_replicated(part) for part in parts)
