@@ -166,6 +166,7 @@ BROKERS = (
         "a deposed primary tells a reader that knows more that the log was cut",
         ALL,
         ("check_read", "if offset_epoch > epoch:", "if False:"),
+        weather="late-flushes",
     ),
     mutant(
         "unknown-called-definite",

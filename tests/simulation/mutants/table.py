@@ -43,6 +43,7 @@ TABLE = (
         "AlterIsr without compare-and-set on the version",
         ISR_MATTERS,
         ("Partitions._refusal", "if part.version != proposal.version:", "if False:"),
+        weather="echoes",
     ),
     mutant(
         "join-without-leso",
@@ -200,8 +201,9 @@ TABLE = (
         "state-served-early",
         "head",
         "claims and commits before the epoch's start is committed",
-        GROUPS,
+        FSYNC,
         ("Primary.ready", "self.groups is not None and all(", "self.groups is not None or all("),
+        weather="late-flushes",
     ),
     mutant(
         "hand-over-to-anyone",
@@ -243,6 +245,7 @@ TABLE = (
         "the dedupe table keeps what truncation took away",
         ALL,
         ("PartitionCore._dispatch", "self.replica.producers = event.table", "pass"),
+        weather="late-flushes",
     ),
     mutant(
         "duplicate-acked-early",
@@ -268,6 +271,7 @@ TABLE = (
         "an unknown producer may begin anywhere",
         ALL,
         ("ProducerTable.check", "if sequence == 0:", "if sequence == 0 or state is None:"),
+        weather="late-flushes",
     ),
     mutant(
         "any-refusal-heeded",
