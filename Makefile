@@ -10,7 +10,7 @@ DISTRIBUTIONS := sdk services/common services/coordinator services/broker
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants bench bench-compare up down wheels images lock docs clean
+.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants chaos bench bench-compare up up-ha down wheels images lock docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test-containers: venv ## the tests of the compose cluster; installs and starts d
 sim: venv ## the seeded simulation: make sim SEEDS=2000
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --jobs 2 $(ARGS)
 
+chaos: venv ## real processes broken by a seeded plan, every record accounted for: make chaos ARGS='--minutes 5 --seed 7'
+	@$(BIN)/ferryline chaos --minutes 1 $(ARGS)
+
 sim-mutants: venv ## every seeded bug, which the simulation must catch
 	@$(BIN)/python -m tests.simulation.mutants $(ARGS)
 
@@ -99,8 +102,13 @@ up: images ## a compose cluster: make up BROKERS=5
 	@scripts/compose up --detach --scale broker=$(BROKERS)
 	@scripts/compose ps
 
+up-ha: images ## the same with three coordinators on three etcd members; keep its data apart: FERRYLINE_VOLUMES=...
+	@FERRYLINE_STORE=etcd \
+	 FERRYLINE_COORDINATORS=https://coordinator:8443,https://coordinator-2:8443,https://coordinator-3:8443 \
+	 scripts/compose --profile ha up --detach --scale broker=$(BROKERS)
+
 down: ## stop the compose cluster; its data stays under docker_volumes/
-	@scripts/compose down
+	@scripts/compose --profile ha down
 
 clean: ## remove what was built and cached; data and .venv stay
 	@rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -36,12 +36,21 @@ def advertise() -> None:
     os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_EXTERNAL", f"https://{socket.gethostbyname(name)}:{port}")
 
 
+def advertise_coordinator() -> None:
+    """One of several is found by the address of its container, as brokers are; standbys name it to whoever asks."""
+    name = socket.gethostname()
+    port = os.environ.get("FERRYLINE_COORDINATOR_PORT", "8443")
+    os.environ.setdefault("FERRYLINE_COORDINATOR_ADVERTISE", f"https://{socket.gethostbyname(name)}:{port}")
+
+
 def main(command: list[str]) -> None:
     """Run ``command`` in place of this process, so that it gets the signals of the container."""
     if os.getuid() == 0:
         give_up_root()
     if command[0] == "ferryline-broker":
         advertise()
+    if command[0] == "ferryline-coordinator" and os.environ.get("FERRYLINE_COORDINATOR_STORE") == "etcd":
+        advertise_coordinator()
     os.environ["HOME"] = "/tmp"
     os.execvp(command[0], command)
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BODY_BYTES_MAX = 64 * 1024 * 1024
 _ATTEMPT_S = 10.0
+_SILENT_S = 3.0  # a coordinator that did not answer is left alone for so long, if there are others
 _VISIBLE_S = 10.0  # how long a change may take to reach this client's own metadata
 
 
@@ -310,18 +311,18 @@ class Admin:
         routing = self._client.routing
         brokers = {routing.address(broker) for broker in routing.cluster.brokers}
         urls = [url for url in dict.fromkeys([*routing.coordinators, *self._client.urls]) if url not in brokers]
-        silent = self._client.silent
-        urls.sort(key=lambda url: url in silent)
+        silent, now = self._client.silent, asyncio.get_running_loop().time()
+        urls = [url for url in urls if silent.get(url, 0.0) <= now] or urls
         last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
         for url in urls:  # grows while it is gone through
-            silent.add(url)  # until it answers, or as long as the caller's patience ends first
+            silent[url] = now + _SILENT_S  # unless it answers; the caller's patience may end before ours
             try:
                 answer = await self._send(url, method, path, body)
-                silent.discard(url)
+                silent.pop(url, None)
                 return answer
             except FerrylineError as error:
-                if not isinstance(error, (ConnectionFailed, ConnectionLost, RequestTimedOut)):
-                    silent.discard(url)
+                if not isinstance(error, RequestTimedOut) and not error.details.get("silent"):
+                    silent.pop(url, None)
                 if not isinstance(error, (ConnectionFailed, CoordinatorStandby)):
                     raise
                 last = error
@@ -341,7 +342,7 @@ class Admin:
             ) as response:
                 raw = await response.content.read(BODY_BYTES_MAX)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ConnectionFailed(f"{url}: {error}", url=url) from None
+            raise ConnectionFailed(f"{url}: {error}", url=url, silent=isinstance(error, TimeoutError)) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionLost(f"{url}: {error or type(error).__name__}", url=url) from None
         except TimeoutError:

@@ -81,7 +81,9 @@ class Client:
         self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client
         self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group
-        self.silent: set[str] = set()  # coordinators that left a question without answer: others are asked first
+        self.silent: dict[
+            str, float
+        ] = {}  # coordinators that did not answer -> when to ask again
         self._closed = False
 
     async def __aenter__(self) -> Client:
