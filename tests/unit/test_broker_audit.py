@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from ferryline.protocol.messages import FetchEntry
 from ferryline.protocol.records import split_batches
 from ferryline_broker.digests import BLOCK_BYTES, Walk
 from ferryline_broker.log.partition_log import PartitionLog
-from ferryline_broker.log.storage import MemoryStorage
+from ferryline_broker.log.storage import LogDamaged, MemoryStorage
+from ferryline_broker.opening import replay_state
 from unit.broker_world import BrokerWorld, RunningBroker, eventually
 from unit.log_builders import SMALL, append, contents, fill
 from unit.test_broker_rest import Curl
@@ -232,3 +234,33 @@ async def test_a_read_that_meets_damage_is_remembered_and_mended_without_a_resta
             return copy is not hosted and copy.core.role == "secondary" and copy.core.log_end[0] == end
 
         await eventually(whole, "fetched again", within_s=15)
+
+
+async def test_rest_never_shows_a_record_whose_bytes_were_changed_on_disk(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        first, second = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(first.id, second.id)])
+        curl = Curl(world, first)
+        for value in ("one", "two", "three"):
+            await curl.post("/v1/topics/orders/records", {"records": [{"value": value}]})
+        path = file_of(tmp_path, first, topic)
+        data = path.read_bytes()
+        with path.open("r+b") as file:
+            file.seek(data.index(b"two"))
+            file.write(b"TWO")
+        status, body = await curl.get("/v1/topics/orders/partitions/0/records?offset=0&limit=10")
+        assert status == 500, body
+        assert body["code"] == "STORAGE_FAILED"
+        assert first.broker.partitions.replicas[topic.id, 0].core.role == "stopped", "another copy shall lead"
+
+
+async def test_a_state_log_that_rotted_is_not_replayed(tmp_path: Path) -> None:
+    """A flipped bit in a commit would move a group."""
+    log = PartitionLog.open(MemoryStorage(), "state", SMALL)
+    fill(log, 5)
+    store = SimpleNamespace(state=log)
+    assert len(replay_state(store)) == 15  # type: ignore[arg-type]
+    disk: Any = log.segments[0].storage
+    disk.flip(f"{log.segments[0].stem}.log", 200)
+    with pytest.raises(LogDamaged):
+        replay_state(store)  # type: ignore[arg-type]

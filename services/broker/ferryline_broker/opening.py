@@ -13,7 +13,7 @@ import msgspec
 from ferryline.protocol.frames import encode_value
 from ferryline.protocol.messages import LOG_OK, RECORDS, STATE
 from ferryline.protocol.metadata import FLUSH_FSYNC, TopicConfig, TopicMeta
-from ferryline.protocol.records import decode_batch, split_batches
+from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import LogOpened, OpenedReplica, PartitionCore, ReplicaConfig
 from ferryline_broker.core.producers import ProducerTable
@@ -22,6 +22,7 @@ from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.replica_store import ReplicaStore, replica_path, state_config
 from ferryline_broker.log.together import Together
+from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_service.logs import get_logger
 
@@ -157,7 +158,7 @@ def replay_state(store: ReplicaStore) -> list[tuple[int, int, bytes]]:
     while offset < log.log_end:
         data = log.read(offset, _REPLAY_BYTES, log.log_end)
         view = memoryview(data)
-        for at, header in split_batches(data, verify=False):
+        for at, header in checked_batches(log.path, data, offset):
             offset = header.next_offset
             if header.is_control:
                 continue

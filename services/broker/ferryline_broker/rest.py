@@ -34,11 +34,12 @@ from ferryline.protocol.limits import HEADER_NAME_BYTES_MAX, HEADERS_MAX, OFFSET
 from ferryline.protocol.messages import RECORDS
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.partitioner import partition_of
-from ferryline.protocol.records import BatchHeader, decode_batch, encode_batch, split_batches
+from ferryline.protocol.records import BatchHeader, decode_batch, encode_batch
 from ferryline_broker.clock import wall_ms
 from ferryline_broker.core.events import AnswerProduce, Produced, Refuse
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.ports import Answer
 from ferryline_broker.produce import check_batch, refusal_info
 from ferryline_broker.view import ClusterView
@@ -255,7 +256,7 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
     """Up to ``limit`` records from ``offset`` on, and where to go on."""
     data = hosted.read(offset, below, _READ_BYTES, at_least_one=True)
     found: list[dict[str, Any]] = []
-    for at, header in split_batches(data, verify=False):
+    for at, header in checked_batches(hosted.name, data, offset):
         if header.is_control:
             offset = max(offset, header.next_offset)
             continue

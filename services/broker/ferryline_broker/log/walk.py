@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from ferryline.protocol.errors import CorruptBatch
 from ferryline.protocol.limits import BATCH_BYTES_MAX
-from ferryline.protocol.records import HEADER, HEADER_BYTES, LENGTH_PREFIX_BYTES, MAGIC, BatchHeader, read_header
+from ferryline.protocol.records import (
+    HEADER,
+    HEADER_BYTES,
+    LENGTH_PREFIX_BYTES,
+    MAGIC,
+    BatchHeader,
+    read_header,
+    split_batches,
+)
 from ferryline_broker.log.interface import FileHandle, LogDamaged
 
 CHAINED_BYTES = 21  # of each batch: everything that its own CRC does not cover, and that CRC
@@ -50,6 +58,22 @@ def skim(file: FileHandle, name: str, position: int, end: int) -> Iterator[tuple
             raise _damaged(name, position, f"no header: magic {magic}, {size} bytes, {delta + 1} records")
         yield base, base + delta + 1, size, max_timestamp, window[at : at + CHAINED_BYTES]
         position += size
+
+
+def checked_batches(name: str, data: bytes, offset: int) -> list[tuple[int, BatchHeader]]:
+    """Positions and headers of what a log gave for ``offset``, every byte of it checked: for whoever acts on contents.
+
+    A log does not check again what this process wrote or checked before; readers of batches do that themselves.
+    """
+    try:
+        found = split_batches(data)
+        for _, header in found:
+            if not header.base_offset <= offset < header.next_offset:
+                raise CorruptBatch(f"a batch holds {header.base_offset}..{header.next_offset - 1}")
+            offset = header.next_offset
+    except CorruptBatch as error:
+        raise LogDamaged(f"{name}: damaged at offset {offset}: {error.message}", offset=offset) from error
+    return found
 
 
 def _damaged(name: str, position: int, why: str) -> LogDamaged:
