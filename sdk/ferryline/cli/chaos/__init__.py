@@ -161,7 +161,7 @@ def _report(account: Account, plan: Plan, output: Output) -> None:
         "received": account.polled,
         "read from copies": account.copies_read,
         "faults": account.faults,
-        "longest gap": f"{account.longest_gap_s:.2f} s without any acknowledgement",
+        "longest gap": f"{account.longest_gap_s:.2f} s without any acknowledgement ({account.longest_gap_in})",
         "anomalies": account.anomalies,
         "seed": str(plan.seed),
         "took": f"{account.seconds:.0f} s",

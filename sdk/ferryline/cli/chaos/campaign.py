@@ -83,6 +83,7 @@ class Account:
     polled: int
     copies_read: int
     longest_gap_s: float
+    longest_gap_in: str  # the phase in which it ended
     elections: int
     faults: dict[str, int]
     verdict: Verdict | None
@@ -134,6 +135,7 @@ class Campaign:
         self._history = history
         self._tell = tell or (lambda _: None)
         self._phase = ("starting", 0)
+        self._gap = (0, "")  # the longest without any acknowledgement, and the phase it ended in
         self._trouble: list[str] = []
         self._copies_read = 0
         self._elections = 0
@@ -271,6 +273,7 @@ class Campaign:
             recorder.polled,
             self._copies_read,
             round(recorder.longest_gap_us / 1e6, 2),
+            self._gap[1],
             self._elections,
             dict(sorted(self._bed.counts.items())),
             verdict,
@@ -289,6 +292,8 @@ class Campaign:
     def _show(self) -> None:
         recorder, (name, number) = self._recorder, self._phase
         gap_us = recorder.longest_gap_us
+        if gap_us > self._gap[0]:
+            self._gap = (gap_us, name)
         faults = sum(self._bed.counts.values())
         phases = len(self.plan.phases)
         self._tell(Now(name, number, phases, recorder.acked, recorder.refused, recorder.unknown, faults, gap_us / 1e6))

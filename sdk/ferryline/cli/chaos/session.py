@@ -74,6 +74,7 @@ def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabo
         "copies_read": account.copies_read,
         "elections": account.elections,
         "longest_gap_s": account.longest_gap_s,
+        "longest_gap_in": account.longest_gap_in,
         "anomalies": account.anomalies,
         "good": account.good,
     }
