@@ -13,15 +13,14 @@ import asyncio
 import ipaddress
 import logging
 import ssl
-import types
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import WSMsgType
 
+from ferryline.outgoing import Buffer, Outgoing
 from ferryline.protocol.errors import (
     BadCredentials,
     ClientClosed,
@@ -44,7 +43,6 @@ from ferryline.protocol.frames import (
     decode_frame,
     decode_header,
     encode_frame,
-    encode_frame_parts,
 )
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
@@ -56,7 +54,6 @@ CONNECT_S = 3.0  # TCP, TLS and HELLO together; a stopped process accepts connec
 CORRELATION_MAX = 2**32 - 1
 
 T = TypeVar("T")
-Buffer = bytes | bytearray | memoryview
 _CLOSING_TURNS = 3  # of the loop, until an aborted TLS transport has closed its socket; the loop may end right after
 OnAnswer = Callable[[Frame | None, FerrylineError | None], None]
 
@@ -88,12 +85,13 @@ class Session:
         self.on_lost: list[Callable[[Session], None]] = []
         self._ws = ws
         connection = ws._response.connection
-        self._transport = connection.transport if connection is not None else None
+        if connection is None or connection.transport is None or connection.protocol is None:
+            raise ConnectionLost(f"{url}: the connection is closed")
+        self._transport = connection.transport
+        self._out = Outgoing(url, connection.transport, connection.protocol, self._end)
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, OnAnswer] = {}
         self._correlation = 0
-        self._backlog: deque[bytes] = deque()
-        self._writer: asyncio.Task[None] | None = None  # present while the transport holds us back
         self._reader: asyncio.Task[None] | None = None
 
     @property
@@ -115,14 +113,12 @@ class Session:
         if self.error is not None:
             raise ConnectionFailed(f"the session to {self.url} has ended: {self.error}")
         correlation = self._next_correlation()
-        if parts:
-            frame = encode_frame_parts(kind, correlation, header, list(parts))
-        else:
-            frame = encode_frame(kind, correlation, header)
-        if len(frame) > FRAME_BYTES_MAX:
-            raise InvalidArgument(f"frame: {len(frame)} bytes is over the limit of {FRAME_BYTES_MAX}")
+        head = encode_frame(kind, correlation, header)
+        size = len(head) + sum(map(len, parts))
+        if size > FRAME_BYTES_MAX:
+            raise InvalidArgument(f"frame: {size} bytes is over the limit of {FRAME_BYTES_MAX}")
         self._pending[correlation] = on_answer
-        self._write(frame)
+        self._out.send(head, parts)
         return correlation
 
     def forget(self, correlation: int) -> None:
@@ -164,38 +160,6 @@ class Session:
                 break
         self._correlation = correlation
         return correlation
-
-    # -- writing -----------------------------------------------------------------------------------
-
-    def _write(self, frame: bytes) -> None:
-        """Write now if the transport takes it, else keep the order in a backlog.
-
-        The first step of aiohttp's send runs here, without a task: an uncongested send ends in that step, and a
-        round trip of one small record would otherwise pay for a trip round the loop first.
-        """
-        if self._writer is not None:
-            self._backlog.append(frame)
-            return
-        sending = self._ws.send_bytes(frame)
-        try:
-            held_by = sending.send(None)
-        except StopIteration:
-            return
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            # Told through the loop: the caller has not yet noted what it sent.
-            self._loop.call_soon(self._end, ConnectionLost(f"{self.url}: {error or type(error).__name__}"))
-            return
-        self._writer = self._loop.create_task(self._drain(_resume(sending, held_by)))
-
-    async def _drain(self, first: Awaitable[None]) -> None:
-        try:
-            await first
-            while self._backlog:
-                await self._ws.send_bytes(self._backlog.popleft())
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            self._end(ConnectionLost(f"{self.url}: {error or type(error).__name__}"))
-        finally:
-            self._writer = None
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -240,7 +204,7 @@ class Session:
         self.error = error
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._reader.cancel()
-        self._backlog.clear()
+        self._out.close()
         pending, self._pending = self._pending, {}
         for on_answer in pending.values():
             on_answer(None, error)
@@ -248,14 +212,13 @@ class Session:
         for callback in callbacks:
             callback(self)
         self._ws._response.close()
-        if self._transport is not None:
-            self._transport.abort()  # a TLS goodbye waits for the other side, and a dead one never answers
+        self._transport.abort()  # a TLS goodbye waits for the other side, and a dead one never answers
 
     async def close(self) -> None:
         """Say goodbye (at most a second) and end; whatever is unanswered fails with ClientClosed."""
         if self.error is not None:
             return
-        writer = self._writer
+        writer = self._out.draining
         try:
             async with asyncio.timeout(1.0):
                 if writer is not None:
@@ -267,24 +230,6 @@ class Session:
         except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError):
             pass
         self._end(ClientClosed("the client was closed"))
-
-
-@types.coroutine
-def _resume(sending: Coroutine[Any, Any, None], held_by: Any) -> Generator[Any, Any, None]:
-    """Await a coroutine whose first step has already run and yielded ``held_by``."""
-    while True:
-        try:
-            value = yield held_by
-        except BaseException as thrown:
-            try:
-                held_by = sending.throw(thrown)
-            except StopIteration:
-                return
-        else:
-            try:
-                held_by = sending.send(value)
-            except StopIteration:
-                return
 
 
 def _abort(ws: aiohttp.ClientWebSocketResponse) -> None:

@@ -339,7 +339,7 @@ async def test_a_congested_session_keeps_the_order_of_its_frames() -> None:
             session.ask(Kind.PRODUCE, Done(), [b"x" * 300_000], lambda frame, error: heard.append(error))
             for _ in range(50)
         ]
-        assert session._backlog, "nothing was held back: the test shows nothing"
+        assert session._out.backlog, "nothing was held back: the test shows nothing"
         await poll(lambda: len(heard) == 50, within_s=10)
         assert numbers == sent
         assert heard == [None] * 50
