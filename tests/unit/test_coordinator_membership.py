@@ -520,3 +520,16 @@ def test_a_complete_replica_that_is_up_leads_as_soon_as_the_one_before_it_is_exc
     damaged = bench.report(bench.part(), 9, state="damaged")
     bench.ask(ev.ReportReceived, broker.session, Report(primary, broker.epoch, [damaged]))
     assert (bench.part().primary, bench.part().isr) == (secondary, (secondary,))
+
+
+def test_no_proposal_made_before_damage_was_reported_takes_the_replica_in() -> None:
+    """It is under way, knows the present record, and vouches for what the replica had before its disk rotted."""
+    bench = cluster()
+    primary, secondary = other(bench)
+    bench.alter(bench.part(), [primary])
+    before = bench.part()
+    damaged = bench.report(before, 9, state="damaged")
+    broker = bench.brokers[secondary]
+    bench.ask(ev.ReportReceived, broker.session, Report(secondary, broker.epoch, [damaged]))
+    bench.alter(before, [primary, secondary])
+    assert bench.part().isr == (primary,)

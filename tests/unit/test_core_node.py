@@ -103,6 +103,16 @@ def test_a_damaged_replica_is_fetched_again_only_when_nobody_counts_on_it() -> N
     assert of(ev.OpenReplica, effects) == [ev.OpenReplica((TOPIC, 0), "fsync", True)]
 
 
+def test_damage_found_while_running_is_told_before_the_copy_is_given_up() -> None:
+    """The record that this broker knows may be older than one that counts on its copy."""
+    core = node()
+    registered(core)
+    core.handle(metadata(6, [part(1, primary=2)]), 20)
+    effects = core.handle(ev.ReplicaOpened((TOPIC, 0), "damaged"), 30)
+    assert not of(ev.OpenReplica, effects)
+    assert of(ev.SendRegister, effects)
+
+
 def test_a_stale_broker_epoch_registers_again() -> None:
     core = node()
     registered(core)

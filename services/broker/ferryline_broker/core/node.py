@@ -125,7 +125,7 @@ class NodeCore:
             case MetadataReceived():
                 self._metadata_received(event.answer, now_ms)
             case ReplicaOpened():
-                self._replica_opened(event)
+                self._replica_opened(event, now_ms)
             case NodeDiskFull():
                 self._disk_full = event.full
                 for key in sorted(self.open):
@@ -290,11 +290,13 @@ class NodeCore:
         counted = self.broker_id in part.isr or self.broker_id in part.elr
         return not counted and part.primary not in (self.broker_id, NO_BROKER)
 
-    def _replica_opened(self, event: ReplicaOpened) -> None:
+    def _replica_opened(self, event: ReplicaOpened, now_ms: int) -> None:
         self.open[event.key] = event.log_state
-        part = self.metadata.partitions.get(event.key)
-        if event.log_state == LOG_DAMAGED and self.registered and part is not None and self._may_refetch(part):
-            self._tell(event.key, part)  # nothing about this partition may change any more: do it now
+        if event.log_state == LOG_DAMAGED and self.registered:
+            # Our copy of the record may be old, and the newest one may count on this replica: setting its files aside
+            # now could lose what was acknowledged. The registration tells of the damage; the record that follows it
+            # is newer than every proposal that was made in ignorance of it (see `_tell`).
+            self._register(now_ms)
         if self._disk_full:
             self.out.append(TellReplica(event.key, DiskFull(True)))
 

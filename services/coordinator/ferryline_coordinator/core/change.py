@@ -146,15 +146,16 @@ class Change:
         if isinstance(record, BrokerRecord):
             self._brokers[record.meta.id] = record
 
-    def put_part(self, meta: PartitionMeta, *, frozen: bool | None = None) -> PartitionMeta:
-        """Store a partition with the version after the stored one. Returns it as stored; unchanged stays unchanged."""
+    def put_part(self, meta: PartitionMeta, *, frozen: bool | None = None, touched: bool = False) -> PartitionMeta:
+        """Store a partition with the version after the stored one. Returns it as stored; unchanged stays unchanged,
+        unless it is to be ``touched``: then its version rises all the same."""
         key = (meta.topic_id, meta.partition)
         known = self.state.parts.get(key)
         working = self.part(key)
         is_frozen = frozen if frozen is not None else (working.frozen if working is not None else False)
         if known is not None:
             same = meta.epoch == known.meta.epoch and replace(meta, version=known.meta.version) == known.meta
-            if same and is_frozen == known.frozen:
+            if same and is_frozen == known.frozen and not touched:
                 self._parts.pop(key, None)
                 return known.meta
             if meta.version <= known.meta.version:

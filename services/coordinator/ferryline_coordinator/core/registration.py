@@ -271,6 +271,9 @@ class Registration:
             self._reports.take(change, record.meta, broker_id, report)
             if report.log_state in INCOMPLETE_LOGS:
                 self._exclude(change, key, broker_id)
+                stands = change.part(key)
+                assert stands is not None
+                change.put_part(stands.meta, touched=True)  # no proposal made in ignorance of it is accepted any more
 
     def _exclude_all(self, change: Change, broker_id: int, *, remember: bool) -> None:
         for record in change.parts_held(broker_id):
