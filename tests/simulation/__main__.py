@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help=f"do not stop after {FAILURES_MAX} failures")
     parser.add_argument("--without", default="", help="faults of the tape and rates to leave out, with --seed")
     parser.add_argument("--shrink", type=float, metavar="S", help="make a failing --seed smaller, for so many seconds")
-    parser.add_argument("--ledger", type=Path, help="append what was run to this file, a line for 1,000 seeds")
+    parser.add_argument("--ledger", type=Path, help="append what was run to this file, a line for every 500 seeds")
     parser.add_argument("--resume", action="store_true", help="go on behind the last seed of the ledger")
     parser.add_argument("--summary", action="store_true", help="add up the ledger and run nothing")
     parser.add_argument("--all-counts", action="store_true", help="print every counter")

@@ -19,7 +19,7 @@ from typing import Any
 from tests.simulation.runner import Summary, commit, replay_of, run_all, tell_failure
 from tests.simulation.settings import Config
 
-STRETCH = 1_000  # seeds of a line
+STRETCH = 500  # seeds of a line
 COUNTED = (
     "elections", "killed", "power cuts", "coordinator killed", "truncations", "batches acknowledged", "declared losses",
     "refused COMMIT_UNKNOWN", "duplicates answered across epochs", "retention by age", "retention by size",
