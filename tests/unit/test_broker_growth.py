@@ -312,3 +312,17 @@ async def test_a_copy_that_came_back_is_not_removed_by_the_word_of_the_one_befor
         world.coordinator.change(key, replicas=(first.id,), isr=(first.id,))
         world.coordinator.publish()
         await eventually(lambda: key not in partitions.replicas, "the copy goes when the record says so")
+
+
+async def test_a_secondary_that_just_left_does_not_stop_the_partition(tmp_path: Path) -> None:
+    """Its transport is closed before the session knows: whatever is due to it then must find that harmless."""
+    async with BrokerWorld(tmp_path) as world:
+        first, second = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(first.id, second.id)])
+        peers = first.broker.peers
+        await eventually(lambda: peers._current.get(second.id), "the secondary fetches here")
+        session = peers._current[second.id]
+        session._transport.close()
+        assert peers.room(session.state.number) >= 0
+        assert session.unsent_bytes == 0
+        assert not first.broker.partitions.replicas[topic.id, 0].broken

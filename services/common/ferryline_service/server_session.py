@@ -147,6 +147,8 @@ class ServerSession:
     @property
     def unsent_bytes(self) -> int:
         """Everything that the kernel has not taken yet."""
+        if self.closed or self._transport.is_closing():
+            return 0  # a transport that was closed may not even be asked
         return self._out_bytes + self._transport.get_write_buffer_size()
 
     async def drained(self) -> None:
