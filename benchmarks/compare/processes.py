@@ -54,14 +54,27 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """Processor seconds and written bytes since the processes began; resident bytes now."""
+    """Processor seconds and written bytes of each process since it began; resident bytes of all now."""
 
-    cpu_s: float
-    written: int
+    each: Mapping[int, tuple[float, int]]
     rss: int
 
+    @property
+    def cpu_s(self) -> float:
+        return sum(cpu for cpu, _ in self.each.values())
+
+    @property
+    def written(self) -> int:
+        return sum(written for _, written in self.each.values())
+
     def since(self, before: Usage) -> Usage:
-        return Usage(self.cpu_s - before.cpu_s, self.written - before.written, self.rss)
+        """Of what lives now: a helper that ended in between takes nothing back of what the others used."""
+        none = (0.0, 0)
+        each = {
+            pid: (cpu - before.each.get(pid, none)[0], written - before.each.get(pid, none)[1])
+            for pid, (cpu, written) in self.each.items()
+        }
+        return Usage(each, self.rss)
 
 
 def family(pids: Iterable[int]) -> list[psutil.Process]:
@@ -79,16 +92,16 @@ def family(pids: Iterable[int]) -> list[psutil.Process]:
 
 def usage(pids: Iterable[int]) -> Usage:
     """Of the processes and their descendants."""
-    cpu, written, rss = 0.0, 0, 0
+    each, rss = {}, 0
     for process in family(pids):
         try:
             times = process.cpu_times()
-            cpu += times.user + times.system
-            written += process.io_counters().write_bytes  # what reached, or will reach, the disk; not sockets
+            # bytes that reached, or will reach, the disk; not sockets
+            each[process.pid] = (times.user + times.system, process.io_counters().write_bytes)
             rss += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
-    return Usage(cpu, written, rss)
+    return Usage(each, rss)
 
 
 class Program:

@@ -104,7 +104,10 @@ class Comparison:
         cells = [cell for cell in cells if cell.workload.kind not in ("end-to-end", "backlog", "fan-out")] or cells
         while True:
             for cell in cells:
-                self._measure(cell, 0, 0.5 if enough else 0.1)
+                try:
+                    self._measure(cell, 0, 0.5 if enough else 0.1)
+                except MeasurementFailed as error:  # said again in the rounds if it is not for the cold start
+                    self._tell(f"{peer.name}, warming up: {error}")
                 used, taken = peer.usage().cpu_s, time.monotonic() - started
                 if enough and (used >= enough or taken > self._warm_up_s):
                     break

@@ -10,6 +10,7 @@ from zlib import crc32
 
 KEY_BYTES = 12
 STAMP_BYTES = 20
+BATCH_MAX = 2_000
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
 
 
@@ -42,6 +43,11 @@ class Spec:
 
     def value(self) -> bytes:
         return (b"ferryline-" * (self.value_bytes // 10 + 1))[: self.value_bytes]
+
+    @property
+    def batch(self) -> int:
+        """Records a consumer takes at a time: many, but a small part of all, for the first ones are not counted."""
+        return max(20, min(BATCH_MAX, self.count // 20))
 
     def partition_of(self, key: bytes) -> int:
         """Where a client that knows no keys sends a record."""

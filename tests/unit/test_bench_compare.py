@@ -17,7 +17,7 @@ from benchmarks.compare.clients import CLIENTS, Adapter
 from benchmarks.compare.goals import verdicts
 from benchmarks.compare.peers.catalogue import PEERS
 from benchmarks.compare.plan import GROUPS, HEADLINE, SYSTEMS, VARIANTS, WORKLOADS, cells, chosen_workloads
-from benchmarks.compare.processes import PeerFailed, Program, eventually, free_port, send, usage
+from benchmarks.compare.processes import PeerFailed, Program, Usage, eventually, free_port, send, usage
 from benchmarks.compare.render import render
 from benchmarks.compare.runner import SCALE_MAX, SCALE_MIN, fitting
 from benchmarks.compare.spec import Outcome, Spec, key_of, latencies, percentile, sent_ns, stamp_of
@@ -281,6 +281,10 @@ async def test_a_reader_does_not_count_what_came_before_its_clock() -> None:
     assert (found.records, found.value_bytes, found.errors) == (90, 9_000, 0)
 
 
+def test_a_batch_is_a_small_part_of_all() -> None:
+    assert [Spec("", "", "", "", count=count).batch for count in (200, 6_000, 10**6)] == [20, 300, 2_000]
+
+
 async def test_a_reader_that_got_everything_at_once_measured_nothing() -> None:
     spec = Spec("x", "read", "t", "s", count=100)
     with pytest.raises(SystemExit, match="nothing to measure"):
@@ -350,6 +354,12 @@ def test_a_server_that_ends_by_itself_is_reported_with_its_last_words(tmp_path: 
     program = Program("broken", [sys.executable, "-c", "raise SystemExit('no such disk')"], tmp_path)
     with pytest.raises(PeerFailed, match="no such disk"):
         eventually("never", lambda: False, 20.0, [program])
+
+
+def test_a_process_that_ended_takes_nothing_back() -> None:
+    before = Usage({1: (5.0, 100), 2: (90.0, 9_000)}, 10)
+    found = Usage({1: (6.0, 150), 3: (0.5, 7)}, 20).since(before)
+    assert (found.cpu_s, found.written, found.rss) == (1.5, 57, 20)
 
 
 def test_ports_are_handed_out_once() -> None:

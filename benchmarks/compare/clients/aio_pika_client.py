@@ -10,8 +10,7 @@ from benchmarks.compare.clients import Adapter
 from benchmarks.compare.spec import KEY_BYTES, Spec, key_of
 
 WINDOW = 1_000
-PREFETCH = 2_000
-ACK_EVERY = 500
+BATCHES_AHEAD = 2  # prefetched; a batch is acknowledged at once
 
 
 class AioPika(Adapter):
@@ -54,7 +53,7 @@ class AioPika(Adapter):
 
     async def open_consumer(self) -> None:
         channel = await self._open()
-        await channel.set_qos(prefetch_count=PREFETCH)
+        await channel.set_qos(prefetch_count=BATCHES_AHEAD * self.spec.batch)
         queue = await channel.get_queue(self.spec.group if self.spec.fan_out else self.spec.topic)
         self._found: list[bytes] = []
         self._last: Any = None
@@ -66,7 +65,7 @@ class AioPika(Adapter):
         self._found.append(message.body)
         self._last = message
         self._unacked += 1
-        if self._unacked >= ACK_EVERY:
+        if self._unacked >= self.spec.batch // 2:
             await self._ack()
         self._arrived.set()
 

@@ -10,7 +10,6 @@ from benchmarks.compare.clients import Adapter
 from benchmarks.compare.spec import Spec, key_of
 
 WINDOW = 20_000  # futures that wait before the oldest are looked at
-READ_RECORDS = 2_000
 
 
 class Aiokafka(Adapter):
@@ -57,14 +56,14 @@ class Aiokafka(Adapter):
 
     async def read(self) -> tuple[int, int]:
         seen = size = 0
-        for found in (await self._consumer.getmany(timeout_ms=200, max_records=READ_RECORDS)).values():
+        for found in (await self._consumer.getmany(timeout_ms=200, max_records=self.spec.batch)).values():
             for message in found:
                 size += len(message.key) + len(message.value)
             seen += len(found)
         return seen, size
 
     async def read_values(self) -> list[bytes]:
-        found = await self._consumer.getmany(timeout_ms=500)
+        found = await self._consumer.getmany(timeout_ms=500, max_records=self.spec.batch)
         return [message.value for messages in found.values() for message in messages]
 
     async def close(self) -> None:

@@ -13,7 +13,6 @@ from benchmarks.compare.spec import Spec, key_of
 from confluent_kafka import Consumer, Producer
 
 POLL_EVERY = 1_000
-READ_RECORDS = 2_000
 READ_WAIT_S = 0.2
 
 
@@ -98,7 +97,7 @@ class Confluent(Adapter):
 
     async def read(self) -> tuple[int, int]:
         size = 0
-        found = self._consumer.consume(num_messages=READ_RECORDS, timeout=READ_WAIT_S)
+        found = self._consumer.consume(num_messages=self.spec.batch, timeout=READ_WAIT_S)
         for message in found:
             size += len(message.key() or b"") + len(message.value() or b"")
         return len(found), size
@@ -109,7 +108,7 @@ class Confluent(Adapter):
         while message is not None:
             if message.error() is None:
                 found.append(message.value())
-            message = poll(0)
+            message = poll(0) if len(found) < self.spec.batch else None
         return found
 
     async def close(self) -> None:

@@ -14,7 +14,6 @@ import ferryline as fl
 from ferryline.protocol.errors import BufferFull
 
 YIELD_EVERY = 500  # records between two turns of the loop: answers are read and batches leave meanwhile
-READ_RECORDS = 2_000
 READ_WAIT_S = 0.2
 
 
@@ -64,7 +63,7 @@ class Ferryline(Adapter):
 
     async def read(self) -> tuple[int, int]:
         if self._batches is None:
-            self._batches = aiter(self._consumer.batches(max_records=READ_RECORDS, max_wait=READ_WAIT_S))
+            self._batches = aiter(self._consumer.batches(max_records=self.spec.batch, max_wait=READ_WAIT_S))
         batch = await anext(self._batches)
         size = 0
         for message in batch:
@@ -73,7 +72,7 @@ class Ferryline(Adapter):
 
     async def read_values(self) -> list[bytes]:
         if self._batches is None:
-            self._batches = aiter(self._consumer.batches(max_records=READ_RECORDS, max_wait=0.0))
+            self._batches = aiter(self._consumer.batches(max_records=self.spec.batch, max_wait=0.0))
         return [message.raw for message in await anext(self._batches)]
 
     async def close(self) -> None:

@@ -15,7 +15,6 @@ from benchmarks.compare.spec import KEY_BYTES, Spec, key_of
 from nats.js.api import AckPolicy, ConsumerConfig
 
 WINDOW = 1_000
-READ_RECORDS = 1_000
 
 
 class Nats(Adapter):
@@ -84,14 +83,14 @@ class Nats(Adapter):
 
     async def read(self) -> tuple[int, int]:
         size = 0
-        found = await self._fetch(READ_RECORDS)
+        found = await self._fetch(self.spec.batch)
         for message in found:
             data = message.data
             size += len(data[:KEY_BYTES]) + len(data[KEY_BYTES:])
         return len(found), size
 
     async def read_values(self) -> list[bytes]:
-        found = await (self._fetch(READ_RECORDS) if self.spec.throughput else self._pushed())
+        found = await (self._fetch(self.spec.batch) if self.spec.throughput else self._pushed())
         return [message.data[KEY_BYTES:] for message in found]
 
     async def close(self) -> None:

@@ -15,8 +15,7 @@ from benchmarks.compare.spec import KEY_BYTES, Spec, key_of
 from pika.adapters.asyncio_connection import AsyncioConnection
 
 WINDOW = 2_000
-PREFETCH = 2_000
-ACK_EVERY = 500
+BATCHES_AHEAD = 2  # prefetched; a batch is acknowledged at once
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 
 
@@ -100,7 +99,7 @@ class Pika(Adapter):
         self._found: list[bytes] = []
         self._last = self._unacked = 0
         self._arrived = asyncio.Event()
-        self._channel.basic_qos(prefetch_count=PREFETCH)
+        self._channel.basic_qos(prefetch_count=BATCHES_AHEAD * self.spec.batch)
         queue = self.spec.group if self.spec.fan_out else self.spec.topic
         self._channel.basic_consume(queue, self._deliver)
 
@@ -108,7 +107,7 @@ class Pika(Adapter):
         self._found.append(body)
         self._last = method.delivery_tag
         self._unacked += 1
-        if self._unacked >= ACK_EVERY:
+        if self._unacked >= self.spec.batch // 2:
             self._ack()
         self._arrived.set()
 

@@ -14,7 +14,6 @@ from benchmarks.compare.spec import Spec, key_of
 
 PIPELINE = 1_000
 WINDOW = 50  # records on their way at a fixed rate, each on a connection of its own
-READ_RECORDS = 1_000
 
 
 class Redis(Adapter):
@@ -60,7 +59,7 @@ class Redis(Adapter):
         """The next entries for the group, acknowledged at once: raw answers, without a dict for each."""
         connection = self._redis
         found = connection.execute_command(
-            "XREADGROUP", "GROUP", self.spec.group, "bench", "COUNT", READ_RECORDS, "BLOCK", 200,
+            "XREADGROUP", "GROUP", self.spec.group, "bench", "COUNT", self.spec.batch, "BLOCK", 200,
             "STREAMS", self.spec.topic, ">",
         )  # fmt: skip
         if not found:
