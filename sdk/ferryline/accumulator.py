@@ -84,7 +84,7 @@ class Batch:
 class Accumulator:
     """The open batch of one partition. ``builder`` is None while it is empty."""
 
-    __slots__ = ("builder", "bytes", "futures", "key", "keyed", "opened_ms", "waiting")
+    __slots__ = ("builder", "bytes", "closed_at", "futures", "key", "keyed", "opened_ms", "waiting")
 
     def __init__(self, key: PartitionKey) -> None:
         self.key = key
@@ -93,6 +93,7 @@ class Accumulator:
         self.bytes = 0
         self.keyed = False  # a record is here because of its key
         self.opened_ms = 0
+        self.closed_at = float("-inf")  # loop time, of the batch before this one
         self.waiting = False  # has lingered long enough; grows until the core has room
 
 

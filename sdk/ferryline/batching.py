@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import heapq
 from time import time_ns
 from typing import TYPE_CHECKING
 
@@ -54,8 +54,11 @@ class Batching:
             client, request_timeout_ms=request_ms, left=self._left, returned=self._returned, receipts=receipts
         )
         self._numbers = 0
-        self._lingering: deque[tuple[float, TopicBuffer, Accumulator, BatchBuilder]] = deque()
+        self._lingering: list[tuple[float, int, TopicBuffer, Accumulator, BatchBuilder]] = []  # heap
+        self._opened = 0
+        self._hurried = False
         self._timer: asyncio.Handle | None = None
+        self._timer_due = 0.0
         self.turn = asyncio.Lock()  # who waits for room, in the order of arrival; the holder waits in `room`
         self._space: tuple[int, asyncio.Future[None]] | None = None
         self._moved = asyncio.Event()
@@ -170,28 +173,45 @@ class Batching:
     # -- closing batches ---------------------------------------------------------------------------
 
     def _linger(self, buffer: TopicBuffer, accumulator: Accumulator, builder: BatchBuilder) -> None:
-        due = self._loop.time() + self._linger_s
-        self._lingering.append((due, buffer, accumulator, builder))
-        if self._timer is None:
-            # With linger 0, what is sent in one turn of the loop still shares a batch.
-            self._timer = (
-                self._loop.call_at(due, self._lingered) if self._linger_s else self._loop.call_soon(self._lingered)
-            )
+        """Arrange for the batch to be closed: ``linger`` after the one before it in its partition was.
+
+        So a record that comes after a pause leaves at once, while a stream of records makes batches of ``linger`` each.
+        "At once" is the end of this turn of the loop: what is sent in one turn shares a batch.
+        """
+        now = self._loop.time()
+        due = max(now, accumulator.closed_at + self._linger_s)
+        self._opened += 1
+        heapq.heappush(self._lingering, (due, self._opened, buffer, accumulator, builder))
+        if self._timer is None or due < self._timer_due:
+            self._arm(due, due <= now)
+
+    def hurry(self) -> None:
+        """Somebody waits for a record. If nothing is on its way beside it, nothing is gained by lingering."""
+        if not self._hurried and self._lingering and self._sender.oldest() is None:
+            self._hurried = True
+            self._arm(self._loop.time(), True)
+
+    def _arm(self, due: float, at_once: bool) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = self._loop.call_soon(self._lingered) if at_once else self._loop.call_at(due, self._lingered)
 
     def _lingered(self) -> None:
         self._timer = None
-        now = self._loop.time() + _EARLY_S
+        now = float("inf") if self._hurried else self._loop.time() + _EARLY_S
+        self._hurried = False
         queue = self._lingering
         while queue and queue[0][0] <= now:
-            _, buffer, accumulator, builder = queue.popleft()
+            _, _, buffer, accumulator, builder = heapq.heappop(queue)
             if accumulator.builder is not builder:
                 continue  # it was closed by size
             if self._sender.room(accumulator.key):
                 self._close(buffer, accumulator)
             else:
                 accumulator.waiting = True  # sending could not begin now anyway: let it grow
-        if queue:
-            self._timer = self._loop.call_at(queue[0][0], self._lingered)
+        if queue and self._timer is None:
+            self._arm(queue[0][0], False)
         self._sender.dispatch()
 
     def close_open(self) -> None:
@@ -202,6 +222,7 @@ class Batching:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._hurried = False
         self._sender.dispatch()
 
     def _close_topic(self, buffer: TopicBuffer) -> None:
@@ -219,6 +240,7 @@ class Batching:
         if accumulator.key[1] == buffer.turn:
             buffer.turn = (buffer.turn + 1) % buffer.partitions
         accumulator.builder = None
+        accumulator.closed_at = self._loop.time()
         accumulator.futures = []
         accumulator.bytes = 0
         accumulator.keyed = accumulator.waiting = False

@@ -160,11 +160,12 @@ class Producer:
             await self._learn(topic)
         if not self._running().turn.locked():
             try:
-                return await self.send_nowait(
-                    topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms
-                )
+                future = self.send_nowait(topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms)
             except BufferFull:
                 pass
+            else:
+                self._running().hurry()
+                return await future
         async with self._running().turn:
             future = await self._when_there_is_room(
                 lambda: self.send_nowait(topic, value, key, headers, partition=partition, timestamp_ms=timestamp_ms)

@@ -61,7 +61,7 @@ class Reader:
                 break
             taken = self._taken(partition, limit - len(batch))
             if taken:
-                batch = batch + taken if batch else taken
+                batch += taken
                 if partition not in self.hands:
                     self._hand_out([*self.hands, partition])
             self._fetcher.refill(partition)

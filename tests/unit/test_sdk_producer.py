@@ -284,13 +284,21 @@ async def test_records_without_a_key_go_round_the_partitions_by_batch(cluster: F
     assert all(len(log.batches) < 30 for log in cluster.logs.values()), "one batch per record"
 
 
-async def test_linger_gathers_what_is_sent_apart(cluster: FakeCluster, client: fl.Client) -> None:
-    async with client.producer(linger=0.05) as producer:
+async def test_a_record_that_somebody_waits_for_does_not_linger_alone(client: fl.Client) -> None:
+    async with client.producer(linger=60.0) as producer, asyncio.timeout(30):
+        for _ in range(5):
+            await producer.send("orders", b"", key="k")
+
+
+async def test_linger_gathers_what_is_sent_apart_after_a_first_that_leaves_at_once(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    async with client.producer(linger=0.5) as producer:
         for _ in range(5):
             producer.send_nowait("orders", b"", key="k")
             await asyncio.sleep(0.001)
         await producer.flush()
-    assert sum(len(log.batches) for log in cluster.logs.values()) == 1
+    assert [len(log.batches) for log in cluster.logs.values() if log.batches] == [2]
 
 
 async def test_send_many_gives_one_outcome_for_each_record_in_order(cluster: FakeCluster, client: fl.Client) -> None:
