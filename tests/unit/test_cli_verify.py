@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replaced
 
 from ferryline.cli.verify_receipts import ReceiptAuditor
 from ferryline.cli.verify_replicas import DAMAGED, DIFFERS, UNCHECKED, Auditor, Checked
@@ -67,7 +68,8 @@ class Brokers:
         below = min(query.get("below", 2**40), copy.end(name))
         log = copy.logs[name]
         start = log.log_start if query.get("from") is None else query["from"]
-        producer = query.get("producer", Walk.ALL) if query.get("batches") else None
+        asked_for = query.get("producer")
+        producer = (Walk.ALL if asked_for is None else asked_for) if query.get("batches") else None
         walk = Walk(log, start, below, query["limit"], producer=producer)
         if start < log.log_start:
             walk.found.gone = True
@@ -213,6 +215,16 @@ async def test_receipts_are_compared_with_every_copy(brokers: Brokers) -> None:
     assert "broker 2" in account.told[0]
     account = await auditor.check(kept)
     assert account.missing == 1, "the receipts around it narrow it down"
+
+
+async def test_receipts_of_several_producers_are_compared_in_one_walk(brokers: Brokers) -> None:
+    kept = receipts(brokers.copies[1])
+    stranger = [replaced(receipt, producer_id=8) for receipt in kept[:2]]
+    asked: list[int] = []
+    brokers.before_answer = lambda: asked.append(1)
+    account = await ReceiptAuditor(brokers, Cluster()).check([*kept, *stranger])  # type: ignore[arg-type]
+    assert len(asked) == 3, "once for each copy"
+    assert (account.held, account.missing) == (180, 6)
 
 
 async def test_receipts_of_a_topic_that_is_gone_are_missing(brokers: Brokers) -> None:
