@@ -108,23 +108,29 @@ class Ambushes:
     # -- primaries ---------------------------------------------------------------------------------
 
     def proposing(self, broker: Broker, core: PartitionCore, proposal: AlterIsr) -> int:
-        """C6: whoever is to join is fenced before the proposal arrives, and back before its repetitions do."""
-        joining = [member.broker_id for member in proposal.new_isr if member.broker_id not in core.isr]
-        if not joining or not self._strikes(self.rates.echo, "echo"):
+        """C6: whoever is to join is fenced before the proposal arrives, and back before its repetitions do. Or the
+        proposal is late itself (L8): its sender has stopped waiting, and the set is another one by then."""
+        others = [member.broker_id for member in proposal.new_isr if member.broker_id != broker.id]
+        joining = [broker_id for broker_id in others if broker_id not in core.isr]
+        if not others or not self._strikes(self.rates.echo, "echo"):
             return 0
-        victim = self.world.broker_by_id(self._pick(joining))
-        late = self._chance(0.3)  # L8: it arrives, and counts, when its sender has long stopped waiting for an answer
-        if not late:
-            self._fence(victim)
-        if victim is not None and (late or self._chance(0.7)):  # it lags when the repetitions come
+        victim = self.world.broker_by_id(self._pick(joining or others))
+        late = not joining or self._chance(0.4)
+        if victim is not None and (late or self._chance(0.7)):  # it lags when the proposal or its repetitions come
             self.world.faults.cut_for([(broker.host.name, victim.host.name)], self._between(300, 3_000))
+        if late:
+            members = [b for b in core.isr if b != broker.id]
+            if members and self._chance(0.6):
+                self._fence(self.world.broker_by_id(self._pick(members)))
+            return self._between(400, 1_600) * MS
+        self._fence(victim)
         for _ in range(self._between(2, 6)):
             late_us = self._between(100, 2_500) * MS
             broker.host.deliver_after(late_us, broker.ask, "alter", AlterIsrs([proposal]))
         if self._chance(self.rates.echo_coordinator):
             coordinator = self.world.coordinator
             self.engine.after(self._between(100, 900) * MS, self._replace, coordinator)
-        return self._between(510, 1_300) * MS if late else self._between(20, 300) * MS
+        return self._between(20, 300) * MS
 
     def _replace(self, coordinator: Coordinator) -> None:
         if coordinator.host.alive and coordinator is self.world.coordinator and self.world.faults.raging:

@@ -44,7 +44,7 @@ class Mischief(msgspec.Struct):
 def _late_flushes(weather: Weather, rng: random.Random) -> None:
     weather.flush_us = rng.choice((8_000, 20_000))
     _often(weather, kill=1.5, stop=1.0, cut_one_way=1.0)
-    weather.produce_gap_ms = 60
+    weather.produce_gap_ms, weather.members, weather.partitions = 60, max(weather.members, 2), 1
     weather.fault_gap_ms = 400
     weather.ordered = {"replica": rng.random() < 0.5, "coordinator": rng.random() < 0.5}
     weather.mischief = Mischief(fence_one_ms=700, late_flush=0.35, hold_diverging=0.6, repeat_diverging=0.5)
@@ -54,6 +54,7 @@ def _echoes(weather: Weather, rng: random.Random) -> None:
     _often(weather, kill=1.0, end_sessions=0.5)
     weather.producers, weather.partitions, weather.produce_gap_ms = 3, 1, 60
     weather.slow_flush, weather.slow_flush_us = 0.2, 200_000
+    weather.lag_max_ms = 1_500
     weather.fault_gap_ms = 1_000
     weather.mischief = Mischief(echo=0.7, echo_coordinator=rng.choice((0.0, 0.6)), fence_one_ms=1_000)
 

@@ -168,7 +168,7 @@ TABLE = (
         ),
         ("Feeder.progress", "if member.fetched[log] >= 0:", "if True:"),
         ("Feeder.progress", "told = min(progress.flushed[log], member.fetched[log])", "told = progress.flushed[log]"),
-        weather="late-flushes",
+        weather="half-open",
     ),
     mutant(
         "progress-session-unchecked",
