@@ -175,6 +175,35 @@ async def test_a_commit_whose_answers_are_lost_is_made_once(open_store: Open, se
     assert loaded.records["k0"][0] == b"24" or versions["k0"] == loaded.records["k0"][1]
 
 
+class SlowNetwork(EtcdClient):
+    """Keeps one request back, which arrives later; its sender has sent it again meanwhile."""
+
+    kept: tuple[str, dict[str, Any]] | None = None
+    keep = False
+
+    async def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        if self.keep and path == "kv/txn":
+            self.keep, self.kept = False, (path, body)
+            raise EtcdUnavailable("no answer in time")
+        return await super()._post(path, body, timeout_s)
+
+
+async def test_a_commit_that_arrives_late_changes_nothing_even_without_guards_of_its_own(open_store: Open) -> None:
+    store = open_store()
+    store._client.__class__ = SlowNetwork
+    client = store._client
+    assert isinstance(client, SlowNetwork)
+    await store.campaign()
+    client.keep = True
+    assert (await store.commit({"a": b"1"}, [])).outcome is Outcome.OK
+    assert (await store.commit({"a": b"2"}, [])).outcome is Outcome.OK
+    assert client.kept is not None
+    answer = await client._post(*client.kept, 2.0)
+    assert not answer.get("succeeded")
+    assert (await store.load(0)).records["a"][0] == b"2"
+    assert (await store.commit({"a": b"3"}, [])).outcome is Outcome.OK
+
+
 # -- members that fail ------------------------------------------------------------------------------
 
 
