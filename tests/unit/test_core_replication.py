@@ -485,6 +485,14 @@ def test_failed_storage_stops_the_partition_and_settles_whoever_waits() -> None:
     assert pair.cores[1].role == "stopped"
 
 
+def test_a_stopped_replica_that_is_moved_elsewhere_is_deleted() -> None:
+    """Its files would stay for ever, and nobody would look for it there any more."""
+    pair = started()
+    pair.tell(2, ev.StorageFailed(RECORDS, "EIO"))
+    pair.meta(part(1, 1, 9, (1,), replicas=(1,)), 2)
+    assert pair.effects(ev.DeleteReplica, 2)
+
+
 def test_reads_above_the_watermark_are_empty_and_truncated_positions_are_named() -> None:
     pair = started()
     pair.produce(1, 1)

@@ -268,6 +268,8 @@ class PartitionCore:
             if replica.log_state == LOG_TRUNCATED:  # it has fetched what it had lost; saying so again would exclude it
                 replica.log_state = LOG_OK
         if self.stopped:
+            if replica.broker_id not in part.replicas:  # moved elsewhere meanwhile: its files must not stay for ever
+                replica.out.append(DeleteReplica(replica.key))
             return
         if replica.broker_id not in part.replicas:
             self._become_idle(part, "not a replica of this partition any more")
