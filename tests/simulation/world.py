@@ -24,6 +24,7 @@ from tests.simulation.engine import MS, Engine
 from tests.simulation.faults import Faults
 from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import OPEN, History, Poll
+from tests.simulation.members import SdkMember
 from tests.simulation.network import Network
 from tests.simulation.real_disk import RealDisk
 from tests.simulation.settings import RATES, Config, Weather, draw
@@ -180,7 +181,7 @@ class World:
         if self.weather.members == 0 or len(self.members) >= 5:
             return
         self._names += 1
-        member = Member(self, GROUP, self._names)
+        member = (SdkMember if self.engine.chance(0.6) else Member)(self, GROUP, self._names)
         self.members.append(member)
         member.start()
 
