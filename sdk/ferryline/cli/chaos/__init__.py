@@ -160,6 +160,7 @@ def _report(account: Account, plan: Plan, output: Output) -> None:
         "refused, unknown": f"{account.refused:,}, {account.unknown:,}",
         "received": account.polled,
         "read from copies": account.copies_read,
+        "receipts honoured": account.receipts,
         "faults": account.faults,
         "longest gap": f"{account.longest_gap_s:.2f} s without any acknowledgement ({account.longest_gap_in})",
         "anomalies": account.anomalies,

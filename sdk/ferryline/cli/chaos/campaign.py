@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ferryline.cli.chaos.audit import Audit
 from ferryline.cli.chaos.copies import CopyReader
 from ferryline.cli.chaos.record import Recorder, now_us
 from ferryline.cli.chaos.schedule import DAMAGE, DRAIN, Phase, Plan, Step
@@ -82,6 +83,7 @@ class Account:
     unknown: int
     polled: int
     copies_read: int
+    receipts: int
     longest_gap_s: float
     longest_gap_in: str  # the phase in which it ended
     elections: int
@@ -139,6 +141,7 @@ class Campaign:
         self._trouble: list[str] = []
         self._copies_read = 0
         self._elections = 0
+        self._receipts = 0
         self._recorder: Recorder
         self._traffic: Traffic
 
@@ -248,6 +251,23 @@ class Campaign:
             await reader.read_all(topics, self._traffic.highest)
             self._copies_read = reader.records
             self._trouble += reader.trouble
+            if not self._trouble:
+                await self._audit(client, topics)
+
+    async def _audit(self, client: Client, topics: Sequence[Topic]) -> None:
+        """Copies and receipts compared on disk. Harm that nobody had read yet may be found now, and is then mended."""
+        self._phase = ("comparing copies and receipts", len(self.plan.phases))
+        self._show()
+        harmed = bool(DAMAGE & set(self.plan.faults))
+        for last in (False, False, True) if harmed else (True,):
+            audit = Audit(client)
+            await audit.run([topic.name for topic in topics], self._traffic.receipts)
+            self._receipts = audit.receipts
+            if last or not audit.trouble:
+                self._trouble += audit.trouble
+                return
+            await asyncio.sleep(1.0)
+            await self._whole(client, topics, self._load.heal_s)
 
     @staticmethod
     async def _whole(client: Client, topics: Sequence[Topic], within_s: float) -> bool:
@@ -272,6 +292,7 @@ class Campaign:
             recorder.unknown,
             recorder.polled,
             self._copies_read,
+            self._receipts,
             round(recorder.longest_gap_us / 1e6, 2),
             self._gap[1],
             self._elections,

@@ -72,6 +72,7 @@ def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabo
         "unknown": account.unknown,
         "polled": account.polled,
         "copies_read": account.copies_read,
+        "receipts": account.receipts,
         "elections": account.elections,
         "longest_gap_s": account.longest_gap_s,
         "longest_gap_in": account.longest_gap_in,

@@ -80,7 +80,9 @@ class Traffic:
         members: int = 3,
         delivery_s: float = DELIVERY_S,
     ) -> None:
+        """Receipts of each producer are kept beside the history."""
         self.recorder = recorder
+        self.receipts = [recorder.path.with_name(f"receipts-{number}.jsonl") for number in range(producers)]
         self.topics = topics
         self.errors: Counter[str] = Counter()
         self.read_errors: dict[str, int] = {}
@@ -115,7 +117,9 @@ class Traffic:
         proc = f"producer-{number}"
         async with (
             self._connect() as client,
-            client.producer(linger=0.005, delivery_timeout=self._delivery_s) as producer,
+            client.producer(
+                linger=0.005, delivery_timeout=self._delivery_s, receipts=self.receipts[number]
+            ) as producer,
         ):
             places = [(topic, place) for topic in self.topics for place in topic.places]
             async with asyncio.TaskGroup() as lanes:
