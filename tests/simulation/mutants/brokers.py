@@ -121,6 +121,7 @@ BROKERS = (
         "a secondary that does not know the primary's epoch cuts at its end all the same",
         FSYNC,
         ("Secondary._diverged", " if own_epoch == epoch else own_end, replica", ", replica"),
+        weather="late-flushes",
     ),
     mutant(
         "later-start-not-seen",
@@ -174,6 +175,7 @@ BROKERS = (
         "whoever waits when a primaryship ends hears that nothing was stored",
         ALL,
         ("PartitionCore._leave", '"COMMIT_UNKNOWN"', '"NOT_PRIMARY"'),
+        weather="late-flushes",
     ),
     mutant(
         "timeout-called-definite",
