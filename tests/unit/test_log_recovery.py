@@ -156,6 +156,26 @@ def test_a_valid_batch_after_a_bad_one_is_a_hole_not_a_torn_tail() -> None:
         assert log.damage.offset == 12, "the first record that cannot be trusted"
 
 
+@pytest.mark.parametrize("config", [ONE, REPLICATED])
+def test_after_a_power_loss_a_hole_above_the_checkpoint_is_where_syncing_ended(config: LogConfig) -> None:
+    disk, sent, checkpoint = build(8, flushed=2, config=config)
+    start = sum(map(len, sent[:4]))
+    for position in (start + 30, start + len(sent[4]) - 1):  # earlier ones lie outside the checksum
+        broken = disk.copy()
+        broken.flip(LOG0, position, 3)
+        log = reopened(broken, checkpoint, config, power_lost=True)
+        assert (log.log_state, contents(log)) == (LOG_OK, sent[:4])
+        append(log)
+
+
+def test_after_a_power_loss_rot_below_the_checkpoint_is_still_damage() -> None:
+    disk, sent, checkpoint = build(8, flushed=5)
+    disk.flip(LOG0, sum(map(len, sent[:3])) + 30, 3)
+    log = reopened(disk, checkpoint, power_lost=True)
+    with pytest.raises(LogDamaged):
+        contents(log)
+
+
 def test_a_hole_of_zeros_before_a_large_batch_is_found_across_windows() -> None:
     disk = MemoryStorage()
     log = PartitionLog.open(disk, "log", ONE)

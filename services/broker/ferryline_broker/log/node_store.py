@@ -92,6 +92,7 @@ class NodeStore:
         self.storage, self.root = storage, root
         self.restart_class = RESTART_FOREIGN
         self.replicas: dict[Key, ReplicaStore] = {}  # open ones
+        self._opened: set[Key] = set()  # once, by this process
         self._lock, self._wall_ms = lock, wall_ms
         self._gone = 0  # highest number given to a deleted replica, 0: not looked for yet
         self._purge_due = True  # an earlier process may have left some
@@ -263,9 +264,17 @@ class NodeStore:
         if quarantined and self.storage.is_dir(replica_path(self.root, *key)):
             quarantine(self.storage, self.root, topic_id, partition, quarantined)
         store = yield from ReplicaStore.recover(
-            self.storage, self.root, topic_id, partition, config, wall_ms=self._wall_ms, together=together
+            self.storage,
+            self.root,
+            topic_id,
+            partition,
+            config,
+            wall_ms=self._wall_ms,
+            together=together,
+            power_lost=self.restart_class == RESTART_OS_CRASH and key not in self._opened,
         )
         self.replicas[key] = store
+        self._opened.add(key)
         return store
 
     def together(self, *, starting: bool = False) -> Together:

@@ -80,14 +80,15 @@ class PartitionLog:
         epoch_max: int = EPOCH_ANY,
         wall_ms: Callable[[], int] = wall_clock_ms,
         together: Together | None = None,
+        power_lost: bool = False,
     ) -> Generator[None, None, PartitionLog]:
         """Open the log step by step; each step holds the caller for a few ms at most. With ``together`` what was found
-        is durable only once that is settled.
+        is durable only once that is settled. ``power_lost``: this is the first opening after a loss of power.
 
         A damaged log opens too: ``log_state`` says so, and append and read raise LogDamaged.
         """
         config, hooks = config or LogConfig(), hooks or LogHooks()
-        recovery = Recovery(storage, path, config, checkpoint, hooks, epoch_max, wall_ms, together)
+        recovery = Recovery(storage, path, config, checkpoint, hooks, epoch_max, wall_ms, together, power_lost)
         recovered = yield from recovery.run()
         return cls(storage, path, config, recovered, hooks, wall_ms)
 

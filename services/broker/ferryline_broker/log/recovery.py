@@ -10,13 +10,17 @@ What is decided, in this order:
    =====================================================  ==========================================================
    file ends before the checkpoint                        flush=fsync: DAMAGED; flush=replicated: cut, TRUNCATED
    whole and valid, but wrong offset or epoch             DAMAGED: no torn write makes this
-   a valid batch lies after x                             DAMAGED: a hole
+   a valid batch lies after x                             DAMAGED: a hole; after a power loss torn tail: cut at x
    otherwise                                              torn tail: cut at x
    =====================================================  ==========================================================
 
 4. What was read above the checkpoint is written again before it is synced. After a failed fdatasync the kernel calls
    dirty pages clean; a restarted process finds the data in the page cache and a sync would "succeed" without a write.
 5. A log of a topic with flush=replicated that ends below its checkpointed high watermark is TRUNCATED.
+
+A power loss (the machine's boot id is another one) leaves holes by itself: pages of what was not synced reach the disk
+in any order. They prove that nothing from x on was synced, for a sync covers everything before it; so nothing from x on
+was acknowledged from here. Called damage, they could stop every copy of a partition at once.
 
 Nothing is changed in a log that is found damaged.
 """
@@ -85,8 +89,10 @@ class Recovery:
         epoch_max: int,
         wall_ms: Callable[[], int],
         together: Together | None = None,
+        power_lost: bool = False,
     ) -> None:
         self.storage, self.path, self.config, self.together = storage, path, config, together
+        self.power_lost = power_lost
         self.checkpoint, self.hooks, self.epoch_max, self.wall_ms = checkpoint, hooks, epoch_max, wall_ms
         self._sealed: set[int] = set()  # bases that have a seal, by name
 
@@ -237,7 +243,9 @@ class Recovery:
         if rewriter.dirty and self.together is None:
             rewriter.finish()
             self.storage.fsync_dir(self.path)  # after a process crash perhaps not even the file's name was synced
-        elif rewriter.dirty and self.together is not None:
+        elif self.together is not None and not self.together.settled and segment.size:
+            # Also a cut that the last process did not live to sync: what is shown now must not grow back. A segment of
+            # which nothing is left is removed, names and all, and its closed file must not be waited for.
             self.together.handle(segment.file)
             self.together.directory(self.path)
         out.untouched = not rewriter.dirty
@@ -246,6 +254,8 @@ class Recovery:
         """Torn tail or damage? Returns only for a torn tail."""
         if end.damaged:
             raise segment.damaged(segment.next_offset, end.reason)
+        if self.power_lost:
+            return
         after = yield from find_batch_after(
             segment.file, end.position, size, segment.next_offset, max(0, segment.tail_epoch)
         )

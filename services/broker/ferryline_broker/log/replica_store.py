@@ -72,6 +72,7 @@ class ReplicaStore:
         self._hw = [0, 0]
         self._last_snapshot_at = 0
         self._together: Together | None = None  # while it is being opened
+        self._power_lost = False
         self._snapshot_names: list[str] | None = None
 
     @classmethod
@@ -85,16 +86,18 @@ class ReplicaStore:
         *,
         wall_ms: Callable[[], int] = wall_clock_ms,
         together: Together | None = None,
+        power_lost: bool = False,
     ) -> Generator[None, None, ReplicaStore]:
         """Open, or create, step by step; each step takes a few ms at most.
 
-        With ``together`` what it found and made is durable only once that is settled.
+        With ``together`` what it found and made is durable only once that is settled. ``power_lost``: this is the first
+        opening after a loss of power.
         """
         config = config or LogConfig()
         path = replica_path(root, topic_id, partition)
         together.make(path) if together is not None else storage.mkdirs(path)
         self = cls(storage, path, topic_id, partition)
-        self._together = together
+        self._together, self._power_lost = together, power_lost
         self._meta_file = SlotFile(storage, f"{path}/meta", META_MAGIC, together)
         meta = self._meta_file.load(ReplicaMeta, together)
         if meta is None:
@@ -280,6 +283,7 @@ class ReplicaStore:
             epoch_max=self._meta.seen_epoch or EPOCH_ANY,
             wall_ms=wall_ms,
             together=self._together,
+            power_lost=self._power_lost,
         )
         return opened
 
