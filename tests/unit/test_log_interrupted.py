@@ -222,7 +222,7 @@ def test_a_start_that_syncs_once_survives_a_power_cut_at_any_operation(how: str)
     """
     count = operations(lambda disk: life(Story(), disk), MemoryStorage())
     steps = 0
-    for at in range(0, count, 2):
+    for at in range(0, count, 4):
 
         def crashed(at: int = at) -> tuple[MemoryStorage, Story]:
             disk, story = MemoryStorage(), Story()
