@@ -118,9 +118,9 @@ def _log(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[st
 
 def _core(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[str]:
     head = ["brokers", "partitions", "replication", "heartbeat us", "placement look ms",
-            "create 10,000 partitions ms", "B / partition", "full metadata MB / ms", "one broker dies: replicas, primaries", "decision ms",
-            "records, MB",
-            "told MB", "SQLite commit ms"]  # fmt: skip
+            "create 10,000 partitions ms", "B / partition", "full metadata MB / ms",
+            "one broker dies: replicas, primaries", "decision ms", "records, MB", "told MB",
+            "SQLite commit ms"]  # fmt: skip
     table, series = [], {}
     for row in rows:
         fence, whole = row["fence"], row["full_metadata"]
