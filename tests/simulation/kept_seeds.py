@@ -16,4 +16,9 @@ KEPT = (
     ("3/2/replicated", 341, False, "nobody was elected although a complete candidate was up"),
     ("2/1/fsync", 90, False, "a healthy replica stopped for ever because an outdated record called it in sync"),
     ("3/2/replicated", 173, False, "the same"),
+    ("2/1/fsync", 216, False, "after retention had taken everything the next primary failed an assertion"),
+    ("3/2/replicated", 203, False, "an in-sync replica that ended exactly at the primary's log start stopped"),
+    ("3/2/fsync", 418, False, "a primary that had begun at its predecessor's start sent secondaries round for ever"),
+    ("3/2/fsync", 500050, False, "a damaged copy was given up although a newer record counted on it"),
+    ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
 )

@@ -6,6 +6,7 @@ PYTHONHASHSEED, and because seeded bugs must not stay in this process.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,49 @@ def test_seeded_bugs_are_noticed() -> None:
     ran = _run("tests.simulation.mutants", "--only", names, "--seeds", "60")
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert "5 of 5 mutants caught" in ran.stdout
+
+
+@pytest.mark.timeout(3 * LIMIT_S)
+def test_a_ledger_goes_on_where_it_ended(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    for seeds, first in (("4", 1), ("2", 5)):
+        ran = _run("tests.simulation", "--ledger", str(path), "--resume", "--seeds", seeds)
+        assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+        assert json.loads(path.read_text().splitlines()[-1])["from"] == first
+    ran = _run("tests.simulation", "--ledger", str(path), "--summary")
+    assert ran.stdout.startswith("6 seeds in 2 stretches")
+    assert ", 0 failed" in ran.stdout
+
+
+SHRINKING = """
+from tests.simulation.mutants.patching import apply
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.runner import replay_of, run_seed
+from tests.simulation.settings import parse_configs
+from tests.simulation.shrink import shrink
+
+apply(next(mutant for mutant in MUTANTS if mutant.name == "ack-before-replicate"))
+config = parse_configs("2/1/fsync")[0]
+failing = next(one for seed in range(1, 200) if (one := run_seed(config, seed, profile="")).failure and one.struck)
+small = shrink(config, failing, seconds=20)
+assert small.rule == failing.rule, (small.rule, failing.rule)
+assert len(small.struck) < len(failing.struck), (small.struck, failing.struck)
+again = run_seed(config, small.seed, profile="", without=frozenset(small.without))
+assert (again.hash, again.failure) == (small.hash, small.failure)
+assert "--without" in replay_of(small)
+print("shrunk")
+"""
+
+
+@pytest.mark.timeout(LIMIT_S + 10)
+def test_a_failing_run_is_made_smaller_and_can_be_repeated() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", SHRINKING],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert ran.stdout.strip() == "shrunk", ran.stdout[-2000:] + ran.stderr[-4000:]

@@ -203,3 +203,29 @@ def test_batches_must_follow_each_other() -> None:
     _truth, one, _other = _copies()
     with pytest.raises(Violation, match="contiguity"):
         one.append((4, 5, 1, 1))
+
+
+def test_what_retention_took_is_excused_and_nothing_else() -> None:
+    history, log = _good()
+    for start, excused in ((2, True), (1, False)):
+        rest = [record for record in log if record[1] != b"a"]
+        if excused:
+            history.check({KEY: [("b0", rest)]}, {KEY: []}, {KEY: start})
+            continue
+        with pytest.raises(Violation, match="lost write"):
+            history.check({KEY: [("b0", rest)]}, {KEY: []}, {KEY: start})
+
+
+def test_one_batch_of_a_producer_is_committed_once() -> None:
+    truth = Truth(KEY, 0)
+    truth.named = {(0, 11): (7, 0, 0), (1, 11): (7, 0, 0)}
+    truth.extend((0, 1, 1, 11))
+    with pytest.raises(Violation, match="committed again"):
+        truth.extend((1, 2, 1, 11))
+
+
+def test_a_batch_that_retention_took_may_come_again() -> None:
+    truth = Truth(KEY, 0)
+    truth.named = {(0, 11): (7, 0, 0), (1, 11): (7, 0, 0)}
+    truth.extend((0, 1, 1, 11))
+    truth.extend((1, 2, 1, 11), log_start=1)
