@@ -144,16 +144,17 @@ class LocalCluster:
     # -- life ----------------------------------------------------------------------------------------
 
     def start(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Start whatever does not run and wait until all of it is ready. Stops everything again if that fails."""
+        """Start whatever does not run and wait until all of it is ready: etcd, coordinators and brokers for at most
+        ``timeout_s`` each. Stops everything again if that fails."""
         missing = missing_services()
         if missing:
             raise NotInstalled(
                 f"{' and '.join(missing)}: not installed; pip install 'ferryline[server]' brings what is started here"
             )
-        deadline = time.monotonic() + timeout_s
         try:
             self.prepare()
             for stage in self.stages:
+                deadline = time.monotonic() + timeout_s
                 for name in stage:
                     self.spawn(name)
                 for name in stage:

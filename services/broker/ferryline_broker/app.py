@@ -117,7 +117,7 @@ class Broker:
         self.node_driver = NodeDriver(node, partitions, link, store, opener, view, metrics)
         partitions.peers, partitions.link = peers, link
         partitions.delete_replica = self.node_driver.work.delete_replica
-        link.listener = self.node_driver
+        link.listener, link.count = self.node_driver, metrics.error
         self.frames = FrameRouter(config, partitions, view, metrics, peers)
         self.rest = RestApi(partitions, view)
         self.audit = AuditApi(partitions, view, store.broker_id)

@@ -12,7 +12,13 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ferryline.protocol.errors import ConnectionFailed, CoordinatorStandby, FerrylineError, RequestTimedOut
+from ferryline.protocol.errors import (
+    ConnectionFailed,
+    CoordinatorStandby,
+    FerrylineError,
+    RequestTimedOut,
+    StaleCoordinator,
+)
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.messages import (
     ROLE_BROKER,
@@ -83,8 +89,7 @@ class CoordinatorLink:
         self._closed = False
         self._last_url = ""
         self._unwanted = ""
-        self.stale_refused = 0  # sessions ended because that coordinator had been replaced
-        self.silences = 0  # sessions ended because nothing was answered
+        self.count: Callable[[str], None] = lambda code: None  # codes of what a coordinator was left for
 
     @property
     def connected(self) -> bool:
@@ -106,7 +111,7 @@ class CoordinatorLink:
     def reset(self, reason: str) -> None:
         """The node core does not want this coordinator, because it was replaced: find another one."""
         _log.warning("leaving the coordinator", reason=reason)
-        self.stale_refused += 1
+        self.count(StaleCoordinator.code)
         self._leave()
 
     def _leave(self) -> None:
@@ -240,7 +245,7 @@ class CoordinatorLink:
         if connection is None or connection is not self._connection or len(self._urls()) < 2:
             return
         _log.warning("leaving the coordinator", url=connection.url, reason=str(error))
-        self.silences += silent
+        self.count(error.code)
         self._leave()
 
     # -- messages of the partition cores ------------------------------------------------------------
