@@ -20,5 +20,6 @@ KEPT = (
     ("3/2/replicated", 203, False, "an in-sync replica that ended exactly at the primary's log start stopped"),
     ("3/2/fsync", 418, False, "a primary that had begun at its predecessor's start sent secondaries round for ever"),
     ("3/2/fsync", 500050, False, "a damaged copy was given up although a newer record counted on it"),
+    ("2/2/replicated", 519, True, "a hole in what was never synced was called damage, on both copies"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
 )
