@@ -216,13 +216,6 @@ BROKERS = (
         ("NodeCore._applied", "if key[0] in deleted:", "if False:"),
     ),
     mutant(
-        "checksum-unchecked",
-        "F3 F5",
-        "nobody looks at the checksum of what arrives",
-        ALL,
-        ("check_crc", "if crc32c(view) != header.crc:", "if False:"),
-    ),
-    mutant(
         "failed-write-ignored",
         "L10",
         "a replica goes on after its storage failed",
