@@ -80,5 +80,6 @@ class Peer(ABC):
         send(self.pids, signal.SIGCONT)
 
     def stop(self) -> None:
-        for program in self.programs:
+        """The last started first: what others need ends after them."""
+        for program in reversed(self.programs):
             program.end()
