@@ -315,7 +315,7 @@ class Admin:
         urls = [url for url in urls if silent.get(url, 0.0) <= now] or urls
         last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
         for url in urls:  # grows while it is gone through
-            silent[url] = now + _SILENT_S  # unless it answers; the caller's patience may end before ours
+            silent[url] = now + _ATTEMPT_S + _SILENT_S  # unless it answers; the caller's patience may end before ours
             try:
                 answer = await self._send(url, method, path, body)
                 silent.pop(url, None)
