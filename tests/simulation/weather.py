@@ -135,9 +135,13 @@ def _short_logs(weather: Weather, rng: random.Random) -> None:
     weather.snapshot_bytes = 300
     weather.produce_gap_ms, weather.members, weather.partitions = 60, max(weather.members, 2), 1
     weather.lag_max_ms, weather.fault_ms, weather.fault_gap_ms = 1_500, 5_000, 900
-    for name, value in (("chores_ms", 300), ("retention_bytes", 500)):
-        setattr(weather, name, value)
+    weather.chores_ms, weather.retention_bytes = 300, 500
     weather.mischief = Mischief(fence_one_ms=2_000)
+
+
+def _rot(weather: Weather, rng: random.Random) -> None:
+    _often(weather, rot=3.0, kill=0.5)
+    weather.chores_ms, weather.fault_gap_ms = 500, 1_000
 
 
 PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
@@ -152,6 +156,7 @@ PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "blackouts": _blackouts,
     "joiners": _joiners,
     "short-logs": _short_logs,
+    "rot": _rot,
 }
 
 

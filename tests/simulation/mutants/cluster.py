@@ -41,7 +41,7 @@ CLUSTER = (
         "a replica that reports damage stays a candidate",
         ALL,
         ("Registration.take_reports", "if report.log_state in INCOMPLETE_LOGS:", "if False:"),
-        real_log=True,
+        weather="rot",
     ),
     mutant(
         "move-drops-early",
@@ -75,13 +75,6 @@ CLUSTER = (
         "a new primary goes on in the epoch of the old one",
         ALL,
         ("elect", "epoch=part.epoch + 1", "epoch=part.epoch"),
-    ),
-    mutant(
-        "nobody-elected-later",
-        "C4",
-        "only fencing and unfencing look for a primary",
-        ALL,
-        ("CoordinatorCore._elect_waiting", "if not record.frozen and can_elect(", "if False and can_elect("),
     ),
     mutant(
         "zombie-commits",

@@ -43,7 +43,6 @@ TABLE = (
         "AlterIsr without compare-and-set on the version",
         ISR_MATTERS,
         ("Partitions._refusal", "if part.version != proposal.version:", "if False:"),
-        weather="echoes",
     ),
     mutant(
         "join-without-leso",
@@ -201,9 +200,8 @@ TABLE = (
         "state-served-early",
         "head",
         "claims and commits before the epoch's start is committed",
-        FSYNC,
+        GROUPS,
         ("Primary.ready", "self.groups is not None and all(", "self.groups is not None or all("),
-        weather="late-flushes",
     ),
     mutant(
         "hand-over-to-anyone",
