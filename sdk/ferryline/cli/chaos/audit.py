@@ -5,6 +5,8 @@ The copies are compared from disk, records and delivery state; every receipt mus
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +49,16 @@ class Audit:
 
     def _counted(self, size: int) -> None:
         self.bytes += size
+
+
+async def repair(urls: Sequence[str], ca: str) -> str:
+    """What an operator does about harm: ``ferryline verify --repair``. Returns what it says."""
+    command = [sys.executable, "-m", "ferryline.cli", "--url", ",".join(urls), "--ca", ca, "verify", "--repair"]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    told, _ = await process.communicate()
+    return told.decode(errors="replace")
 
 
 def lines(files: Sequence[Path]) -> Iterator[Receipt]:

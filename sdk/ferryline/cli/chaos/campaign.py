@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ferryline.cli.chaos.audit import Audit
+from ferryline.cli.chaos.audit import Audit, repair
 from ferryline.cli.chaos.copies import CopyReader
 from ferryline.cli.chaos.record import Recorder, now_us
 from ferryline.cli.chaos.schedule import DAMAGE, DRAIN, Phase, Plan, Step
@@ -247,27 +247,33 @@ class Campaign:
         async with self._connect() as client:
             # Copies of a cluster that did not heal are read as far as they can be, for what they tell.
             within_s = 20.0 if self._trouble else self._load.heal_s + self._recorder.acked / 20_000
+            if DAMAGE & set(self.plan.faults) and not self._trouble:
+                await self._find_harm(client, topics)
             reader = CopyReader(client, self._recorder, within_s)
             await reader.read_all(topics, self._traffic.highest)
             self._copies_read = reader.records
             self._trouble += reader.trouble
             if not self._trouble:
-                await self._audit(client, topics)
+                audit = await self._audit(client, topics)
+                self._receipts = audit.receipts
+                self._trouble += audit.trouble
 
-    async def _audit(self, client: Client, topics: Sequence[Topic]) -> None:
-        """Copies and receipts compared on disk. Harm that nobody had read yet may be found now, and is then mended."""
+    async def _find_harm(self, client: Client, topics: Sequence[Topic]) -> None:
+        """Bits turned over in a log that nobody reads are found by who looks: `ferryline verify` does, and mends."""
+        found = await self._audit(client, topics)
+        if found.trouble:
+            self._bed.counts["harm found by verify"] += len(found.trouble)
+            told = await repair(self._bed.urls, self._bed.ca)
+            if not await self._whole(client, topics, self._load.heal_s):
+                self._trouble.append(f"not whole after a repair: {told[-1000:]}")
+
+    async def _audit(self, client: Client, topics: Sequence[Topic]) -> Audit:
+        """Copies and receipts compared on disk."""
         self._phase = ("comparing copies and receipts", len(self.plan.phases))
         self._show()
-        harmed = bool(DAMAGE & set(self.plan.faults))
-        for last in (False, False, True) if harmed else (True,):
-            audit = Audit(client)
-            await audit.run([topic.name for topic in topics], self._traffic.receipts)
-            self._receipts = audit.receipts
-            if last or not audit.trouble:
-                self._trouble += audit.trouble
-                return
-            await asyncio.sleep(1.0)
-            await self._whole(client, topics, self._load.heal_s)
+        audit = Audit(client)
+        await audit.run([topic.name for topic in topics], self._traffic.receipts)
+        return audit
 
     @staticmethod
     async def _whole(client: Client, topics: Sequence[Topic], within_s: float) -> bool:
