@@ -119,6 +119,17 @@ async def test_an_end_of_primaryship_is_one_step_down_and_whoever_waits_is_told(
     assert (world.outside.terms, world.driver.terms_lost) == (1, 1)
 
 
+async def test_a_store_that_fails_in_an_unforeseen_way_ends_the_process(world: World) -> None:
+    async def broken(*_: Any) -> Any:
+        raise KeyError("responses")
+
+    world.store.commit = broken  # type: ignore[method-assign]
+    world.driver.post(ev.CoordinatorsKnown(("https://a:1",)))
+    failure = await asyncio.wait_for(asyncio.shield(world.driver.failed), 2)
+    assert isinstance(failure, KeyError)
+    assert not world.driver.serving
+
+
 async def test_a_standby_that_waits_for_its_turn_can_be_closed() -> None:
     world = World()
     world.driver.begin()

@@ -101,9 +101,12 @@ class Driver:
 
     async def _watch(self, core: CoordinatorCore) -> None:
         """Step down as soon as primaryship may be over, not only at the next commit."""
-        await self._store.watch()
-        if self._serving and self.core is core and not self._stopping:
-            await self._begin_again("primaryship is over, or could not be kept alive")
+        try:
+            await self._store.watch()
+            if self._serving and self.core is core and not self._stopping:
+                await self._begin_again("primaryship is over, or could not be kept alive")
+        except Exception as error:
+            self._unusable(error)
 
     def begin(self) -> None:
         """`start` without waiting for it; what goes wrong ends up in `failed`."""
@@ -112,8 +115,8 @@ class Driver:
     async def _begin(self) -> None:
         try:
             await self.start()
-        except StoreUnusable as unusable:
-            self._fail(unusable)
+        except Exception as error:
+            self._unusable(error)
 
     async def _begin_again(self, why: str, at_least: int = 0) -> None:
         """Nothing that was decided since the last durable commit has left this process; forget it."""
@@ -134,6 +137,11 @@ class Driver:
             self._fail(unusable)
         finally:
             self._beginning = False
+
+    def _unusable(self, error: Exception) -> None:
+        """The store failed, or answered what nobody foresaw: going on in silence would be the worst of all."""
+        _log.critical("the store cannot be used", error=str(error), exc_info=not isinstance(error, StoreUnusable))
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """This process cannot go on: whoever supervises it starts another."""
@@ -275,9 +283,8 @@ class Driver:
                     return
                 for decision in decisions:
                     self._carry_out(decision)
-        except StoreUnusable as unusable:
-            _log.critical("the store cannot be used", error=str(unusable))
-            self._fail(unusable)
+        except Exception as error:
+            self._unusable(error)
         finally:
             self._committing = False
             self._wake_settled()
