@@ -54,6 +54,7 @@ def outcome(module: Any, data: bytes) -> tuple[str, Any]:
     return ("taken", ([str(head).partition("(")[2] for _, head in found], decoded))
 
 
+@settings(deadline=None)
 @given(
     rows,
     st.integers(100, 4_000),
@@ -78,7 +79,7 @@ def test_both_codecs_make_the_same_bytes_and_are_full_at_the_same_record(
     assert outcome(compiled, built[0][1]) == outcome(python, built[0][1])
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(rows, edits, st.integers(0, 2**20), st.booleans())
 def test_both_codecs_refuse_the_same_bytes_with_the_same_words(
     compiled: Any, python: Any, taken: list[Any], changes: list[tuple[int, int]], cut: int, cuts: bool
@@ -94,6 +95,7 @@ def test_both_codecs_refuse_the_same_bytes_with_the_same_words(
     assert outcome(compiled, bytes(data)) == outcome(python, bytes(data))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=9_000))
 def test_the_processors_crc_is_the_crc(compiled: Any, python: Any, head: bytes, body: bytes) -> None:
     data = head + body * 3
@@ -115,6 +117,7 @@ def test_the_crc_holds_at_every_seam_and_alignment(compiled: Any, python: Any, s
         assert compiled.crc32c(part) == python.crc32c(bytes(part))
 
 
+@settings(deadline=None)
 @given(rows)
 def test_messages_are_the_records(compiled: Any, taken: list[Any]) -> None:
     from ferryline.message import Message, Source

@@ -38,6 +38,7 @@ batches = st.lists(record, min_size=1, max_size=20)
 codecs = st.sampled_from(sorted(records.CODECS))
 
 
+@settings(deadline=None)
 @given(batches, codecs, st.integers(0, 2**40), st.integers(0, 2**30))
 def test_records_come_back_as_they_went_in(
     rows: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]], codec: str, base: int, epoch: int
@@ -53,6 +54,7 @@ def test_records_come_back_as_they_went_in(
     assert {r.timestamp for r in decoded} == {1234}
 
 
+@settings(deadline=None)
 @given(batches, st.integers(0, 2**60), st.integers(0, 2**30))
 def test_stamping_does_not_touch_what_the_crc_covers(rows: list[object], base: int, epoch: int) -> None:
     data = records.encode_batch(rows)  # type: ignore[arg-type]
@@ -62,6 +64,7 @@ def test_stamping_does_not_touch_what_the_crc_covers(rows: list[object], base: i
     assert (header.base_offset, header.epoch) == (base, epoch)
 
 
+@settings(deadline=None)
 @given(batches, st.data())
 def test_a_flipped_bit_never_passes_the_crc(rows: list[object], draw: st.DataObject) -> None:
     data = records.encode_batch(rows)  # type: ignore[arg-type]
@@ -71,6 +74,7 @@ def test_a_flipped_bit_never_passes_the_crc(rows: list[object], draw: st.DataObj
         records.check_crc(data, records.read_header(data))
 
 
+@settings(deadline=None)
 @given(batches, st.data())
 def test_a_cut_batch_is_named_as_cut(rows: list[object], draw: st.DataObject) -> None:
     data = bytes(records.encode_batch(rows))  # type: ignore[arg-type]
@@ -82,7 +86,7 @@ def test_a_cut_batch_is_named_as_cut(rows: list[object], draw: st.DataObject) ->
         records.split_batches(data[:cut])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(batches, codecs, st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6))
 def test_hostile_bytes_decode_or_are_refused(rows: list[object], codec: str, edits: list[tuple[int, int]]) -> None:
     data = records.encode_batch(rows, codec=codec)  # type: ignore[arg-type]
@@ -95,6 +99,7 @@ def test_hostile_bytes_decode_or_are_refused(rows: list[object], codec: str, edi
         pass
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_noise_is_never_a_batch(noise: bytes) -> None:
     if noise:
@@ -165,6 +170,7 @@ def test_a_control_batch_says_so() -> None:
     assert (header.base_offset, header.epoch, header.record_count) == (17, 3, 1)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=50), st.integers(1, 10_000))
 def test_a_key_stays_on_its_partition(key: bytes, partitions: int) -> None:
     assert 0 <= partition_of(key, partitions) < partitions
