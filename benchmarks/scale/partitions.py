@@ -19,6 +19,7 @@ from ferryline.transport import Connector
 TOPIC_PARTITIONS = 1_000
 SAMPLES = 60
 ENTRIES = 1_000
+LIMIT_S = 300.0  # for anything: beyond it the point has failed
 
 
 async def measure(partitions: int, *, settle_s: float = 8.0, idle_s: float = 10.0) -> dict[str, Any]:
@@ -64,7 +65,7 @@ async def create(client: Client, cluster: ProcessCluster, partitions: int) -> di
         await client.admin.create_topic(f"scale-{number}", partitions=size, replication=2, timeout=120)
         calls.append(time.monotonic() - call)
     made = time.monotonic() - began
-    await until(lambda: len(parts_of(client)) == partitions and in_sync(client), 120, "all in sync")
+    await until(lambda: len(parts_of(client)) == partitions and in_sync(client), LIMIT_S, "all in sync")
     await serving(client)
     return {
         "topics": len(sizes),
@@ -79,7 +80,7 @@ def in_sync(client: Client) -> bool:
     return all(part.primary != NO_BROKER and len(part.isr) == len(part.replicas) for part in parts_of(client))
 
 
-async def serving(client: Client, timeout_s: float = 120.0) -> None:
+async def serving(client: Client, timeout_s: float = LIMIT_S) -> None:
     """Return when every primary answers for every partition and has committed the start of its epoch."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -180,10 +181,14 @@ async def fail_over(client: Client, cluster: ProcessCluster, partitions: int) ->
         await cluster.kill(victim)
         killed = time.monotonic()
         await until(
-            lambda: all(p.primary not in (NO_BROKER, victim_id) for p in parts_of(client)), 60, "a primary everywhere"
+            lambda: all(p.primary not in (NO_BROKER, victim_id) for p in parts_of(client)),
+            LIMIT_S,
+            "a primary everywhere",
         )
         elected = time.monotonic() - killed
-        await until(lambda: all(stream.last > killed + elected for stream in streams.values()), 60, "all flow again")
+        await until(
+            lambda: all(stream.last > killed + elected for stream in streams.values()), LIMIT_S, "all flow again"
+        )
         after = usages(cluster)
         hit_gaps = [streams[part.key].worst for part in hit]
         spared_gaps = [streams[part.key].worst for part in spared]
@@ -193,7 +198,7 @@ async def fail_over(client: Client, cluster: ProcessCluster, partitions: int) ->
     online = time.monotonic() - killed
     began = time.monotonic()
     ready = await start_timed(cluster, [victim])
-    await until(lambda: in_sync(client), 180, "all in sync again", 0.02)
+    await until(lambda: in_sync(client), LIMIT_S, "all in sync again", 0.02)
     return {
         "primaries_lost": len(led[victim_id]),
         "gap_s": spread(hit_gaps),
@@ -213,7 +218,7 @@ async def restart_all(cluster: ProcessCluster, partitions: int) -> dict[str, Any
     began = time.monotonic()
     ready = await start_timed(cluster)
     async with connected(cluster) as client:
-        await until(lambda: len(parts_of(client)) == partitions and in_sync(client), 180, "all in sync")
+        await until(lambda: len(parts_of(client)) == partitions and in_sync(client), LIMIT_S, "all in sync")
         await serving(client)
     return {"ready_s": ready, "all_online_s": round(time.monotonic() - began, 3)}
 

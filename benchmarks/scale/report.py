@@ -48,7 +48,8 @@ def _brokers(row: Row, field: str) -> float:
 
 def _partitions(rows: list[Row], charts: dict[str, tuple[str, str, Series]]) -> list[str]:
     head = ["partitions", "create, all online s", "idle CPU % broker / coordinator", "broker RSS MiB",
-            "KiB / partition", "descriptors", "full metadata KiB / ms", "change B", "fail-over gap p50 / p99 / worst s", "others worst s",
+            "KiB / partition", "descriptors", "full metadata KiB / ms", "change B",
+            "fail-over gap p50 / p99 / worst s", "others worst s",
             "broker back: ready / in sync s", "all killed: online s"]  # fmt: skip
     table, seconds, memory, cpu = [], {}, [], {}
     for row in rows:

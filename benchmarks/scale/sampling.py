@@ -76,7 +76,7 @@ async def until(condition: Callable[[], bool], timeout_s: float, what: str, poll
 
 
 async def start_timed(
-    cluster: ProcessCluster, names: list[str] | None = None, timeout_s: float = 120.0
+    cluster: ProcessCluster, names: list[str] | None = None, timeout_s: float = 300.0
 ) -> dict[str, float]:
     """Start services (default: all, the coordinator first); seconds from its exec to READY for each."""
     local, took = cluster.local, {}
