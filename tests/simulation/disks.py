@@ -308,9 +308,7 @@ class FastReplica:
         return -1
 
     def rot(self, rng: random.Random) -> bool:
-        batches = [
-            batch for log in self.logs for batch in log.batches[:-1]
-        ]  # the newest may pass for a torn tail
+        batches = [batch for log in self.logs for batch in log.batches[:-1]]  # the newest may pass for a torn tail
         if not batches:
             return False
         batches[int(rng.random() * len(batches))].rotten = True
