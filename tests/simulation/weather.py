@@ -139,8 +139,10 @@ def _short_logs(weather: Weather, rng: random.Random) -> None:
     weather.mischief = Mischief(fence_one_ms=2_000)
 
 
-def _rot(weather: Weather, rng: random.Random) -> None:
-    _often(weather, rot=3.0, kill=0.5)
+def _bad_disks(weather: Weather, rng: random.Random) -> None:
+    """One disaster is all that a run has for its disks."""
+    rot = rng.random() < 0.6
+    _often(weather, rot=3.0 * rot, foreign_disk=3.0 * (not rot), kill=0.5)
     weather.chores_ms, weather.fault_gap_ms = 500, 1_000
 
 
@@ -156,7 +158,7 @@ PROFILES: dict[str, Callable[[Weather, random.Random], None]] = {
     "blackouts": _blackouts,
     "joiners": _joiners,
     "short-logs": _short_logs,
-    "rot": _rot,
+    "bad-disks": _bad_disks,
 }
 
 

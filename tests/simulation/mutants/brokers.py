@@ -132,14 +132,6 @@ BROKERS = (
         weather="short-logs",
     ),
     mutant(
-        "conflict-from-old-record",
-        "F4 F6",
-        "an outdated record of the partition proves a conflict",
-        ALL,
-        ("Secondary._behind", "if self._primary_version <= part.version:", "if True:"),
-        weather="short-logs",
-    ),
-    mutant(
         "reads-uncommitted",
         "L5",
         "readers get what is not committed yet",
@@ -196,16 +188,6 @@ BROKERS = (
         ),
         weather="short-logs",
     ),
-    mutant(
-        "epoch-before-start-forgotten",
-        "F6",
-        "a replica that began again at the primary's log start does not know the epoch before it",
-        ALL,
-        (
-            "Secondary._restart_at",
-            "replica.reset(log, data.log_start, data.start_epoch)",
-            "replica.reset(log, data.log_start)",
-        ),
         weather="short-logs",
     ),
     mutant(

@@ -41,7 +41,7 @@ CLUSTER = (
         "a replica that reports damage stays a candidate",
         ALL,
         ("Registration.take_reports", "if report.log_state in INCOMPLETE_LOGS:", "if False:"),
-        weather="rot",
+        weather="bad-disks",
     ),
     mutant(
         "move-drops-early",
@@ -61,6 +61,7 @@ CLUSTER = (
             "if (not same_storage and not fresh) or rolled_back or message.restart_class == RESTART_FOREIGN:",
             "if False:",
         ),
+        weather="bad-disks",
     ),
     mutant(
         "elected-while-fenced",
@@ -85,36 +86,12 @@ CLUSTER = (
         weather="two-coordinators",
     ),
     mutant(
-        "cancelled-move-drops-copy",
-        "C8",
-        "a cancelled move drops a new copy that is a candidate",
-        ALL,
-        ("Moves._step", " and b not in part.elr", ""),
-        weather="moves",
-    ),
-    mutant(
         "move-removes-the-new-copy",
         "C8",
         "a finished move keeps the old replica instead of the new one",
         ALL,
         ("Moves._step", "keep = target(part)", "keep = tuple(b for b in part.replicas if b not in part.adding)"),
         ("Moves._step", "isr=remaining", "isr=tuple(b for b in part.isr if b in keep)"),
-        weather="moves",
-    ),
-    mutant(
-        "move-below-min-isr",
-        "C8",
-        "a move ends although too few replicas stay in sync",
-        "2/2/fsync,2/2/replicated,3/2/fsync,3/2/replicated",
-        ("Moves._step", "len(remaining) >= max(1, part.min_isr)", "True"),
-        weather="moves",
-    ),
-    mutant(
-        "lost-replica-awaited",
-        "C8",
-        "a move waits for ever for a replica that is gone",
-        ALL,
-        ("Moves._keep_instead", "if not instead:", "if True:"),
         weather="moves",
     ),
     mutant(
