@@ -188,8 +188,6 @@ BROKERS = (
         ),
         weather="short-logs",
     ),
-        weather="short-logs",
-    ),
     mutant(
         "deleted-topic-kept",
         "7.5 M2",
