@@ -21,5 +21,6 @@ KEPT = (
     ("3/2/fsync", 418, False, "a primary that had begun at its predecessor's start sent secondaries round for ever"),
     ("3/2/fsync", 500050, False, "a damaged copy was given up although a newer record counted on it"),
     ("2/2/replicated", 519, True, "a hole in what was never synced was called damage, on both copies"),
+    ("2/2/replicated", 345, False, "after a declared loss a replica that began above it asked for ever"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
 )

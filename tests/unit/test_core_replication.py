@@ -485,6 +485,22 @@ def test_failed_storage_stops_the_partition_and_settles_whoever_waits() -> None:
     assert pair.cores[1].role == "stopped"
 
 
+def test_after_a_declared_loss_a_replica_that_begins_above_it_begins_again() -> None:
+    """Retention took what both had in common: there is no offset to cut at."""
+    pair = started()
+    for token in range(1, 4):
+        pair.produce(1, token)
+    pair.tick(pair.config.watermark_tell_ms)
+    pair.tell(2, ev.LogStartAdvanced(RECORDS, 3))
+    pair.disks[2].logs[RECORDS] = [b for b in pair.disks[2].logs[RECORDS] if b[0].base_offset >= 3]
+    pair.disks[1].logs = [[], []]
+    pair.restart(1)
+    for broker in (1, 2):
+        pair.meta(part(1, 2, 2, (1,), recovery_epoch=2), broker)
+    assert ev.ResetLog(RECORDS, 0) in pair.effects(ev.ResetLog, 2)
+    assert pair.disks[2].end(RECORDS) == pair.disks[1].end(RECORDS)
+
+
 def test_a_stopped_replica_that_is_moved_elsewhere_is_deleted() -> None:
     """Its files would stay for ever, and nobody would look for it there any more."""
     pair = started()

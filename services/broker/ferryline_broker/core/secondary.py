@@ -150,7 +150,7 @@ class Secondary:
         if data.diverging is not None:
             if self._begins_later(log, data):
                 return self._restart_at(log, data)
-            return self._diverged(log, *data.diverging)
+            return self._diverged(log, data, *data.diverging)
         if data.log_start > replica.log_end[log]:
             return self._restart_at(log, data)
         if batches.headers:
@@ -174,17 +174,18 @@ class Secondary:
             end, epoch = header.next_offset, header.epoch
         return True
 
-    def _diverged(self, log: int, epoch: int, end: int) -> bool:
+    def _diverged(self, log: int, data: LogData, epoch: int, end: int) -> bool:
         """Rule F4: cut back to where both logs may agree, by epoch, never by high watermark.
 
         Within one epoch both logs are prefixes of one primary's log, so the smaller end is a batch boundary of both. If
         this log does not know the epoch that the primary named, only its own end of the epoch below is one: cut there
-        and ask again; the tail epoch falls, so this ends.
+        and ask again; the tail epoch falls, so this ends. Where they part below this log's start, nothing can be cut:
+        after a declared loss this replica begins again at the primary's log start.
         """
         replica = self.replica
         own_epoch, own_end = replica.epochs[log].end_offset_for(epoch, replica.log_end[log])
         cut = max(min(end, own_end) if own_epoch == epoch else own_end, replica.log_start[log])
-        if cut < replica.high_watermark[log] or (own_epoch == epoch and end < replica.log_start[log]):
+        if cut < replica.high_watermark[log] or end < replica.log_start[log]:
             part = replica.part
             assert part is not None
             if part.recovery_epoch <= replica.epochs[log].tail_epoch:
@@ -196,6 +197,8 @@ class Secondary:
                 replica.stop(LOG_CONFLICT)
                 return False
             replica.high_watermark[log] = cut  # an operator accepted the loss (unclean recovery)
+            if end < replica.log_start[log]:
+                return self._restart_at(log, data)
         replica.truncate(log, cut)
         return True
 
