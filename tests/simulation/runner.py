@@ -96,7 +96,8 @@ def commit() -> str:
     """The commit that is being simulated, for the replay command."""
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        changes = ["git", "status", "--porcelain", "-uno", "--", ".", ":!tests/simulation/ledger.jsonl"]
+        dirty = subprocess.run(changes, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
