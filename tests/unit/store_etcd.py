@@ -47,6 +47,12 @@ class EtcdProcesses:
             assert time.monotonic() < end, self.service(name).log_tail()
             time.sleep(0.05)
 
+    def settle(self) -> None:
+        """Wait until every member is healthy: an earlier test may have killed or paused some."""
+        for name in self.names:
+            self.service(name).ready = {}
+            self.wait_ready(name)
+
     def kill(self, name: str) -> None:
         service = self.service(name)
         service.send_signal(signal.SIGKILL)

@@ -30,6 +30,8 @@ async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     opened: list[MetaStore] = []
     prefix = f"suite-{uuid.uuid4().hex}"
     etcd: EtcdProcesses | None = request.getfixturevalue("etcd") if request.param == "etcd" else None
+    if etcd is not None:
+        await asyncio.to_thread(etcd.settle)
 
     async def again() -> MetaStore:
         nonlocal lives
@@ -176,14 +178,16 @@ async def test_many_records_are_one_commit_and_change_in_the_next(reopen: Reopen
     many = {f"part/t/{number}": b"x" * 100 for number in range(count)}
     made = await writer.commit(many, [], [(key, 0) for key in many])
     assert await writer.values() == many
-    assert {version for _, version in (await writer.store.load(made.revision)).records.values()} == {made.revision}
-    wrong = [(key, made.revision) for key in many if key != "part/t/0"]
-    wrong.append(("part/t/0", made.revision - 1))
+    versions = {key: version for key, (_, version) in (await writer.store.load(made.revision)).records.items()}
+    if len(writer.epochs) == 1:  # after an outcome that was not known, a load tells versions anew
+        assert set(versions.values()) == {made.revision}
+    wrong = [(key, versions[key]) for key in many if key != "part/t/0"]
+    wrong.append(("part/t/0", versions["part/t/0"] - 1))
     assert (await writer.commit({key: b"no" for key in many}, [], wrong)).outcome is Outcome.CONFLICT
-    one = await writer.commit({"part/t/7": b"y"}, [], [("part/t/7", made.revision)])
+    one = await writer.commit({"part/t/7": b"y"}, [], [("part/t/7", versions["part/t/7"])])
     assert one.outcome is Outcome.OK
     rest = [key for key in many if key != "part/t/7"]
-    guards = [("part/t/7", one.revision), *((key, made.revision) for key in rest)]
+    guards = [("part/t/7", one.revision), *((key, versions[key]) for key in rest)]
     gone = await writer.commit({"part/t/7": b"z"}, rest, guards)
     assert gone.outcome is Outcome.OK
     assert await writer.values() == {"part/t/7": b"z"}

@@ -31,6 +31,7 @@ async def prefix() -> str:
 async def open_store(etcd: EtcdProcesses, prefix: str) -> AsyncIterator[Open]:
     """Stores of several coordinators of one cluster."""
     made: list[EtcdStore] = []
+    await asyncio.to_thread(etcd.settle)
 
     def make(**options: Any) -> EtcdStore:
         made.append(etcd.store(prefix, **options))

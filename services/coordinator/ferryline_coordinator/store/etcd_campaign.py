@@ -185,7 +185,7 @@ class Candidate:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_DOUBT_S)
-            if self._refuses is None or not url or loop.time() - self._deposed_at < 6 * self._ttl_s:
+            if self._refuses is None or not url or loop.time() - self._deposed_at < 2 * self._ttl_s:
                 continue
             if await self._refuses(url):
                 await asyncio.sleep(_DOUBT_AGAIN_S)
