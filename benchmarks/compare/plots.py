@@ -68,7 +68,7 @@ def _rates(axis: Any, rows: dict[str, Row]) -> None:
     above = [one.rate.highest - one.rate.median for one in order]
     axis.barh(places, medians, color=colours, xerr=(below, above), error_kw={"lw": 0.8})
     axis.set_xlabel("records/s", fontsize=8)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
 
 
 def _latencies(axis: Any, rows: dict[str, Row]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.goals import verdicts
-from benchmarks.compare.plan import VARIANTS, WARM_UP_MAX_S
+from benchmarks.compare.plan import VARIANTS, WARM_UP_MAX_S, WORKLOADS
 from benchmarks.compare.spec import KEY_BYTES
 from benchmarks.compare.stats import LATENCIES, Row, Spread, Table, table
 
@@ -23,7 +23,7 @@ TITLES = {
 def render(report: dict[str, Any]) -> str:
     """The whole report."""
     found = table(report["rounds"])
-    lines = [*_head(report), *_acknowledgements(found)]
+    lines = [*_head(report), *_not_measured(found), *_acknowledgements(found)]
     for (workload, what), rows in found.items():
         lines += [f"### {workload}: {what} ({TITLES.get(what, '')})", ""]
         lines += _latency_table(rows) if what in LATENCIES else _rate_table(rows)
@@ -65,6 +65,18 @@ def _head(report: dict[str, Any]) -> list[str]:
     if report["failures"]:
         lines += ["Failed:", "", *(f"* {_first(one)}" for one in report["failures"]), ""]
     return lines
+
+
+def _not_measured(found: Table) -> list[str]:
+    """Servers that a workload was not meant for, with the reason."""
+    measured = {name for name, _ in found}
+    every = {one.system for one in VARIANTS}
+    lines = [
+        f"* {one.name}: without {', '.join(sorted(every - one.systems))}: {one.left_out}"
+        for one in WORKLOADS
+        if one.left_out and one.name in measured
+    ]
+    return [*lines, "* workloads that are not central, only with the main rows of each system.", ""]
 
 
 def _first(text: str) -> str:

@@ -216,11 +216,13 @@ def test_the_report_shows_every_row_what_was_left_out_and_what_an_ack_means() ->
         f"100B|consume|{HEADLINE}": [result(800_000.0)],
         "100B|produce|redis always": [result(9_000.0)],
         f"one-at-a-time|latency|{HEADLINE}": [timed(1.0, 9.0)],
+        f"partitions-200|produce|{HEADLINE}": [result(70_000.0)],
     }
     text = render(report(rounds))
     assert "| ferryline r2 fsync | 85,000 (80,000 .. 90,000) |" in text
     assert "* nats-3: nats-server is not installed\n" in text
     assert "flushed (fdatasync) on both copies, TLS" in text
+    assert "* partitions-200: without nats, rabbitmq, redis: " in text
     assert "1.00 (1.00 .. 1.00) | 9.00 (9.00 .. 9.00)" in text
     assert "1 of 1 goals met" in text
 
