@@ -8,6 +8,7 @@ from time import time_ns
 from typing import TYPE_CHECKING
 
 from ferryline.accumulator import Accumulator, Batch, Record, TopicBuffer
+from ferryline.core.producer import PARTIAL_IN_FLIGHT
 from ferryline.protocol.errors import BufferFull, ClientClosed, DeadlineExceeded, FerrylineError, UnknownTopic
 from ferryline.protocol.limits import check_name
 from ferryline.protocol.partitioner import partition_of
@@ -51,7 +52,12 @@ class Batching:
         self._compression = compression
         self._delivery_ms = delivery_ms
         self._sender = Sender(
-            client, request_timeout_ms=request_ms, left=self._left, returned=self._returned, receipts=receipts
+            client,
+            request_timeout_ms=request_ms,
+            partial_in_flight=PARTIAL_IN_FLIGHT if linger_s else PARTIAL_IN_FLIGHT + 1,  # without linger latency counts
+            left=self._left,
+            returned=self._returned,
+            receipts=receipts,
         )
         self._numbers = 0
         self._lingering: list[tuple[float, int, TopicBuffer, Accumulator, BatchBuilder]] = []  # heap

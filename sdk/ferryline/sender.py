@@ -102,6 +102,7 @@ class Sender:
         client: Client,
         *,
         request_timeout_ms: int,
+        partial_in_flight: int,
         left: Callable[[Batch], None],
         returned: Callable[[Batch], None],
         receipts: Receipts | None = None,
@@ -110,7 +111,9 @@ class Sender:
         self._left = left
         self._returned = returned
         self._receipts = receipts
-        self._core = ProducerCore(secrets.randbits(63), request_timeout_ms=request_timeout_ms)
+        self._core = ProducerCore(
+            secrets.randbits(63), request_timeout_ms=request_timeout_ms, partial_in_flight=partial_in_flight
+        )
         self._loop = asyncio.get_running_loop()
         self._batches: dict[int, Batch] = {}
         self._routes: dict[tuple[str, int], tuple[int, int, int]] = {}  # as last told to the core

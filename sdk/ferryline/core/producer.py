@@ -89,11 +89,18 @@ class ProducerCore:
     """
 
     def __init__(
-        self, pid: int, *, request_timeout_ms: int = 30_000, backoff: Backoff | None = None, history: int = 64
+        self,
+        pid: int,
+        *,
+        request_timeout_ms: int = 30_000,
+        partial_in_flight: int = PARTIAL_IN_FLIGHT,
+        backoff: Backoff | None = None,
+        history: int = 64,
     ) -> None:
         assert 0 <= pid < 2**PID_BITS, pid
         self.pid = pid
         self.request_timeout_ms = request_timeout_ms
+        self.partial_in_flight = partial_in_flight
         self.backoff = backoff or Backoff()
         self.history: deque[tuple[int, Event]] = deque(maxlen=history)  # shown with a failed assertion
         self._jitter = Jitter(pid)
@@ -110,7 +117,7 @@ class ProducerCore:
         Full batches do not ask. Under load this makes batches as large as the way to the acknowledgement is long.
         """
         partition = self._partitions.get(key)
-        return partition is None or (len(partition.queue) < PARTIAL_IN_FLIGHT and not partition.bumping)
+        return partition is None or (len(partition.queue) < self.partial_in_flight and not partition.bumping)
 
     def unsettled(self) -> int:
         return sum(len(partition.queue) for partition in self._partitions.values())
