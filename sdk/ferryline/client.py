@@ -81,9 +81,7 @@ class Client:
         self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client
         self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group
-        self.silent: dict[
-            str, float
-        ] = {}  # coordinators that did not answer -> when to ask again
+        self.silent: dict[str, float] = {}  # coordinators that did not answer -> when to ask again
         self._closed = False
 
     async def __aenter__(self) -> Client:
