@@ -84,6 +84,7 @@ class Upkeep:
             self.broker.replicas.feed(key, ev.StorageFailed(RECORDS, error.message))
             return
         if start > before:
+            self.world.retained[key] = max(start, self.world.retained.get(key, 0))
             self.world.count("retention by age" if expired.by_age else "retention by size")
             self.world.copies(self.broker, key)[RECORDS].advance_start(start)
             self.broker.replicas.feed(key, ev.LogStartAdvanced(RECORDS, start))

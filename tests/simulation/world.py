@@ -76,6 +76,7 @@ class World:
         self._ids: dict[int, Broker] = {}
         self.destroyed: set[int] = set()
         self._tokens = 0
+        self.retained: dict[Key, int] = {}  # how far retention went anywhere: a later primary may begin below it
         self._recreating = False
         self._names = 0
         self.conflicts: list[str] = []
@@ -384,7 +385,11 @@ class World:
                 raise Violation("liveness", f"{send.value!r} was never answered")
         self.history.check(logs, lost, starts)
         if self.members:
-            self.history.check_processed([GROUP], {key: found[0][1] for key, found in logs.items()})
+            kept = {
+                key: [record for record in found[0][1] if record[0] >= self.retained.get(key, 0)]
+                for key, found in logs.items()
+            }
+            self.history.check_processed([GROUP], kept)
 
     def read_all(self, broker: Broker, key: Key, start: int, below: int) -> list[tuple[int, bytes]]:
         """(offset, value) of every record on the broker's disk from ``start`` to ``below``."""
