@@ -66,40 +66,11 @@ CLIENTS = (
         ),
     ),
     mutant(
-        "dedupe-window-short",
-        "section 10",
-        "only the last batch of a producer is remembered",
-        ALL,
-        ("ProducerTable.observe", "del state.batches[:-IN_FLIGHT_MAX]", "del state.batches[:-1]"),
-    ),
-    mutant(
         "producers-forgotten-early",
         "section 10",
         "an idle producer is forgotten as soon as another one sends",
         ALL,
         ("ProducerTable.observe", "if len(self._states) > PRODUCERS_MAX:", "if len(self._states) > 1:"),
-    ),
-    mutant(
-        "producer-epoch-restarts",
-        "section 10",
-        "a producer that bumped its epoch may begin anywhere",
-        ALL,
-        ("ProducerTable.check", "if sequence == 0:", "if sequence == 0 or state is not None:"),
-    ),
-    mutant(
-        "dedupe-snapshot-forgotten",
-        "section 10",
-        "the dedupe table starts from nothing where it was saved",
-        ALL,
-        ("rebuild_producers", "ProducerTable.restore(snapshot)", 'ProducerTable.restore(b"")'),
-        real_log=True,
-    ),
-    mutant(
-        "claim-generation-unchecked",
-        "K1",
-        "an older claim takes a partition back",
-        GROUPS,
-        ("GroupTable.decide_claim", "generation < row.generation or ", ""),
     ),
     mutant(
         "commit-beyond-watermark",
@@ -126,19 +97,6 @@ CLIENTS = (
             "GroupTable.replay",
             "if isinstance(entry, CommitEntry) and not _stands(entry, records, log_start, log_end):",
             "if isinstance(entry, CommitEntry):",
-        ),
-    ),
-    mutant(
-        "claims-not-replayed",
-        "K1",
-        "a promoted secondary forgets who may commit",
-        GROUPS,
-        (
-            "GroupTable.replay",
-            "        if isinstance(entry, SnapshotEntry):",
-            "        if isinstance(entry, ClaimEntry):\n"
-            "            continue\n"
-            "        if isinstance(entry, SnapshotEntry):",
         ),
     ),
 )

@@ -95,17 +95,6 @@ CLUSTER = (
         weather="moves",
     ),
     mutant(
-        "broker-epoch-reused",
-        "C2",
-        "a new life of a broker gets the number of an old one",
-        ALL,
-        (
-            "Registration.finish",
-            "epoch = change.cluster.broker_epoch + 1",
-            "epoch = max(1, change.cluster.broker_epoch)",
-        ),
-    ),
-    mutant(
         "group-generation-not-raised",
         "K1",
         "a partition changes hands without a new generation",
@@ -114,17 +103,6 @@ CLUSTER = (
             "Groups._grant",
             "generations[number] = max(generations[number], floor) + 1",
             "generations[number] = max(generations[number], floor, 1)",
-        ),
-    ),
-    mutant(
-        "granted-before-released",
-        "K1",
-        "a partition is given away while its owner still works on it",
-        GROUPS,
-        (
-            "Groups._settle",
-            "        elif owner and owner in group.sessions:\n            pending = True\n        else:",
-            "        else:",
         ),
     ),
     mutant(
