@@ -48,8 +48,8 @@ from ferryline_service.session import SessionEndpoint
 
 _log = get_logger()
 _FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
-# An idle fetch is renewed rarely, because every idle partition has one: every 5 s, 10,000 partitions cost a quarter of a
-# core. A session that is lost shows by its own pings, and a parked fetch at the log end is no lag.
+# An idle fetch is renewed rarely, because every idle partition has one: every 5 s, 10,000 partitions cost a quarter of
+# a core. A session that is lost shows by its own pings, and a parked fetch at the log end is no lag.
 _FETCH_WAIT_MS, _FETCH_RETRY_SLACK_MS = 60_000, 5_000
 _STOP_SLACK_S = 3.0  # beyond the node core's own limit
 EXIT_OK, EXIT_FAILED = 0, 1
