@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import multiprocessing
 import os
 import shutil
@@ -16,13 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.polling import POLL_SECONDS, poll, poll_blocking
+
 NEEDS = {
     "docker": "needs a docker daemon: `make test-all`, or --docker",
     "root": "needs root: `make test-all`, or --root",
     "slow": "takes long: `make test-all`, or --slow",
 }
 PROGRAMS = {"etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it"}  # tests run where these are found
-POLL_SECONDS = 0.02
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,49 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             missing = shutil.which(program) is None and not config.getoption(f"--{program}")
             if item.get_closest_marker(program) and missing:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-class Deadline:
-    """When polling gives up, and the last thing that was wrong."""
-
-    def __init__(self, within_s: float, what: str) -> None:
-        self.within_s, self.what = within_s, what
-        self.end = time.monotonic() + within_s
-        self.wrong: AssertionError | None = None
-
-    def check(self) -> None:
-        """Raises what was wrong last once the time is over."""
-        if time.monotonic() >= self.end:
-            pytest.fail(f"not within {self.within_s:g} s: {self.what}" + (f"\n{self.wrong}" if self.wrong else ""))
-
-
-async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 10.0, what: str = "") -> Any:
-    """Call ``condition`` until it is true, and return its value; an AssertionError counts as false."""
-    deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
-    while True:
-        try:
-            value = condition()
-            if inspect.isawaitable(value):
-                value = await value
-            if value:
-                return value
-        except AssertionError as wrong:
-            deadline.wrong = wrong
-        deadline.check()
-        await asyncio.sleep(POLL_SECONDS)
-
-
-def poll_blocking(condition: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
-    """`poll` for tests without an event loop."""
-    deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
-    while True:
-        try:
-            if value := condition():
-                return value
-        except AssertionError as wrong:
-            deadline.wrong = wrong
-        deadline.check()
-        time.sleep(POLL_SECONDS)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from ferryline.cli.chaos.network import Network as Remote
 from ferryline.cli.chaos.proxy import Command, Link, Network, Rule, owns_socket, socket_inode, touches
 from ferryline.cli.processes import free_port
-from tests.conftest import poll
+from tests.polling import poll
 
 HELD_S = 0.15  # long enough that bytes on loopback would have come
 WITHIN_S = 5.0

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from ferryline.protocol.messages import HelloOk
 from ferryline_service.node import NodeConnection
-from tests.conftest import poll
+from tests.polling import poll
 
 
 class BrokenSocket:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import ferryline as fl
-from conftest import poll
 from ferryline.message import Message
 from ferryline.protocol.errors import (
     ClientClosed,
@@ -26,6 +25,7 @@ from ferryline.protocol.errors import (
     UnknownTopic,
 )
 from ferryline.protocol.records import encode_batch
+from tests.polling import poll
 from unit.sdk_fake_cluster import FakeCluster, raise_code
 
 

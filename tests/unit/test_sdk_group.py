@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import ferryline as fl
-from conftest import poll
 from ferryline import heartbeats
 from ferryline.message import Message
 from ferryline.protocol.errors import (
@@ -19,6 +18,7 @@ from ferryline.protocol.errors import (
     StaleMember,
     UnknownMember,
 )
+from tests.polling import poll
 from unit.sdk_fake_cluster import FakeCluster
 
 

@@ -14,7 +14,6 @@ import pydantic
 import pytest
 
 import ferryline as fl
-from conftest import poll
 from ferryline.accumulator import RECORD_OVERHEAD
 from ferryline.message import Message
 from ferryline.protocol.errors import (
@@ -33,6 +32,7 @@ from ferryline.protocol.errors import (
 )
 from ferryline.protocol.partitioner import partition_of
 from ferryline.protocol.records import read_header
+from tests.polling import poll
 from unit.sdk_fake_cluster import FakeCluster, Key, Node
 
 

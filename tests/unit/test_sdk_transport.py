@@ -14,7 +14,6 @@ import pytest
 from aiohttp import WSMsgType, web
 
 import ferryline as fl
-from conftest import poll
 from ferryline import transport
 from ferryline.protocol.errors import (
     BadCredentials,
@@ -32,6 +31,7 @@ from ferryline.protocol.messages import Done, HelloOk, Offsets, OffsetsAnswer
 from ferryline.transport import Connector, Session, check_url
 from ferryline_coordinator.authority import Authority
 from ferryline_service.tls import server_context
+from tests.polling import poll
 from unit.sdk_fake_cluster import FakeCluster
 
 Script = Callable[[web.WebSocketResponse], Awaitable[None]]
