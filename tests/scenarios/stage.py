@@ -180,7 +180,8 @@ class Stage:
             return "no replica here"
         core, world = hosted.core, self.world
         found = []
-        values = {offset: value for offset, value in world.read_all(broker, self.key, hosted.core.log_end[RECORDS])}
+        span = hosted.core.log_start[RECORDS], hosted.core.log_end[RECORDS]
+        values = {offset: value for offset, value in world.read_all(broker, self.key, *span)}
         for base, after, epoch, _crc in hosted.files.stored(RECORDS):
             if base == core.high_watermark[RECORDS]:
                 found.append("|")

@@ -56,7 +56,7 @@ async def test_settings_that_change_reach_the_running_log(tmp_path: Path) -> Non
 
 async def test_a_rotten_segment_is_found_reported_and_not_served(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
-        first = await world.broker(scrub_bytes_per_s=64 * MIB)
+        first = await world.broker(scrub_bytes_per_s=64 * MIB, retention_ms=50)
         second = await world.broker()
         topic = await world.topic("orders", [(first.id, second.id)], segment_bytes=MIB)
         client = await world.client(first.url)
