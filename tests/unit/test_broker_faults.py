@@ -234,3 +234,26 @@ async def test_a_duplicate_batch_is_answered_with_the_offset_of_the_first_after_
         again = (await (await world.client(back.url)).produce_raw([(entry, data)]))[0]
         assert again.error is None
         assert again.base_offset == first.base_offset
+
+
+async def test_rot_that_shows_at_the_start_stops_that_replica_and_not_the_broker(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        rotten = await world.topic("rotten", [(broker.id,)])
+        sound = await world.topic("sound", [(broker.id,)])
+        client = await world.client(broker.url)
+        for topic in (rotten, sound):
+            assert (await client.produce(topic, 0, [b"a" * 500])).error is None
+        store = broker.broker.partitions.replicas[rotten.id, 0].store
+        await eventually(lambda: store._meta.checkpoints[0].offset >= 2, "a restart need not read it for recovery")
+        folder = tmp_path / "brokers" / broker.broker.store.directory / store.path.split("/", 1)[1]
+        await broker.crash()
+        (segment,) = (folder / "records").glob("*.log")
+        with segment.open("r+b") as file:
+            file.seek(-20, 2)
+            file.write(b"rot")
+        world.coordinator.fence(broker.id)
+        back = await world.broker()
+        await eventually(lambda: world.primary(sound.id) is back, "the others go on")
+        assert back.broker.partitions.replicas[rotten.id, 0].store.recovery.log_state == "damaged"
+        assert (await (await world.client(back.url)).produce(sound, 0, [b"b"])).error is None

@@ -18,6 +18,7 @@ from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import LogOpened, OpenedReplica, PartitionCore, ReplicaConfig
 from ferryline_broker.core.producers import ProducerTable
 from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.log.replica_store import ReplicaStore, replica_path, state_config
@@ -75,12 +76,13 @@ class Opener:
         )
         if topic is not None and topic != remembered:
             self.remember(key, topic, together)
+        opened = opened_replica(store, repairing=bool(quarantined))
         report = store.recovery
         if report.log_state != LOG_OK:
             _log.error(
                 "replica is not whole", partition=f"{known.name}/{key[1]}", found=report.log_state, why=report.reason
             )
-        core = self._core_class(key, broker_id, self._config, opened_replica(store, repairing=bool(quarantined)))
+        core = self._core_class(key, broker_id, self._config, opened)
         return HostedReplica(core, store, known, self._metrics.topic(known.name))
 
     def remember(self, key: Key, topic: TopicMeta, together: Together | None = None) -> None:
@@ -129,13 +131,18 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
 
 
 def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedReplica:
-    """What the core must know of the files."""
+    """What the core must know of the files. Rot that shows while they are read makes this replica damaged, and no other."""
     logs = [
         LogOpened(log.log_start, log.log_end, log.epoch_starts(), store.high_watermarks[number])
         for number, log in enumerate(store.logs)
     ]
+    try:
+        producers = rebuild_producers(store)
+    except LogDamaged as damage:
+        store.mark_damaged(damage.message)
+        producers = ProducerTable()
     return OpenedReplica(
-        store.seen_epoch, (logs[RECORDS], logs[STATE]), rebuild_producers(store), store.recovery.log_state, repairing
+        store.seen_epoch, (logs[RECORDS], logs[STATE]), producers, store.recovery.log_state, repairing
     )
 
 
