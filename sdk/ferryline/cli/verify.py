@@ -140,10 +140,10 @@ async def _is_back(brokers: Brokers, part: PartitionMeta, broker: int, now: Call
     from ferryline.cli.verify_replicas import path_of
     from ferryline.protocol.errors import FerrylineError
 
-    end, left = time.monotonic() + REPAIR_S, False
+    end = time.monotonic() + REPAIR_S
     while time.monotonic() < end:
-        left = left or broker not in now().isr
-        if left and broker in now().isr:
+        # That it was out of sync may be over before anybody looked; the record is a later one all the same.
+        if now().version > part.version and broker in now().isr:
             try:
                 status = await brokers.ask(broker, "GET", path_of(part))
             except FerrylineError:
