@@ -131,7 +131,7 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
 
 
 def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedReplica:
-    """What the core must know of the files. Rot that shows while they are read makes this replica damaged, and no other."""
+    """What the core must know of the files. Rot that shows while they are read makes this replica damaged, no other."""
     logs = [
         LogOpened(log.log_start, log.log_end, log.epoch_starts(), store.high_watermarks[number])
         for number, log in enumerate(store.logs)
@@ -141,9 +141,7 @@ def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedRep
     except LogDamaged as damage:
         store.mark_damaged(damage.message)
         producers = ProducerTable()
-    return OpenedReplica(
-        store.seen_epoch, (logs[RECORDS], logs[STATE]), producers, store.recovery.log_state, repairing
-    )
+    return OpenedReplica(store.seen_epoch, (logs[RECORDS], logs[STATE]), producers, store.recovery.log_state, repairing)
 
 
 def rebuild_producers(store: ReplicaStore) -> ProducerTable:
