@@ -290,7 +290,6 @@ class FastReplica:
             size -= batch.header.size
             if not by_age and not (0 <= weather.retention_bytes <= size and batch is not batches[-1]):
                 break
-            by_age = by_age if found is None else by_age and found.by_age
             found = Expired(batch.header.next_offset, by_age, batch.appended_us, size)
         return found
 
