@@ -9,29 +9,16 @@ which writes whole frames too.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ferryline.protocol.errors import ConnectionLost, FerrylineError
+from ferryline.protocol.frames import masked_prefix
 
 Buffer = bytes | bytearray | memoryview
 HIGH_BYTES = 1024 * 1024  # unsent; above it frames wait in the backlog, below it a frame never waits
 JOIN_BYTES_MAX = 64 * 1024  # copying less than this is cheaper than a TLS record of its own
-_SHORT = struct.Struct("!BBI").pack
-_MEDIUM = struct.Struct("!BBHI").pack
-_LONG = struct.Struct("!BBQI").pack
-_BINARY, _MASKED = 0x82, 0x80  # FIN + binary
-
-
-def masked_prefix(size: int) -> bytes:
-    """Head of a client's binary WebSocket frame that carries ``size`` bytes under a mask of zeros."""
-    if size < 126:
-        return _SHORT(_BINARY, _MASKED | size, 0)
-    if size < 65536:
-        return _MEDIUM(_BINARY, _MASKED | 126, size, 0)
-    return _LONG(_BINARY, _MASKED | 127, size, 0)
 
 
 class Outgoing:

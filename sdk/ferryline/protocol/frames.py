@@ -25,6 +25,11 @@ FLAG_ANSWER = 0x01
 FLAG_ERROR = 0x02
 FLAG_MORE = 0x04
 
+_SHORT = struct.Struct("!BBI").pack
+_MEDIUM = struct.Struct("!BBHI").pack
+_LONG = struct.Struct("!BBQI").pack
+_BINARY, _MASKED = 0x82, 0x80  # FIN + binary
+
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 T = TypeVar("T")
@@ -125,3 +130,12 @@ def decode_header(header: bytes | memoryview, kind: type[T]) -> T:
 def encode_value(value: Any) -> bytes:
     """MessagePack of a struct outside a frame: state entries, store records, checkpoints."""
     return _encoder.encode(value)
+
+
+def masked_prefix(size: int) -> bytes:
+    """Head of a client's binary WebSocket frame that carries ``size`` bytes under a mask of zeros."""
+    if size < 126:
+        return _SHORT(_BINARY, _MASKED | size, 0)
+    if size < 65536:
+        return _MEDIUM(_BINARY, _MASKED | 126, size, 0)
+    return _LONG(_BINARY, _MASKED | 127, size, 0)

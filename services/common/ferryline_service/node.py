@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -31,7 +30,15 @@ from ferryline.protocol.errors import (
     RequestTimedOut,
     from_info,
 )
-from ferryline.protocol.frames import Frame, Kind, decode_frame, decode_header, encode_frame, encode_frame_parts
+from ferryline.protocol.frames import (
+    Frame,
+    Kind,
+    decode_frame,
+    decode_header,
+    encode_frame,
+    encode_frame_parts,
+    masked_prefix,
+)
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
 from ferryline_service.logs import get_logger
@@ -42,20 +49,7 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 OUT_BYTES_MAX = 64 * 1024 * 1024  # queued and unsent; above it the peer is taken for dead
 _CORRELATION_MAX = 2**32 - 1
-_SHORT = struct.Struct("!BBI").pack
-_MEDIUM = struct.Struct("!BBHI").pack
-_LONG = struct.Struct("!BBQI").pack
-_BINARY, _MASKED = 0x82, 0x80  # FIN + binary
 _log = get_logger()
-
-
-def masked_prefix(size: int) -> bytes:
-    """Head of a client's binary WebSocket frame that carries ``size`` bytes under a mask of zeros."""
-    if size < 126:
-        return _SHORT(_BINARY, _MASKED | size, 0)
-    if size < 65536:
-        return _MEDIUM(_BINARY, _MASKED | 126, size, 0)
-    return _LONG(_BINARY, _MASKED | 127, size, 0)
 
 
 def raise_error(frame: Frame) -> None:
