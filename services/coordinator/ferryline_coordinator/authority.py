@@ -30,30 +30,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ferryline.protocol.errors import Forbidden, InvalidArgument
+from ferryline_coordinator.certificates import alternative, key_pem, unsigned
 from ferryline_coordinator.store.vault import Vault
 from ferryline_service.files import write_durably
 from ferryline_service.tls import node_names
 
 _CA_DAYS, _NODE_DAYS, _RENEW_DAYS = 3650, 825, 60
-_BACKDATED = datetime.timedelta(hours=1)  # clocks of machines differ
 _NAMES_MAX = 32
 _HOST = re.compile(r"\A(?=.{1,253}\Z)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\Z")
 _TOKEN = re.compile(r"\Afl1\.([0-9a-f]{32})\.([0-9a-f]{64})\Z")
 _STORAGE = re.compile(r"\A[A-Za-z0-9-]{1,64}\Z")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def _alternative(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
 
 
 def _name(common: str) -> x509.Name:
@@ -90,7 +77,7 @@ class Authority:
         known = await vault.read("ca")
         if known is None:
             key, certificate = _new_ca()
-            known = await vault.create("ca", _pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
+            known = await vault.create("ca", key_pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
         token_key = await vault.create("join.key", secrets.token_bytes(32))
         authority = cls(data, token_directory, (known, token_key))
         authority._vault = vault
@@ -109,7 +96,7 @@ class Authority:
             assert isinstance(key, ec.EllipticCurvePrivateKey)
             return key, x509.load_pem_x509_certificate(self.ca_path.read_bytes())
         key, certificate = _new_ca()
-        write_durably(key_path, _pem(key), mode=0o600)
+        write_durably(key_path, key_pem(key), mode=0o600)
         write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return key, certificate
 
@@ -125,7 +112,7 @@ class Authority:
                 return cert_path, key_path
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), node_names(cluster_id, None), names)
-        write_durably(key_path, _pem(key), mode=0o600)
+        write_durably(key_path, key_pem(key), mode=0o600)
         write_durably(cert_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
         return cert_path, key_path
 
@@ -148,7 +135,7 @@ class Authority:
 
     def _sign(self, key: ec.EllipticCurvePublicKey, role: list[str], hosts: list[str]) -> x509.Certificate:
         builder = _builder(_name(role[0]), self.ca.subject, key, _NODE_DAYS)
-        alternatives = x509.SubjectAlternativeName([_alternative(name) for name in (*role, *hosts)])
+        alternatives = x509.SubjectAlternativeName([alternative(name) for name in (*role, *hosts)])
         builder = builder.add_extension(alternatives, critical=False)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         builder = builder.add_extension(_usage(sign_certificates=False), critical=True)
@@ -228,17 +215,8 @@ def _read_ca(pem: bytes) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
-    start = _now() - _BACKDATED
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key)
+    return unsigned(subject, issuer, key, days).add_extension(identifier, critical=False)
 
 
 def checked_request(csr_pem: str) -> x509.CertificateSigningRequest:

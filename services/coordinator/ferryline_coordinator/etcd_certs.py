@@ -7,8 +7,6 @@ For trying things out and for tests; who runs etcd for more than that has its ce
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from ferryline_coordinator.certificates import alternative, key_pem, unsigned
 from ferryline_service.files import write_durably
 
 _DAYS = 3650
@@ -30,37 +29,21 @@ def make_etcd_certificates(directory: Path, hosts: Sequence[str]) -> bool:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority = ec.generate_private_key(ec.SECP256R1())
     issuer = _name("etcd CA")
-    ca = _builder(issuer, issuer, authority.public_key())
+    ca = unsigned(issuer, issuer, authority.public_key(), _DAYS)
     ca = ca.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     write_durably(directory / "ca.crt", _pem(ca.sign(authority, hashes.SHA256())))
     for role in ("etcd", "client"):
         key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(_name(role), issuer, key.public_key())
+        builder = unsigned(_name(role), issuer, key.public_key(), _DAYS)
         # Members call one another, and the JSON gateway of a member calls the member itself: both roles for both.
         purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         builder = builder.add_extension(purposes, critical=False)
         if role == "etcd":
-            alternatives = x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)])
+            alternatives = x509.SubjectAlternativeName([alternative(host) for host in dict.fromkeys(hosts)])
             builder = builder.add_extension(alternatives, critical=False)
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        write_durably(directory / f"{role}.key", private, mode=0o600)
+        write_durably(directory / f"{role}.key", key_pem(key), mode=0o600)
         write_durably(directory / f"{role}.crt", _pem(builder.sign(authority, hashes.SHA256())))
     return True
-
-
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=_DAYS))
-    )
 
 
 def _name(common: str) -> x509.Name:
@@ -69,10 +52,3 @@ def _name(common: str) -> x509.Name:
 
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _alternative(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
