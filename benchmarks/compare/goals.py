@@ -6,13 +6,11 @@ A row is compared with the best peer among those; with the best of any setting f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.compare.plan import HEADLINE, VARIANTS
-from benchmarks.compare.stats import Row, Table, best
-
-Choice = Callable[[Row], float]
+from benchmarks.compare.stats import Table, best
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,6 @@ def judged(story: Iterable[Op], **fields: Any) -> Verdict:
 TEN = list(range(10))
 SENT = send(TEN, TEN)
 READ = poll(TEN, TEN)
-ELSEWHERE = [Op(f, "q", topic="u", partition=0, values=[20], offsets=[9]) for f in ("send", "poll")]
 CALM = Op("calm", group="g", owned=[("t", 0), ("t", 1)], t0=10, t1=20)
 GROUP_READ = poll(TEN, TEN, group="g")
 

@@ -35,7 +35,6 @@ class KeepTopic(ev.Effect, frozen=True):
 
 
 Work = ev.OpenReplica | ev.DeleteReplica | ev.TellReplica | KeepTopic
-WORK = (ev.OpenReplica, ev.DeleteReplica, ev.TellReplica, KeepTopic)
 
 
 class ReplicaWork:

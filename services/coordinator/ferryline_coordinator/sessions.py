@@ -19,10 +19,7 @@ from ferryline.protocol.messages import (
 from ferryline.protocol.metadata import MetadataRequest
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.driver import Driver
-from ferryline_service.logs import get_logger
 from ferryline_service.session import ServerSession
-
-_log = get_logger()
 
 
 class SessionState:

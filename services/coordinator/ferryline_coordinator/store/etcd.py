@@ -53,11 +53,8 @@ from ferryline_service.logs import get_logger
 
 COMMIT_S = 4.0  # a commit that nobody answered for this long has ended as UNKNOWN
 _CALL_S = 4.0
-_RESIGN_S = 1.0
 _RETRY_S, _RETRY_MAX_S = 0.1, 1.0
 _PAGE = 2_000  # keys of one range
-_DOUBT_S = 0.4  # how often a standby asks whether the active one's machine still takes connections
-_DOUBT_AGAIN_S = 0.1
 _COMPACT_S = 300.0  # history older than this is given up; nobody reads it
 _log = get_logger()
 

@@ -45,10 +45,6 @@ def get(key: str) -> Json:
     return {"request_range": {"key": text(key)}}
 
 
-def get_below(prefix: str) -> Json:
-    return {"request_range": {"key": text(prefix), "range_end": text(after(prefix))}}
-
-
 def created_at(key: str, revision: int) -> Json:
     """Guard: the key was created at ``revision``; 0: it does not exist."""
     return {"key": text(key), "target": "CREATE", "result": "EQUAL", "create_revision": str(revision)}
