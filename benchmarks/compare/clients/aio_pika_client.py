@@ -7,13 +7,13 @@ from typing import Any
 
 import aio_pika
 from benchmarks.compare.clients import Adapter
-from benchmarks.compare.spec import KEY_BYTES, Spec, key_of
+from benchmarks.compare.clients.rabbit_queue import BATCHES_AHEAD, RabbitQueue
+from benchmarks.compare.spec import Spec, key_of
 
 WINDOW = 1_000
-BATCHES_AHEAD = 2  # prefetched; a batch is acknowledged at once
 
 
-class AioPika(Adapter):
+class AioPika(RabbitQueue):
     async def _open(self) -> Any:
         server = self.spec.servers.split(",", maxsplit=1)[0]
         self._connection = await aio_pika.connect(f"amqp://guest:guest@{server}/")
@@ -55,45 +55,17 @@ class AioPika(Adapter):
         channel = await self._open()
         await channel.set_qos(prefetch_count=BATCHES_AHEAD * self.spec.batch)
         queue = await channel.get_queue(self.spec.group if self.spec.fan_out else self.spec.topic)
-        self._found: list[bytes] = []
-        self._last: Any = None
-        self._unacked = 0
-        self._arrived = asyncio.Event()
+        self._expect()
         await queue.consume(self._deliver)
 
     async def _deliver(self, message: Any) -> None:
-        self._found.append(message.body)
-        self._last = message
-        self._unacked += 1
-        if self._unacked >= self.spec.batch // 2:
+        if self._note(message.body, message):
             await self._ack()
         self._arrived.set()
 
     async def _ack(self) -> None:
         self._unacked = 0
         await self._last.ack(multiple=True)
-
-    async def _take(self) -> list[bytes]:
-        if not self._found:
-            self._arrived.clear()
-            if self._unacked:
-                await self._ack()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), 0.5)
-            except TimeoutError:
-                return []
-        found, self._found = self._found, []
-        return found
-
-    async def read(self) -> tuple[int, int]:
-        size = 0
-        found = await self._take()
-        for body in found:
-            size += len(body[:KEY_BYTES]) + len(body[KEY_BYTES:])
-        return len(found), size
-
-    async def read_values(self) -> list[bytes]:
-        return [body[KEY_BYTES:] for body in await self._take()]
 
     async def close(self) -> None:
         await self._connection.close()

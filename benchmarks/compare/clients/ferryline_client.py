@@ -11,9 +11,8 @@ from benchmarks.compare.clients import Adapter
 from benchmarks.compare.spec import Spec, key_of
 
 import ferryline as fl
-from ferryline.protocol.errors import BufferFull
+from ferryline.cli.bench.client import send_all
 
-YIELD_EVERY = 500  # records between two turns of the loop: answers are read and batches leave meanwhile
 READ_WAIT_S = 0.2
 
 
@@ -28,19 +27,8 @@ class Ferryline(Adapter):
         self._waiting: deque[asyncio.Future[Any]] = deque()
 
     async def send_all(self, first: int, count: int) -> None:
-        send, topic, value, waiting = self._producer.send_nowait, self.spec.topic, self.value, self._waiting
-        for number in range(first, first + count):
-            while True:
-                try:
-                    waiting.append(send(topic, value, key_of(number)))
-                    break
-                except BufferFull:
-                    await asyncio.sleep(0.001)
-            if not number % YIELD_EVERY:
-                await asyncio.sleep(0)
-                while waiting and waiting[0].done():
-                    self.errors += waiting.popleft().exception() is not None
-        await self.drain()
+        numbers = range(first, first + count)
+        self.errors += await send_all(self._producer, self.spec.topic, self.value, key_of, numbers)
 
     async def send_one(self, number: int) -> None:
         await self._producer.send(self.spec.topic, self.value, key_of(number))

@@ -1,6 +1,6 @@
 """pika: its asynchronous connection with publisher confirms, many publishes in flight, acknowledgements for many.
 
-BlockingConnection would wait for each confirm. The queue's body is key and value: AMQP knows no keys.
+BlockingConnection would wait for each confirm.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 import pika
 from benchmarks.compare.clients import Adapter
-from benchmarks.compare.spec import KEY_BYTES, Spec, key_of
+from benchmarks.compare.clients.rabbit_queue import BATCHES_AHEAD, RabbitQueue
+from benchmarks.compare.spec import Spec, key_of
 from pika.adapters.asyncio_connection import AsyncioConnection
 
 WINDOW = 2_000
-BATCHES_AHEAD = 2  # prefetched; a batch is acknowledged at once
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 
 
-class Pika(Adapter):
+class Pika(RabbitQueue):
     async def _open(self) -> None:
         port = int(self.spec.servers.split(",", maxsplit=1)[0].split(":")[1])
         loop = asyncio.get_running_loop()
@@ -96,46 +96,22 @@ class Pika(Adapter):
 
     async def open_consumer(self) -> None:
         await self._open()
-        self._found: list[bytes] = []
-        self._last = self._unacked = 0
-        self._arrived = asyncio.Event()
+        self._expect()
         self._channel.basic_qos(prefetch_count=BATCHES_AHEAD * self.spec.batch)
         queue = self.spec.group if self.spec.fan_out else self.spec.topic
         self._channel.basic_consume(queue, self._deliver)
 
     def _deliver(self, _: Any, method: Any, __: Any, body: bytes) -> None:
-        self._found.append(body)
-        self._last = method.delivery_tag
-        self._unacked += 1
-        if self._unacked >= self.spec.batch // 2:
-            self._ack()
+        if self._note(body, method.delivery_tag):
+            self._ack_now()
         self._arrived.set()
 
-    def _ack(self) -> None:
+    async def _ack(self) -> None:
+        self._ack_now()
+
+    def _ack_now(self) -> None:
         self._channel.basic_ack(self._last, multiple=True)
         self._unacked = 0
-
-    async def _take(self) -> list[bytes]:
-        if not self._found:
-            self._arrived.clear()
-            if self._unacked:
-                self._ack()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), 0.5)
-            except TimeoutError:
-                return []
-        found, self._found = self._found, []
-        return found
-
-    async def read(self) -> tuple[int, int]:
-        size = 0
-        found = await self._take()
-        for body in found:
-            size += len(body[:KEY_BYTES]) + len(body[KEY_BYTES:])
-        return len(found), size
-
-    async def read_values(self) -> list[bytes]:
-        return [body[KEY_BYTES:] for body in await self._take()]
 
     async def close(self) -> None:
         closed = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ferryline.cli.bench.load import Load, Measured, Stopwatch, latency_of
@@ -28,11 +29,15 @@ def _producer(client: Client, load: Load, *, linger: float | None = None) -> Pro
 
 
 async def _send_all(producer: Producer, load: Load, count: int) -> int:
-    """Send ``count`` records with a future each and wait until all are settled. Returns how many failed."""
-    topic, value, key_of, send = load.topic, load.value(), load.key_of, producer.send_nowait
+    return await send_all(producer, load.topic, load.value(), load.key_of, range(count))
+
+
+async def send_all(producer: Producer, topic: str, value: bytes, key_of: Callable[[int], bytes], numbers: range) -> int:
+    """Send a record for each number, with a future each, and wait until all are settled. Returns how many failed."""
+    send = producer.send_nowait
     waiting: deque[asyncio.Future[Any]] = deque()
     failed = 0
-    for number in range(count):
+    for number in numbers:
         while True:
             try:
                 waiting.append(send(topic, value, key_of(number)))
