@@ -18,6 +18,7 @@ from ferryline.cli.chaos.harm import flip, segments_of
 from ferryline.cli.chaos.network import Network
 from ferryline.cli.chaos.proxy import Link, Rule
 from ferryline.cli.chaos.schedule import ANY, CLIENT, COORDINATOR, NEED_LOSSY, Step
+from ferryline.cli.chaos.steps import Steps
 from ferryline.cli.driver import ProcessCluster
 from ferryline.cli.processes import READY_TIMEOUT_S, ProcessFailed, free_port
 from ferryline.protocol.errors import FerrylineError
@@ -37,7 +38,7 @@ HEARD_S = 3.0  # after a fault of a disk, until what we know of the cluster tell
 _POLL_S = 0.05
 
 
-class ProcessBed:
+class ProcessBed(Steps):
     """Child processes and the proxy between them. `begin` and `end` of a step are called once each, in this order."""
 
     def __init__(self, root: Path, *, brokers: int, faults: Iterable[str], env: dict[str, str] | None = None) -> None:
@@ -144,16 +145,6 @@ class ProcessBed:
                     await self._spawn(service.name)
 
     # -- steps ---------------------------------------------------------------------------------------
-
-    async def begin(self, step: Step) -> None:
-        """Do it. What cannot be done now (nobody to kill, no safe moment to damage a file) is left out."""
-        await getattr(self, "_begin_" + step.kind.replace("-", "_"))(step)
-
-    async def end(self, step: Step) -> None:
-        """Undo it."""
-        undo = getattr(self, "_end_" + step.kind.replace("-", "_"), None)
-        if undo is not None:
-            await undo(step)
 
     async def _kill(self, name: str, kind: str) -> None:
         if self.cluster.local.services[name].running:

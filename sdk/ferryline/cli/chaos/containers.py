@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ferryline.cli.chaos.schedule import ANY, CLIENT, COORDINATOR, Step
+from ferryline.cli.chaos.steps import Steps
 from ferryline.cli.processes import ProcessFailed
 from ferryline.protocol.errors import FerrylineError
 
@@ -45,7 +46,7 @@ def command(*args: str) -> str:
     return done.stdout
 
 
-class DockerBed:
+class DockerBed(Steps):
     """Containers of one project. Names are ``coordinator`` and ``broker-<number>``, as compose numbers them."""
 
     def __init__(self, project: str, ca: str = "") -> None:
@@ -114,16 +115,6 @@ class DockerBed:
         return found
 
     # -- steps ---------------------------------------------------------------------------------------
-
-    async def begin(self, step: Step) -> None:
-        """Do it."""
-        await getattr(self, "_begin_" + step.kind.replace("-", "_"))(step)
-
-    async def end(self, step: Step) -> None:
-        """Undo it."""
-        undo = getattr(self, "_end_" + step.kind.replace("-", "_"), None)
-        if undo is not None:
-            await undo(step)
 
     async def _do(self, *args: str) -> str:
         return await asyncio.to_thread(docker, *args)
