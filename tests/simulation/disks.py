@@ -156,7 +156,7 @@ class FastLog:
         return low
 
     def epochs(self) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = [(self.start_epoch, self.start)] if self.start_epoch >= 0 else []
+        found: list[tuple[int, int]] = []
         for batch in self.batches:
             if not found or found[-1][0] != batch.header.epoch:
                 found.append((batch.header.epoch, batch.header.base_offset))
@@ -180,7 +180,9 @@ class FastReplica:
         for log in self.logs:
             log.synced = len(log.batches)
         opened = tuple(
-            LogOpened(log.start, log.end, log.epochs(), max(log.start, min(self.marked[number], log.end)))
+            LogOpened(
+                log.start, log.end, log.epochs(), max(log.start, min(self.marked[number], log.end)), log.start_epoch
+            )
             for number, log in enumerate(self.logs)
         )
         return OpenedReplica(self.seen_epoch, (opened[0], opened[1]), self.producers(), self.log_state, self.repairing)

@@ -22,5 +22,7 @@ KEPT = (
     ("3/2/fsync", 500050, False, "a damaged copy was given up although a newer record counted on it"),
     ("2/2/replicated", 519, True, "a hole in what was never synced was called damage, on both copies"),
     ("2/2/replicated", 345, False, "after a declared loss a replica that began above it asked for ever"),
+    ("2/2/replicated", 2343, False, "a primary, once cut back to its log start, stopped a complete in-sync replica"),
+    ("2/2/fsync", 2810, False, "the same"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
 )

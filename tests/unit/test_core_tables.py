@@ -47,12 +47,21 @@ def test_truncation_forgets_exactly_what_was_cut(epochs: list[int], to: int) -> 
     assert index.items() == index_of(epochs[:to]).items()
 
 
-@given(epochs_of_records, st.integers(0, 29))
-def test_retention_keeps_the_epoch_of_everything_that_is_left(epochs: list[int], start: int) -> None:
+@given(epochs_of_records, st.integers(0, 30), st.integers(0, 30))
+def test_what_is_left_is_exact_after_retention_and_a_cut(epochs: list[int], start: int, to: int) -> None:
+    start = min(start, len(epochs))
+    to = max(start, min(to, len(epochs)))
     index = index_of(epochs)
-    index.advance(start)
-    for offset in range(start, len(epochs)):
-        assert index.epoch_at(offset) == epochs[offset]
+    index.advance(start, len(epochs))
+    index.truncate(to)
+    left = index_of(epochs[start:to], start)
+    assert index.items() == left.items()
+    assert index.before == (epochs[start - 1] if start else -1)
+    assert index.tail_epoch == (epochs[to - 1] if to else -1), "of the last record below the end, retained or not"
+    for asked in range(8):
+        known = [epoch for epoch in epochs[:to] if epoch <= asked and epoch >= index.before]
+        end = start + sum(1 for epoch in epochs[start:to] if epoch <= asked)
+        assert index.end_offset_for(asked, to) == (max(known, default=-1), end)
 
 
 def header(pid: int, pepoch: int, sequence: int, count: int, offset: int) -> records.BatchHeader:
@@ -137,9 +146,10 @@ def test_a_lower_generation_and_another_member_of_the_same_are_refused() -> None
 
 def test_an_epoch_that_retention_emptied_still_tells_where_it_ended() -> None:
     index = EpochIndex([(1, 0), (2, 5)])
-    index.advance(5)
+    index.advance(5, 9)
     assert index.end_offset_for(1, 9) == (1, 5), "a secondary that ends at 5 in epoch 1 agrees with this log"
-    index.advance(9)
+    index.advance(9, 9)
     index.observe(4, 9)  # everything is gone, and another primary begins
     assert index.end_offset_for(2, 10) == (2, 9)
-    assert EpochIndex(index.items()).items() == index.items()
+    index.truncate(9)
+    assert index.end_offset_for(2, 9) == (2, 9), "nor does a cut forget it"

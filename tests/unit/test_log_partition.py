@@ -83,7 +83,7 @@ class LogAgainstList(RuleBasedStateMachine):
         self.model, self.flushed = [], 0
         self.before = -1
         self.log.reset(self.start)
-        assert self.log.epoch_starts() == []
+        assert self.log.epochs.items() == []
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -144,15 +144,12 @@ class LogAgainstList(RuleBasedStateMachine):
         assert contents(log) == self.model
         headers = list(log.batch_headers(log.log_start))
         assert headers == [read_header(one) for one in self.model]
-        starts = log.epoch_starts()
-        assert starts == sorted(set(starts))
+        starts = log.epochs.items()
         real = []
         for header in headers:
             if not real or header.epoch != real[-1][0]:
                 real.append((header.epoch, header.base_offset))
-        if self.before >= 0 and (not real or self.before < real[0][0]):
-            real.insert(0, (self.before, self.start))
-        assert starts == real
+        assert (starts, log.epochs.before) == (real, self.before)
 
 
 def _split(data: bytes) -> list[bytes]:
@@ -348,10 +345,12 @@ def test_the_tail_epoch_outlives_the_records(disk: MemoryStorage) -> None:
     assert log.log_start == log.log_end == 120
     for source in (log, opened(disk)):
         assert source.tail_epoch == 7
-        assert source.epoch_starts() == [(7, 120)]
+        assert (source.epochs.items(), source.epochs.before) == ([], 7)
     append(log, epoch=9)
     for source in (log, opened(disk)):  # a secondary that ends at 120 in epoch 7 must be told that the logs agree
-        assert source.epoch_starts() == [(7, 120), (9, 120)]
+        assert (source.epochs.items(), source.epochs.before) == ([(9, 120)], 7)
+    log.truncate(120)
+    assert (log.epochs.items(), log.tail_epoch) == ([], 7)
 
 
 def test_an_epoch_that_spans_the_log_start_begins_there(disk: MemoryStorage) -> None:
@@ -361,7 +360,7 @@ def test_an_epoch_that_spans_the_log_start_begins_there(disk: MemoryStorage) -> 
     start = log.advance_start(60)
     assert 0 < start <= 60
     for source in (log, opened(disk)):
-        assert source.epoch_starts() == [(3, start), (4, 120)]
+        assert (source.epochs.items(), source.epochs.before) == ([(3, start), (4, 120)], 3)
 
 
 def test_retention_by_age_counts_from_the_append_and_spares_what_is_young(disk: MemoryStorage) -> None:

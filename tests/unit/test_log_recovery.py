@@ -416,13 +416,13 @@ def test_epochs_of_the_active_segment_come_back_from_the_index_or_from_the_heade
         log.flush()
         checkpoint = log.checkpoint(0)
         fill(log, 2, epoch=31)
-        starts = log.epoch_starts()
+        starts = log.epochs.items()
         if not keep_index:
             disk.unlink(f"log/{0:020d}.index")
         log = reopened(disk, checkpoint)
-        assert log.epoch_starts() == starts
+        assert log.epochs.items() == starts
         assert log.truncate(450) == 450
-        assert log.epoch_starts() == [pair for pair in starts if pair[1] < 450]
+        assert log.epochs.items() == [pair for pair in starts if pair[1] < 450]
         assert read_header(log.read(449, 1, 450)).epoch == log.tail_epoch == 6
         data = batch(450, epoch=8)
         log.append(data, headers_of(data))

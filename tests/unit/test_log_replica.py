@@ -73,8 +73,8 @@ def test_both_logs_come_back_with_their_high_watermarks(disk: MemoryStorage) -> 
     assert contents(store.state) == state
     assert store.high_watermarks == (21, 9)
     assert store.recovery.log_end == (30, 12)
-    assert store.records.epoch_starts() == [(1, 0)]
-    assert store.state.epoch_starts() == [(2, 0)]
+    assert store.records.epochs.items() == [(1, 0)]
+    assert store.state.epochs.items() == [(2, 0)]
 
 
 def test_the_high_watermark_stays_within_the_log(disk: MemoryStorage) -> None:

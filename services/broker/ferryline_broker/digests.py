@@ -8,7 +8,6 @@ begin, so two equal logs have equal blocks however their segments lie.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -78,7 +77,6 @@ class Walk:
         self._producer, self._headers_max = producer, headers_max
         self._hash = blake2b(digest_size=DIGEST_BYTES)
         self._block_start, self._count, self._size = start, 0, 0
-        self._starts: list[tuple[int, int]] = []  # (epoch, first offset), as this process knows them
         self._done = False
 
     def steps(self) -> Iterator[None]:
@@ -118,7 +116,6 @@ class Walk:
             if segment not in self._log.segments:
                 return  # removed meanwhile; what is left of the log tells how to go on
             window = _window(segment, position)
-            self._starts = self._log.epoch_starts()
             at = 0
             for _ in range(_STEP_BATCHES):
                 taken = self._batch(segment, window, at, position + at, offset)
@@ -144,8 +141,8 @@ class Walk:
             check_crc(window, header, at)
             if header.base_offset != offset:
                 raise CorruptBatch(f"the batch begins at {header.base_offset}, not {offset}")
-            if header.epoch != self._epoch_at(offset):
-                raise CorruptBatch(f"the batch has epoch {header.epoch}, not {self._epoch_at(offset)}")
+            if header.epoch != self._log.epochs.epoch_at(offset):
+                raise CorruptBatch(f"the batch has epoch {header.epoch}, not {self._log.epochs.epoch_at(offset)}")
         except CorruptBatch as error:
             self._wrong(segment, position, error.message, offset)
             return None
@@ -178,11 +175,6 @@ class Walk:
         self.found.blocks.append(block)
         self._hash = blake2b(digest_size=DIGEST_BYTES)
         self._count = self._size = 0
-
-    def _epoch_at(self, offset: int) -> int:
-        starts = self._starts
-        number = bisect_right(starts, offset, key=lambda pair: pair[1]) if len(starts) > 1 else 1
-        return starts[number - 1][0]
 
     def _wrong(self, segment: Segment, position: int, reason: str, offset: int = -1) -> None:
         if segment in self._log.segments:  # otherwise it was removed under our feet: no damage

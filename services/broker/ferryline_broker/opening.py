@@ -133,7 +133,7 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
 def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedReplica:
     """What the core must know of the files. Rot that shows while they are read makes this replica damaged, no other."""
     logs = [
-        LogOpened(log.log_start, log.log_end, log.epoch_starts(), store.high_watermarks[number])
+        LogOpened(log.log_start, log.log_end, log.epochs.items(), store.high_watermarks[number], log.epochs.before)
         for number, log in enumerate(store.logs)
     ]
     try:

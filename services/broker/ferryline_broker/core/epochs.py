@@ -1,4 +1,4 @@
-"""The epoch index: where each epoch begins in one log. It decides where two logs part ways."""
+"""The epoch index: where each epoch begins in one log. It decides where two logs part ways. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Iterable
 
 
 class EpochIndex:
-    """Start offsets of epochs in one log, ascending in both.
+    """Epochs of the records in [log start, log end), and the epoch of the record before the log start.
 
-    Invariant: epochs rise strictly, and so do starts, except that the first epoch may be empty: retention took its
-    records, and it begins at the log start like the second. It is the epoch of the record before the log start. Without
-    it, a secondary that ends exactly there could not be told that the logs agree, and an in-sync one would stop.
-    Derivable from the log, so it is rebuilt at start and never trusted from disk.
+    Invariants: epochs and starts rise strictly; ``before`` is never above the first epoch. ``before`` is -1 where no
+    record was ever retained away, or nobody remembers. It is a field of its own, because it stays true through every
+    cut: a log that is cut back to its start still knows where it parts from others, and a secondary that ends exactly
+    there can be told that the logs agree. Derivable from the log and its start, so it is rebuilt when a log is opened.
     """
 
-    __slots__ = ("_epochs", "_starts")
+    __slots__ = ("_epochs", "_starts", "before")
 
-    def __init__(self, starts: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, starts: Iterable[tuple[int, int]] = (), before: int = -1) -> None:
+        self.before = before
         self._epochs: list[int] = []
         self._starts: list[int] = []
         for epoch, start in starts:
@@ -26,40 +27,34 @@ class EpochIndex:
     def observe(self, epoch: int, offset: int) -> None:
         """A batch of ``epoch`` stands at ``offset``. Must be called in log order."""
         if self._epochs:
-            last = self._epochs[-1]
-            if epoch == last:
+            if epoch == self._epochs[-1]:
                 return
-            assert epoch > last, f"epoch {epoch} after {last} at offset {offset}"
-            start = self._starts[-1]
-            emptied = len(self._starts) == 1 and offset == start
-            assert emptied or offset > start, f"epoch {epoch} starts at {offset}, not after {start}"
+            assert offset > self._starts[-1], f"epoch {epoch} starts at {offset}, not after {self._starts[-1]}"
+        assert epoch >= self.tail_epoch, f"epoch {epoch} after {self.tail_epoch} at offset {offset}"
         self._epochs.append(epoch)
         self._starts.append(offset)
 
     @property
     def tail_epoch(self) -> int:
-        """Epoch of the last batch, -1 for an empty log."""
-        return self._epochs[-1] if self._epochs else -1
+        """Epoch of the last record, also when retention took it; -1 for a log that never held one."""
+        return self._epochs[-1] if self._epochs else self.before
 
     def end_offset_for(self, epoch: int, log_end: int) -> tuple[int, int]:
         """(e, end): the largest known epoch ``e`` <= ``epoch`` and the offset at which ``e`` ends here.
 
-        (-1, log start of the first epoch) when this log knows no epoch that old.
+        (-1, log start) when this log knows no epoch that old.
         """
         at = bisect_right(self._epochs, epoch) - 1
         if at < 0:
-            return (-1, self._starts[0] if self._starts else log_end)
+            log_start = self._starts[0] if self._starts else log_end
+            return (self.before if self.before <= epoch else -1, log_start)
         end = self._starts[at + 1] if at + 1 < len(self._starts) else log_end
         return (self._epochs[at], end)
 
     def epoch_at(self, offset: int) -> int:
-        """Epoch of the record at ``offset``; -1 below the first known epoch."""
+        """Epoch of the record at ``offset``; -1 below the log start."""
         at = bisect_right(self._starts, offset) - 1
         return self._epochs[at] if at >= 0 else -1
-
-    def epoch_before(self, log_start: int) -> int:
-        """Epoch of the record before ``log_start``, -1 if there was none or nobody knows."""
-        return self._epochs[0] if log_start > 0 and self._starts and self._starts[0] <= log_start else -1
 
     def truncate(self, log_end: int) -> None:
         """Forget epochs that begin at or above ``log_end``."""
@@ -67,13 +62,18 @@ class EpochIndex:
             self._starts.pop()
             self._epochs.pop()
 
-    def advance(self, log_start: int) -> None:
-        """Forget epochs that end below ``log_start``; the one of the record before it begins there."""
-        while len(self._starts) > 1 and self._starts[1] < log_start:
-            self._starts.pop(0)
-            self._epochs.pop(0)
-        if self._starts and self._starts[0] < log_start:
-            self._starts[0] = log_start
+    def advance(self, log_start: int, log_end: int) -> None:
+        """Forget epochs that end at or below ``log_start``; one that spans it begins there."""
+        gone = bisect_right(self._starts, log_start - 1)
+        if not gone:
+            return
+        self.before = self._epochs[gone - 1]
+        end = self._starts[gone] if gone < len(self._starts) else log_end
+        if end > log_start:
+            gone -= 1
+            self._starts[gone] = log_start
+        del self._starts[:gone], self._epochs[:gone]
 
     def items(self) -> list[tuple[int, int]]:
+        """(epoch, start offset) pairs in log order."""
         return list(zip(self._epochs, self._starts, strict=True))

@@ -113,7 +113,7 @@ class Feeder:
                     replica.high_watermark[log],
                     start,
                     diverging=diverging[log],
-                    start_epoch=replica.epochs[log].epoch_before(start),
+                    start_epoch=replica.epochs[log].before,
                 )
             )
             due = diverging[log] is None and start <= position.fetch_offset < end

@@ -56,6 +56,7 @@ class LogOpened(msgspec.Struct):
     log_end: int = 0
     epochs: list[tuple[int, int]] = []
     high_watermark: int = 0
+    epoch_before: int = -1  # of the record before log_start, -1: there was none, or nobody remembers
 
 
 class OpenedReplica(msgspec.Struct):
@@ -86,7 +87,7 @@ class Replica:
         self.log_end = [log.log_end for log in opened.logs]
         self.flushed = [log.log_end for log in opened.logs]
         self.high_watermark = [max(log.log_start, min(log.high_watermark, log.log_end)) for log in opened.logs]
-        self.epochs = [EpochIndex(log.epochs) for log in opened.logs]
+        self.epochs = [EpochIndex(log.epochs, log.epoch_before) for log in opened.logs]
         self.producers = opened.producers
         self.part: PartitionMeta | None = None
         self.broker_epoch = 0
@@ -140,7 +141,7 @@ class Replica:
         """Begin again, empty, at the primary's log start: what stood here before is no longer retained anywhere."""
         self.out.append(ResetLog(log, offset, epoch))
         self.log_start[log] = self.log_end[log] = self.flushed[log] = self.high_watermark[log] = offset
-        self.epochs[log] = EpochIndex([(epoch, offset)] if epoch >= 0 else ())
+        self.epochs[log] = EpochIndex(before=epoch)
         if log == RECORDS:
             self.producers = ProducerTable()
 
@@ -157,7 +158,7 @@ class Replica:
         offset = min(offset, self.high_watermark[log])
         if offset > self.log_start[log]:
             self.log_start[log] = offset
-            self.epochs[log].advance(offset)
+            self.epochs[log].advance(offset, self.log_end[log])
 
     # -- reports ------------------------------------------------------------------------------------
 

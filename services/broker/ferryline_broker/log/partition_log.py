@@ -19,8 +19,8 @@ from msgspec.structs import replace
 from ferryline.protocol.errors import FerrylineError, OffsetOutOfRange, StorageFailed, StorageFull
 from ferryline.protocol.limits import BATCH_BYTES_MAX
 from ferryline.protocol.records import BatchHeader, split_batches
+from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.log.chain import SegmentChain
-from ferryline_broker.log.epoch_starts import EpochStarts
 from ferryline_broker.log.interface import Bytes, LogDamaged, Storage
 from ferryline_broker.log.lookup import expired_segments, offset_for_time, stop_position
 from ferryline_broker.log.model import NO_CHECKPOINT, LogCheckpoint, LogConfig, LogHooks, SegmentInfo
@@ -61,9 +61,10 @@ class PartitionLog:
         self.start_file, self._start = recovered.start_file, recovered.start
         self._chain = SegmentChain(storage, path, recovered.segments, wall_ms)
         self._tail = Tail()
-        self._epochs = EpochStarts(pair for segment in recovered.segments for pair in segment.epochs)
-        self._epochs.begin_at(self._start.offset, self._start.epoch)
         self._log_end = self._flushed_end = recovered.log_end
+        pairs = (pair for segment in recovered.segments for pair in segment.epochs)
+        self.epochs = EpochIndex(pairs, self._start.epoch)  # what others may only read
+        self.epochs.advance(self._start.offset, self._log_end)
         self._flushed = self._present()  # the checkpoint that could be written, but for high watermark and index
         if recovered.untouched:
             self.rest()
@@ -114,7 +115,7 @@ class PartitionLog:
     @property
     def tail_epoch(self) -> int:
         """Epoch of the last record, also when retention removed it; -1 when the log never held one."""
-        return self._epochs.tail
+        return self.epochs.tail_epoch
 
     @property
     def size_bytes(self) -> int:
@@ -132,10 +133,6 @@ class PartitionLog:
         """For the scrubber and tools; not to be changed."""
         return self._chain.segments
 
-    def epoch_starts(self) -> list[tuple[int, int]]:
-        """(epoch, start offset), both rising strictly. An epoch that spans the log start begins there."""
-        return list(self._epochs.pairs)
-
     # -- appending --------------------------------------------------------------------------------
 
     def append(self, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
@@ -144,7 +141,7 @@ class PartitionLog:
         Raises StorageFull: nothing was appended, the log goes on. StorageFailed: the log has failed.
         """
         self._check_usable()
-        offset, epoch, at = self._log_end, self._epochs.tail, 0
+        offset, epoch, at = self._log_end, self.epochs.tail_epoch, 0
         for position, header in headers:
             assert position == at, f"{self.path}: a batch at {position} of the data, expected at {at}"
             assert header.base_offset == offset, f"{self.path}: batch {header.base_offset} does not follow {offset}"
@@ -167,7 +164,7 @@ class PartitionLog:
         view = memoryview(data)
         for position, header in headers:
             self._tail.add(header.base_offset, segment.size)
-            self._epochs.observe(header.epoch, header.base_offset)
+            self.epochs.observe(header.epoch, header.base_offset)
             segment.account(header, view[position : position + CHAINED_BYTES])
         segment.appended_ms = now_ms
         self._log_end = offset
@@ -237,7 +234,7 @@ class PartitionLog:
             self._chain.cut(keep, at)
         except FerrylineError as error:
             raise self._fail(error) from error
-        self._epochs.cut(end, self._start.offset, self._start.epoch)
+        self.epochs.truncate(end)
         self._tail.cut(end if self._chain.active is segment else 0)
         self._ends_at(end)
         return end
@@ -253,8 +250,7 @@ class PartitionLog:
         except FerrylineError as error:
             raise self._fail(error) from error
         self._start = out.start
-        self._epochs = EpochStarts()
-        self._epochs.begin_at(offset, epoch)
+        self.epochs = EpochIndex(before=epoch)
         self._tail = Tail()
         self._ends_at(offset)
 
@@ -274,7 +270,7 @@ class PartitionLog:
         except FerrylineError as error:
             raise self._fail(error) from error
         self._start = start
-        self._epochs.begin_at(start.offset, start.epoch)
+        self.epochs.advance(start.offset, self._log_end)
         if self._chain.active is None:
             self._flushed = self._present()
         return start.offset
