@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ferryline.protocol.errors import StorageFailed
 from ferryline_broker.log.group import GroupFlush
+from ferryline_broker.log.model import LogConfig
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.log.scrubber import Scrubber
@@ -83,6 +85,64 @@ def test_the_scrubber_keeps_up_with_retention_and_cuts() -> None:
         if step % 15 == 0:
             log.truncate(log.log_end - 40)
         fill(log, 3)
+
+
+LONG = b"x" * 50_000  # 7 batches of three to a window of the scrubber
+
+
+def unsealed_log(disk: Storage, flushed: int, unflushed: int = 0, value: bytes = b"value") -> PartitionLog:
+    log = PartitionLog.open(disk, "log", LogConfig(segment_ms=-1, retention_ms=-1))
+    fill(log, flushed, value=value)
+    log.flush()
+    fill(log, unflushed, value=value)
+    return log
+
+
+def test_every_flipped_bit_of_the_active_segment_is_found_below_its_flushed_end_and_no_further() -> None:
+    base = MemoryStorage()
+    log = unsealed_log(base, 10, 3)
+    (active,) = log.segments
+    path, flushed = f"{active.stem}.log", log.flushed_mark.position
+    assert active.seal is None
+    assert 0 < flushed < active.size
+    scrubber = Scrubber(log)
+    for position in range(active.size):
+        base.flip(path, position, position % 8)
+        finding = scrubber.step(1 << 30)
+        assert (finding is not None) == (position < flushed), position
+        base.flip(path, position, position % 8)
+        while scrubber.step(1 << 30) is not None or scrubber._next_base >= 0:  # to the end of the round
+            pass
+
+
+def test_the_active_segment_is_taken_in_pieces_while_it_grows() -> None:
+    log = unsealed_log(MemoryStorage(), 20, value=LONG)
+    log.config = replace(log.config, segment_bytes=8_000_000)
+    scrubber = Scrubber(log)
+    steps = 0
+    while len(log.segments) < 3 or scrubber.rounds < 2:
+        assert scrubber.step(1) is None
+        fill(log, 1, value=LONG)
+        steps += 1
+        if steps % 3 == 0:
+            log.flush()
+        assert steps < 1000
+    assert steps > 3 * scrubber.rounds
+
+
+def test_what_was_cut_and_written_again_while_it_was_being_read_is_no_damage() -> None:
+    """A secondary that cuts a tail and fetches another one of the same length."""
+    log = unsealed_log(MemoryStorage(), 20, value=LONG)
+    scrubber = Scrubber(log)
+    assert scrubber.step(1) is None
+    end = log.flushed_mark.position
+    log.truncate(log.log_end - 30)
+    fill(log, 10, epoch=2, value=LONG)
+    log.flush()
+    assert log.flushed_mark.position == end
+    assert scrubber._segment is log.segments[0], "it is in the middle of it"
+    while not scrubber.rounds:
+        assert scrubber.step(1) is None
 
 
 def test_a_disk_that_cannot_read_is_a_finding() -> None:

@@ -4,6 +4,7 @@ space, removal of deleted replicas."""
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
 
@@ -30,6 +31,7 @@ _CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages ca
 _CHECKPOINTS_MAX = 200  # of one group: keeps it short
 _REST_MS = 10_000  # without anything to save, and the descriptors go back
 _SCRUB_STEP_BYTES = 1024 * 1024
+_SCRUB_VISIT_BYTES = 256 * 1024  # what a look at a log counts for at least: many small ones must not cost more
 
 
 class Upkeep:
@@ -55,8 +57,7 @@ class Upkeep:
         self._reserve = 0
         self._clock_distance = wall_ms() - now_ms()
         self._retention_told = False
-        self._scrubbers: dict[tuple[ev.Key, int], Scrubber] = {}
-        self._sealed: list[tuple[ev.Key, int]] = []  # logs with something to scrub, as of the last retention
+        self._to_scrub: deque[tuple[ev.Key, int, Scrubber | None]] = deque()  # logs, and how far this round is there
         self._moved: dict[HostedReplica, int] = {}  # -> when it last had anything to save, oldest first
         self._task: asyncio.Task[None] | None = None
         partitions.on_appended = self._appended
@@ -86,7 +87,7 @@ class Upkeep:
                 if now >= due["retention"]:
                     due["retention"] = now + config.retention_ms
                     await self._in_slices(self._retention())
-                    await self._in_slices(self._find_sealed())
+                    await self._in_slices(self._begin_scrub())
                 if now >= due["scrub"]:
                     due["scrub"] = now + 1000
                     await self._in_slices(self._scrub(config.scrub_bytes_per_s))
@@ -201,48 +202,36 @@ class Upkeep:
             _log.info("retention", partition=hosted.name, log_start=start)
             self._partitions.feed(hosted, ev.LogStartAdvanced(RECORDS, start))
 
-    def _find_sealed(self) -> Iterator[None]:
-        """Which logs have sealed segments: only the last may be unsealed, so the first one tells."""
-        sealed = []
-        for hosted in self._hosted():
-            for number in (RECORDS, STATE):
-                segments = hosted.logs[number].segments
-                if segments and segments[0].seal is not None:
-                    sealed.append((hosted.key, number))
-            yield
-        self._sealed = sealed
-        keep = set(sealed)
-        for gone in [key for key in self._scrubbers if key not in keep]:
-            del self._scrubbers[gone]
-
     # -- scrubbing ----------------------------------------------------------------------------------
 
-    def _scrub(self, budget: int) -> Iterator[None]:
-        """Read ``budget`` bytes of sealed segments, fairly over all logs."""
-        if budget <= 0:
+    def _begin_scrub(self) -> Iterator[None]:
+        """When every log was gone through: begin again. Not more often than retention looks at all logs anyway."""
+        if self._to_scrub or not self._config.scrub_bytes_per_s:
             return
-        share = max(_SCRUB_STEP_BYTES, budget // max(1, len(self._sealed)))
-        for key, number in sorted(self._sealed, key=lambda item: self._rounds(*item)):
-            if budget <= 0:
-                return
+        for hosted in self._hosted():
+            self._to_scrub.extend((hosted.key, number, None) for number in (RECORDS, STATE))
+            yield
+
+    def _scrub(self, budget: int) -> Iterator[None]:
+        """Read about ``budget`` bytes of what is on disk, of each log a piece in turn."""
+        while self._to_scrub and budget > 0:
+            key, number, scrubber = self._to_scrub.popleft()
             hosted = self._partitions.replicas.get(key)
             if hosted is None or hosted.broken or hosted.core.role == "stopped":
                 continue
             log = hosted.logs[number]
-            scrubber = self._scrubbers.get((key, number))
             if scrubber is None or scrubber.log is not log:
-                scrubber = self._scrubbers[key, number] = Scrubber(log)
-            finding = scrubber.step(min(_SCRUB_STEP_BYTES, share))
-            budget -= _SCRUB_STEP_BYTES
+                scrubber = Scrubber(log)
+            before = scrubber.bytes_read
+            finding = scrubber.step(_SCRUB_STEP_BYTES)
+            budget -= max(_SCRUB_VISIT_BYTES, scrubber.bytes_read - before)
             if finding is not None:
                 _log.error("scrubber found damage", partition=hosted.name, segment=finding.segment, why=finding.reason)
                 damage = LogDamaged(f"scrubber: {finding.reason}", offset=finding.offset)
                 self._partitions.storage_failed(hosted, number, damage)
+            elif not scrubber.rounds:
+                self._to_scrub.append((key, number, scrubber))
             yield
-
-    def _rounds(self, key: ev.Key, number: int) -> int:
-        scrubber = self._scrubbers.get((key, number))
-        return scrubber.rounds if scrubber is not None else -1
 
     # -- free space ---------------------------------------------------------------------------------
 

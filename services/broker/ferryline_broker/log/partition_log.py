@@ -65,7 +65,7 @@ class PartitionLog:
         pairs = (pair for segment in recovered.segments for pair in segment.epochs)
         self.epochs = EpochIndex(pairs, self._start.epoch)  # what others may only read
         self.epochs.advance(self._start.offset, self._log_end)
-        self._flushed = self._present()  # the checkpoint that could be written, but for high watermark and index
+        self.flushed_mark = self._present()  # what is on disk: a checkpoint but for high watermark and index
         if recovered.untouched:
             self.rest()
 
@@ -124,7 +124,7 @@ class PartitionLog:
     @property
     def dirty_bytes(self) -> int:
         """Appended and not yet flushed."""
-        active, flushed = self._chain.active, self._flushed
+        active, flushed = self._chain.active, self.flushed_mark
         size = active.size if active is not None else 0
         return size - flushed.position if active is not None and flushed.segment == active.base else size
 
@@ -181,7 +181,7 @@ class PartitionLog:
         except FerrylineError as error:
             raise self._fail(error) from error
         self._flushed_end = self._log_end
-        self._flushed = self._present()
+        self.flushed_mark = self._present()
         return self._flushed_end
 
     def rest(self) -> None:
@@ -197,11 +197,11 @@ class PartitionLog:
         """`Storage.sync_all` has made everything appended durable (`group.py`)."""
         self._chain.synced_by_group()
         self._flushed_end = self._log_end
-        self._flushed = self._present()
+        self.flushed_mark = self._present()
 
     def checkpoint(self, hw: int) -> LogCheckpoint:
         """What may be recorded as flushed. Also brings the index file up to date (unsynced: it is only a copy)."""
-        flushed, active = self._flushed, self._chain.active
+        flushed, active = self.flushed_mark, self._chain.active
         written = (0, 0)
         if active is not None and flushed.segment == active.base:
             written = self._chain.persist_index(flushed.position)
@@ -272,7 +272,7 @@ class PartitionLog:
         self._start = start
         self.epochs.advance(start.offset, self._log_end)
         if self._chain.active is None:
-            self._flushed = self._present()
+            self.flushed_mark = self._present()
         return start.offset
 
     def retention_candidates(self, now_wall_ms: int, limit_offset: int) -> list[SegmentInfo]:
@@ -382,11 +382,11 @@ class PartitionLog:
                 raise
             raise self._fail(error) from error
         self._tail = Tail()
-        self._flushed = self._present()
+        self.flushed_mark = self._present()
 
     def _ends_at(self, offset: int) -> None:
         self._log_end = self._flushed_end = offset
-        self._flushed = self._present()
+        self.flushed_mark = self._present()
 
     def _present(self) -> LogCheckpoint:
         last = self._chain.last

@@ -1,4 +1,7 @@
-"""Scrubber: reads sealed segments in the background and compares them with their seals.
+"""Scrubber: reads segments in the background and compares them with what was written.
+
+A sealed segment is compared with its seal, the active one with the checksum in memory, as far as it is flushed: what is
+above may still be on its way to the disk, and the next round comes to it.
 
 Bounded work per call: the driver calls `Scrubber.step` with a budget in bytes between other work, so that checking
 never holds the loop; at 2 GB/s of CRC32C a budget of 4 MiB costs about 3 ms with a warm page cache. A finding means
@@ -23,7 +26,7 @@ _WINDOW_BYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class Finding:
-    """A sealed segment of the log in directory ``path`` is not what was written; ``offset`` is the first bad one."""
+    """A segment of the log in directory ``path`` is not what was written; ``offset`` is the first bad one."""
 
     path: str
     segment: int
@@ -32,34 +35,31 @@ class Finding:
 
 
 class Scrubber:
-    """Goes round the sealed segments of one log, oldest first, for ever."""
+    """Goes round the segments of one log, oldest first, for ever."""
 
     def __init__(self, log: PartitionLog) -> None:
         self.log = log
-        self.rounds = 0  # complete passes over all sealed segments
+        self.rounds = 0  # complete passes over all segments
+        self.bytes_read = 0
         self._segment: Segment | None = None
-        self._next_base = -1  # continue with the first sealed segment from here on
-        self._restart()
-
-    def _restart(self) -> None:
-        self._position = self._chain = 0
-        self._offset = self._segment.base if self._segment is not None else 0
+        self._next_base = -1  # continue with the first segment from here on
 
     def step(self, budget_bytes: int = BUDGET_BYTES) -> Finding | None:
         """Check up to about ``budget_bytes`` and return the first thing found wrong, if any."""
-        while budget_bytes > 0:
+        until = self.bytes_read + budget_bytes
+        while self.bytes_read < until:
             segment = self._current()
             if segment is None:
                 return None
-            assert segment.seal is not None
             try:
-                budget_bytes -= self._check(segment, segment.seal.size)
+                self.bytes_read += self._check(segment, self._end)
             except FerrylineError as error:  # CorruptBatch, or the disk refused to read
                 return self._found(segment, error.message)
-            if self._position == segment.seal.size:
-                if self._chain != segment.seal.chain:
-                    return self._found(segment, "checksum differs from the seal")
-                segment.trusted_from = 0  # from now on read without checking, until the next start
+            if self._position == self._end:
+                if self._chain != self._end_chain:
+                    return self._found(segment, "checksum differs from what was written")
+                if segment.seal is not None and self._end == segment.seal.size:
+                    segment.trusted_from = 0  # from now on read without checking, until the next start
                 self._segment = None
                 self._next_base = segment.base + 1
         return None
@@ -67,17 +67,29 @@ class Scrubber:
     def _current(self) -> Segment | None:
         """The segment to go on with; None at the end of a round."""
         segment = self._segment
-        if segment is not None and segment.seal is not None and segment in self.log.segments:
+        if segment is not None and segment.cuts == self._cuts and segment in self.log.segments:
             return segment
         for candidate in self.log.segments:  # retention or a cut may have taken the one we were at
-            if candidate.base >= self._next_base and candidate.seal is not None:
-                self._segment = candidate
-                self._restart()
+            if candidate.base >= self._next_base and self._begin(candidate):
                 return candidate
         self._segment = None
         self._next_base = -1
         self.rounds += 1
         return None
+
+    def _begin(self, segment: Segment) -> bool:
+        """Begin with ``segment``, unless nothing of it can be checked yet."""
+        flushed = self.log.flushed_mark
+        if segment.seal is not None:
+            self._end, self._end_chain = segment.seal.size, segment.seal.chain
+        elif segment.base == flushed.segment and flushed.position > 0:
+            self._end, self._end_chain = flushed.position, flushed.chain
+        else:
+            return False
+        self._segment, self._cuts = segment, segment.cuts
+        self._position = self._chain = 0
+        self._offset = segment.base
+        return True
 
     def _check(self, segment: Segment, size: int) -> int:
         want = min(_WINDOW_BYTES, size - self._position)

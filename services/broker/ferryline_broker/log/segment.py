@@ -65,6 +65,7 @@ class Segment:
         "base",
         "chain",
         "created_ms",
+        "cuts",
         "epochs",
         "file",
         "index",
@@ -91,6 +92,7 @@ class Segment:
         self.index: SparseIndex | None = SparseIndex()  # None: sealed and not loaded
         self.seal: Seal | None = None
         self.trusted_from = 0
+        self.cuts = 0  # how often `shorten` was called: who reads it in pieces must begin again
 
     def account(self, header: BatchHeader, front: bytes | bytearray | memoryview) -> None:
         """Take up the batch that now stands at ``size``. ``front``: its first CHAINED_BYTES."""
@@ -203,6 +205,7 @@ class Segment:
 
     def shorten(self, at: Walked, index: SparseIndex) -> None:
         """Cut the (unsealed) segment at a batch boundary inside it. Durable."""
+        self.cuts += 1
         self.file.truncate(at.position)
         self.file.fdatasync()
         self.index = index
