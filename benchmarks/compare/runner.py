@@ -23,8 +23,11 @@ from benchmarks.compare.peers.catalogue import PEERS
 from benchmarks.compare.plan import WORKLOADS, Cell
 from benchmarks.compare.processes import PeerFailed
 
-# Processor seconds of the server after which its rates no longer rise, by what it is written in.
+# Processor seconds that a server needs at least before its rates stop rising, by what it is written in. More may be
+# needed: a JVM compiles by how often a method ran, and the passes of a short run call the produce path seldom.
 WARM_UP_CPU_S = {"kafka-3": 75.0, "kafka-1": 30.0, "rabbitmq-3": 4.0, "rabbitmq-1": 2.0}
+STEADY = 1.1  # warm is who was no faster in the later half of its passes than this times the best of the earlier half
+WARM_UP_SCALE = 5.0  # of the counts: in short passes a JVM compiles the making and deleting of topics
 _WARMING = ("produce", "produce-only", "latency")  # these run the code of all others too
 IDLE_S = 2.0
 DATA = "/var/tmp"  # a real disk: /tmp may be memory
@@ -99,23 +102,29 @@ class Comparison:
         self._tell(f"{name} is left out: {reason}")
 
     def _warm(self, peer: Peer) -> None:
-        """Everything that will be measured on this server, until it has used the processor for long enough."""
+        """Everything that will be measured on this server, until it has used the processor for long enough and its
+        rates of producing no longer rise."""
         started, enough = time.monotonic(), WARM_UP_CPU_S.get(peer.name, 0.0)
         cells = [cell for cell in self.cells if cell.variant.peer == peer.name and cell.workload.producers == 1]
         cells = [cell for cell in cells if cell.workload.kind in _WARMING and cell.workload.partitions <= 12] or cells
         if not enough:  # nothing to compile: once through the code of each client is all it takes
             cells = list({(cell.workload.kind, cell.variant.client): cell for cell in reversed(cells)}.values())
+        rates: dict[str, list[float]] = {cell.name: [] for cell in cells}
         while True:
             for cell in cells:
                 try:
-                    self._measure(cell, 0, 0.5 if enough else 0.1)
+                    found = self._measure(cell, 0, WARM_UP_SCALE if enough else 0.1)
                 except MeasurementFailed as error:  # said again in the rounds if it is not for the cold start
                     self._tell(f"{peer.name}, warming up: {error}")
-                used, taken = peer.usage().cpu_s, time.monotonic() - started
-                if enough and (used >= enough or taken > self._warm_up_s):
+                    continue
+                rates[cell.name].append(found.get("produce", {}).get("records_per_s", 0.0))
+                if time.monotonic() - started > self._warm_up_s:
                     break
-            if used >= enough or taken > self._warm_up_s:
-                self._tell(f"{peer.name}: warm after {taken:.0f} s, {used:.0f} s of processor time")
+            used, taken = peer.usage().cpu_s, time.monotonic() - started
+            steady = not enough or not any(still_rising(found) for found in rates.values())
+            if (used >= enough and steady) or taken > self._warm_up_s:
+                said = "" if steady else ", its rates still rose"
+                self._tell(f"{peer.name}: warm after {taken:.0f} s, {used:.0f} s of processor time{said}")
                 return
 
     def round(self, number: int, scale: float) -> float:
@@ -155,6 +164,12 @@ class Comparison:
         # What is still to be written back must not be paid by the next one, whose acknowledgement waits for the disk.
         os.sync()
         return found
+
+
+def still_rising(rates: list[float]) -> bool:
+    """Whether the later half of these is clearly better than the earlier half, or there are too few to say."""
+    half = len(rates) // 2
+    return len(rates) < 4 or max(rates[half:]) > STEADY * max(rates[:half])
 
 
 def idle_share(peer: Peer) -> float:

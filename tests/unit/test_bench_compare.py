@@ -19,7 +19,7 @@ from benchmarks.compare.peers.catalogue import PEERS
 from benchmarks.compare.plan import GROUPS, HEADLINE, SYSTEMS, VARIANTS, WORKLOADS, cells, chosen_workloads
 from benchmarks.compare.processes import PeerFailed, Program, Usage, eventually, free_port, send, usage
 from benchmarks.compare.render import render
-from benchmarks.compare.runner import SCALE_MAX, SCALE_MIN, fitting
+from benchmarks.compare.runner import SCALE_MAX, SCALE_MIN, fitting, still_rising
 from benchmarks.compare.spec import Outcome, Spec, key_of, latencies, percentile, sent_ns, stamp_of
 from benchmarks.compare.stats import Spread, best, row, table
 
@@ -374,3 +374,11 @@ def test_a_wrong_option_is_refused_before_anything_starts() -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "no workload" in done.stderr
+
+
+def test_a_server_that_still_gets_faster_is_not_warm() -> None:
+    assert still_rising([50.0, 60.0]), "two passes say nothing"
+    assert still_rising([68.0, 90.0, 130.0, 200.0])
+    assert still_rising([68.0, 72.0, 76.0, 81.0]), "slowly, but it adds up"
+    assert not still_rising([68.0, 200.0, 230.0, 231.0, 229.0, 235.0])
+    assert not still_rising([0.0, 0.0, 0.0, 0.0]), "a workload that does not produce"
