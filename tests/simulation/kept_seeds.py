@@ -24,5 +24,7 @@ KEPT = (
     ("2/2/replicated", 345, False, "after a declared loss a replica that began above it asked for ever"),
     ("2/2/replicated", 2343, False, "a primary, once cut back to its log start, stopped a complete in-sync replica"),
     ("2/2/fsync", 2810, False, "the same"),
+    ("3/2/fsync", 7096, False, "a deposed primary told a reader without an epoch that it was above the log end"),
+    ("3/2/replicated", 8459, False, "the same"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
 )

@@ -52,12 +52,13 @@ class Waiter:
 class Read:
     """A parked read."""
 
-    __slots__ = ("correlation", "done", "key", "offset", "offset_epoch", "secondary", "session")
+    __slots__ = ("correlation", "done", "key", "offset", "offset_epoch", "proven", "proving", "secondary", "session")
 
     def __init__(self, session: Session, correlation: int, key: Key, offset: int, epoch: int, secondary: bool) -> None:
         self.session, self.correlation, self.key = session, correlation, key
         self.offset, self.offset_epoch, self.secondary = offset, epoch, secondary
         self.done = False
+        self.proving = self.proven = False  # that this broker is still the primary: needed for some refusals
 
 
 def info_of(refuse: ev.Refuse) -> ErrorInfo:
@@ -75,9 +76,11 @@ class Serving:
         self.world = broker.world
         self.waiters: dict[int, Waiter] = {}
         self.reads: dict[Key, list[Read]] = {}
+        self.proofs: dict[int, Read] = {}  # token of a barrier -> the read that waits for it
 
     def clear(self) -> None:
         self.waiters.clear()
+        self.proofs.clear()
         self.reads.clear()
 
     def session_ended(self, session: Session) -> None:
@@ -165,7 +168,9 @@ class Serving:
         waiter = self.waiters.pop(token, None)
         assert waiter is not None, f"{self.broker}: token {token} is answered twice or unknown: {effect!r}"
         checks = self.world.checks
-        if isinstance(effect, ev.AnswerProduce):
+        if token in self.proofs:
+            self._proved(self.proofs.pop(token), effect)
+        elif isinstance(effect, ev.AnswerProduce):
             checks.produce_answered(self.broker, key, core, waiter, effect)
             self._answer(waiter.session, ("produced", waiter.correlation, effect.base_offset, effect.epoch, None))
         elif isinstance(effect, ev.AnswerGroup):
@@ -192,6 +197,29 @@ class Serving:
             self.reads.setdefault(key, []).append(read)
             self.broker.host.deliver_after(wait_ms * MS, self._expire, read)
 
+    def _prove(self, read: Read) -> None:
+        if not read.proving:
+            read.proving = True
+            self.broker.host.deliver_after(1, self._ask_barrier, read)
+
+    def _ask_barrier(self, read: Read) -> None:
+        if read.key in self.broker.parts:
+            event = ev.BarrierAsked(self.world.token(), 5_000)
+            self.proofs[event.token] = read
+            self._ask(read.session, read.correlation, read.key, event)
+
+    def _proved(self, read: Read, effect: ev.Effect) -> None:
+        """The barrier was committed, so this is the primary; or nobody can say."""
+        waiting = self.reads.get(read.key, [])
+        if read.done or read not in waiting:
+            return
+        read.proven = isinstance(effect, ev.AnswerBarrier)
+        if isinstance(effect, ev.Refuse):
+            read.done = True
+            self._answer(read.session, ("records", read.correlation, None, info_of(effect)))
+        if read.done or self._serve(read):
+            waiting.remove(read)
+
     def _expire(self, read: Read) -> None:
         waiting = self.reads.get(read.key, [])
         if not read.done and read in waiting:
@@ -209,6 +237,8 @@ class Serving:
         for token, waiter in list(self.waiters.items()):
             if waiter.key == key:
                 del self.waiters[token]
+                if self.proofs.pop(token, None) is not None:
+                    continue
                 refusal = ev.Refuse(token, "NOT_PRIMARY", "this broker does not hold the partition any more")
                 kind = "produced" if isinstance(waiter.event, ev.Produced) else "group"
                 nothing = (-1, 0) if kind == "produced" else (None,)
@@ -220,6 +250,9 @@ class Serving:
         if hosted is None:
             return True
         verdict = hosted.core.check_read(read.offset, read.offset_epoch, read.secondary)
+        if verdict.unproven and not read.proven:
+            self._prove(read)
+            return False
         if verdict.code:
             cls = BY_CODE.get(verdict.code, InternalError)
             details = {"safe_offset": verdict.safe_offset, "log_start": hosted.core.log_start[RECORDS]}

@@ -524,6 +524,9 @@ class RawClient:
     async def answer(self, correlation: int, *, within_s: float = DEADLINE_S) -> Frame:
         return await asyncio.wait_for(self._answers[correlation].get(), within_s)
 
+    def arrived(self, correlation: int) -> bool:
+        return not self._answers[correlation].empty()
+
     async def ask(self, kind: int, header: Any, parts: list[Any] | None = None) -> Frame:
         return await self.answer(self.send(kind, header, parts))
 

@@ -156,6 +156,38 @@ async def test_an_entry_that_cannot_be_read_gets_its_own_error_at_once(
         assert answer.results[0].error.code == code
 
 
+async def test_a_reader_without_an_epoch_hears_of_the_end_only_from_a_primary_that_can_commit(tmp_path: Path) -> None:
+    """Its offset may come from a later primary, whose log is longer; a deposed one would have it give up."""
+    async with BrokerWorld(tmp_path) as world:
+        first, second = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(first.id, second.id)])
+        await second.crash()  # nobody has said so yet: the first broker may be the one that is cut off
+        reader = await world.client(first.url)
+        asked = [reader.send(Kind.FETCH, Fetch(wait, 2**20, [FetchEntry(topic.id, 0, 9)])) for wait in (0, 30)]
+        start, _ = await fetched(reader, reader.send(Kind.FETCH, Fetch(100, 2**20, [FetchEntry(topic.id, 0, 1)])))
+        assert start.results[0].error is None
+        assert not any(reader.arrived(number) for number in asked), "nobody can say yet, and their time is over"
+        world.coordinator.fence(second.id)  # alone, it commits
+        for number in asked:
+            answer, _ = await fetched(reader, number)
+            assert answer.results[0].error is not None
+            assert answer.results[0].error.code == "OFFSET_OUT_OF_RANGE"
+
+
+async def test_a_deposed_primary_sends_a_reader_on_instead_of_calling_its_offset_wrong(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        first, second = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(first.id, second.id)])
+        await second.crash()
+        reader = await world.client(first.url)
+        asked = reader.send(Kind.FETCH, Fetch(30, 2**20, [FetchEntry(topic.id, 0, 9)]))
+        await eventually(lambda: first.broker.partitions.replicas[topic.id, 0].core.log_end[1] > 1, "a barrier")
+        world.coordinator.lead((topic.id, 0), second.id, (second.id,))
+        answer, _ = await fetched(reader, asked)
+        assert answer.results[0].error is not None
+        assert answer.results[0].error.code in ("NOT_PRIMARY", "NOT_READY")
+
+
 @pytest.mark.parametrize(
     ("wait_ms", "bytes_max", "entry"),
     [

@@ -523,6 +523,25 @@ def test_reads_above_the_watermark_are_empty_and_truncated_positions_are_named()
     assert pair.cores[2].check_read(1, secondary=True).code == ""
 
 
+def test_only_a_primary_that_can_still_commit_proves_that_an_offset_is_above_the_end() -> None:
+    """The reader knows no epoch: a later primary may have told it the offset, and this one need not know of it yet."""
+    pair = started()
+    pair.cut = {1}
+    pair.meta(part(2, 2, 2, (2,)), 2)
+    pair.produce(2, 1)
+    deposed = pair.cores[1]
+    assert pair.cores[2].check_read(3).code == ""
+    assert deposed.check_read(3).unproven
+    assert not deposed.check_read(3, offset_epoch=1).unproven, "its own epoch: nobody else wrote there"
+    pair.tell(1, ev.BarrierAsked(9))
+    assert 9 not in pair.answers()
+    pair.meta(part(2, 2, 2, (2,)), 1)
+    assert isinstance(pair.answers()[9], ev.Refuse)
+    assert pair.cores[2].check_read(99).unproven
+    pair.tell(2, ev.BarrierAsked(10))
+    assert pair.answers()[10] == ev.AnswerBarrier(10)
+
+
 def test_cores_come_to_rest_when_nothing_happens() -> None:
     """A deadline that fired must be cleared, or the driver spins."""
     pair = started()

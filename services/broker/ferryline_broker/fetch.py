@@ -22,11 +22,12 @@ from ferryline.protocol.errors import (
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS, Fetch, FetchAnswer, FetchEntry, FetchResult
-from ferryline_broker.core.events import Bytes
+from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.partition import ReadVerdict
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
+from ferryline_broker.proof import Proof
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
@@ -37,7 +38,10 @@ _QUEUED_BYTES_MAX = 2 * 1024 * 1024
 class ParkedFetch:
     """One FETCH that has not been answered yet."""
 
-    __slots__ = ("_correlation", "_entries", "_handler", "_started", "_timer", "ask", "done", "session", "state")
+    __slots__ = (
+        "_correlation", "_entries", "_handler", "_started", "_timer",
+        "ask", "done", "late", "proofs", "session", "state",
+    )  # fmt: skip
 
     def __init__(self, handler: FetchHandler, session: ServerSession, state: ClientState, frame: Frame) -> None:
         self._handler = handler
@@ -49,11 +53,24 @@ class ParkedFetch:
         self._timer: asyncio.TimerHandle | None = None
         self._entries: list[HostedReplica] = []
         self.done = False
+        self.late = False  # its time is over: it is answered as soon as nothing is left to be proved
+        self.proofs: dict[Key, Proof] = {}  # that this broker is still the primary, for those who doubt it
 
     def emit(self) -> None:
         """Something moved: answer if there is anything to say."""
         if not self.done:
-            self._handler.serve(self)
+            self._handler.serve(self, last=self.late)
+
+    def proof(self, hosted: HostedReplica) -> Proof:
+        """The proof for this replica; a new one is begun only once."""
+        found = self.proofs.get(hosted.key)
+        if found is None:
+            found = self.proofs[hosted.key] = Proof(self._handler.driver, hosted, self)
+        return found
+
+    @property
+    def proving(self) -> bool:
+        return any(not proof.settled for proof in self.proofs.values())
 
     def park(self, hosted: list[HostedReplica], loop: asyncio.AbstractEventLoop) -> None:
         self._entries = hosted
@@ -139,7 +156,9 @@ class FetchHandler:
             self._when_drained(parked, last)
             return
         results, parts, hosted = self._collect(parked)
-        if results or last:
+        if last and not results and parked.proving:
+            parked.late = True
+        elif results or last:
             if not results:
                 results = [_nothing(entry, self.driver) for entry in parked.ask.entries]
             parked.answer(results, parts)
@@ -174,7 +193,12 @@ class FetchHandler:
             if left <= 0:
                 continue
             verdict = hosted.check_read(entry.offset, entry.offset_epoch, ask.secondary)
-            if verdict.code:
+            proof = parked.proof(hosted) if verdict.unproven else None
+            if proof is not None and not proof.settled:
+                continue
+            if proof is not None and proof.error is not None:
+                results.append(FetchResult(entry.topic_id, entry.partition, error=proof.error))
+            elif verdict.code:
                 results.append(self._refused(hosted, entry, verdict))
             elif entry.offset < verdict.below:
                 try:

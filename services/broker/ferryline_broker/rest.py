@@ -42,6 +42,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.ports import Answer
 from ferryline_broker.produce import check_batch, refusal_info
+from ferryline_broker.proof import Proof
 from ferryline_broker.view import ClusterView
 from ferryline_service.errors import read_json
 
@@ -189,8 +190,13 @@ class RestApi:
         self, hosted: HostedReplica, topic: TopicMeta, offset: int, wait_ms: int, limit: int, secondary: bool
     ) -> list[dict[str, Any]]:
         deadline = asyncio.get_running_loop().time() + wait_ms / 1000
+        proved = False
         while True:
             verdict = hosted.check_read(offset, -1, secondary)
+            if verdict.unproven and not proved:
+                await self._prove(hosted)
+                proved = True
+                continue
             if verdict.code == "NOT_PRIMARY":
                 raise self._elsewhere(topic, hosted.key[1])
             if verdict.code:
@@ -217,6 +223,14 @@ class RestApi:
             finally:
                 hosted.readers.pop(reader, None)
                 self._readers.discard(reader)
+
+    async def _prove(self, hosted: HostedReplica) -> None:
+        """Raises what stands in the way, unless this broker is still the primary."""
+        waiter = _Readable()
+        proof = Proof(self._driver, hosted, waiter)
+        await waiter.event.wait()
+        if proof.error is not None:
+            raise from_info(proof.error)
 
     def _partition(self, topic: TopicMeta, record: RecordIn, key: bytes | None, index: int) -> int:
         count = topic.config.partitions

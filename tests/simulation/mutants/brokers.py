@@ -138,8 +138,8 @@ BROKERS = (
         ALL,
         (
             "check_read",
-            'log end {end}", high)\n    return ReadVerdict(below=high)',
-            'log end {end}", high)\n    return ReadVerdict(below=end)',
+            "high, unproven=True)\n    return ReadVerdict(below=high)",
+            "high, unproven=True)\n    return ReadVerdict(below=end)",
         ),
     ),
     mutant(
@@ -160,6 +160,14 @@ BROKERS = (
         ALL,
         ("check_read", "if offset_epoch > epoch:", "if False:"),
         weather="late-flushes",
+    ),
+    mutant(
+        "end-unproven",
+        "section 10",
+        "a deposed primary tells a reader that knows no epoch that its offset is above the end",
+        ALL,
+        ("check_read", "high, unproven=True)", "high)"),
+        weather="short-logs",
     ),
     mutant(
         "unknown-called-definite",
