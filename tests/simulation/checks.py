@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 BOTH = (RECORDS, STATE)
+Life = tuple[int, str, int]  # of a broker, by its number: storage, incarnation
 
 
 class GroupTruth:
@@ -58,7 +59,8 @@ class Checks:
         self.primaries: dict[tuple[Key, int], tuple[int, int]] = {}  # epoch -> (broker number, life)
         # (broker number, key) -> storage, and its incarnation from which on this replica must not be a candidate
         self.lossy: dict[tuple[int, Key], tuple[str, int]] = {}
-        self.unclean: dict[int, int] = {}  # broker number -> incarnation that began with a loss, or what counts as one
+        # lives that began with a loss, or what counts as one; several, for a broker may die before it could say so
+        self.unclean: set[Life] = set()
         self.damaged: set[tuple[int, Key]] = set()  # replicas whose storage failed and that said so
         self._vouched: dict[tuple[Key, int], int] = {}  # -> broker epoch named by the last accepted proposal
         self.coord_epoch = 0
@@ -166,7 +168,8 @@ class Checks:
             broker = self.world.broker_by_id(broker_id)
             if broker is None or (broker.number, part.key) in self.lossy or (broker.number, part.key) in self.damaged:
                 continue
-            if self.unclean.get(broker.number) == self.brokers[broker_id].meta.incarnation:
+            record = self.brokers[broker_id].meta
+            if (broker.number, record.storage_id, record.incarnation) in self.unclean:
                 continue
             self.fail("C8 the last whole replica stays a candidate", f"{old} -> {part}: {broker} was dropped")
 
@@ -175,14 +178,14 @@ class Checks:
         self.declared[part.key] = part.recovery_epoch
         self.world.count("recoveries")
         broker = self.world.broker_by_id(part.primary)
-        assert broker is not None
+        if broker is None:  # its disk went before anybody noticed: the next recovery settles what is kept
+            assert part.primary in self.world.destroyed, part
+            return
         copies, truths = self.world.copies(broker, part.key), self.world.truth(part.key)
+        self.conduct.recovered(part, copies[RECORDS])
         for log in BOTH:
-            copy, truth = copies[log], truths[log]
-            copy.compare()
-            if copy.agreed < truth.end:
+            if truths[log].recovered_from(copies[log], part.recovery_epoch):
                 self.world.count("declared losses")
-                truth.declare_loss(copy.agreed)
                 for other in self.world.brokers:
                     for view in self.world.copies(other, part.key):
                         view.agreed = min(view.agreed, view.truth.end)
@@ -249,7 +252,7 @@ class Checks:
     def broker_started(self, broker: Broker, restart: str) -> None:
         self.world.count(f"start {restart}")
         if restart == RESTART_FOREIGN or (restart == RESTART_OS_CRASH and self.world.config.flush != "fsync"):
-            self.unclean[broker.number] = broker.disk.incarnation
+            self.unclean.add((broker.number, broker.disk.storage_id, broker.disk.incarnation))
 
     def disk_changed(self, broker: Broker, *, lossy: bool, empty: bool = False) -> None:
         """A power cut, or another disk: the copies are what the disk holds now.

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ferryline.protocol.messages import RECORDS
-from ferryline.protocol.metadata import NO_BROKER
+from ferryline.protocol.metadata import NO_BROKER, PartitionMeta
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
-from ferryline_coordinator.core.events import Decision
+from ferryline_coordinator.core.events import Decision, Note
 from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord
-from tests.simulation.ghost import Violation
+from tests.simulation.ghost import Copy, Violation
 from tests.simulation.serving import Waiter
 
 if TYPE_CHECKING:
@@ -29,12 +29,17 @@ class Conduct:
         self.world = world
         self.revision = 0
         self.fenced_at: dict[int, int] = {}
+        self.forced: set[tuple[Key, int]] = set()  # recovery epochs of operators who accepted any loss
 
     def decided(self, decision: Decision) -> None:
         """One decision became durable; the records in `checks` are still those before it."""
         for record in decision.puts:
             if isinstance(record, ClusterRecord):
                 self.revision = record.revision
+        for effect in decision.effects:
+            if isinstance(effect, Note) and effect.name == "unclean_recovery" and effect.fields["forced"]:
+                key = (effect.fields["topic_id"], effect.fields["partition"])
+                self.forced.add((key, effect.fields["epoch"]))
         for record in decision.puts:
             if isinstance(record, BrokerRecord):
                 self._broker(record)
@@ -77,6 +82,19 @@ class Conduct:
         if given_up and len(new.isr) < new.min_isr:
             raise Violation("C8 no candidate is dropped with a cancelled move", f"{old} -> {new}")
 
+    def recovered(self, part: PartitionMeta, chosen: Copy) -> None:
+        """C7: without force, nothing is given up that an undamaged replica holds. Before the truth follows."""
+        checks, world = self.world.checks, self.world
+        leader, others = world.broker_by_id(part.primary), []
+        forced = (part.key, part.recovery_epoch) in self.forced
+        if forced or leader is None or leader.disk.incarnation != checks.brokers[part.primary].meta.incarnation:
+            return  # or it died since it told what it holds, and the coordinator cannot know
+        for broker_id in part.replicas:
+            broker = world.broker_by_id(broker_id)
+            if broker is not None and broker is not leader and (broker.number, part.key) not in checks.damaged:
+                others.append(world.copies(broker, part.key)[RECORDS])
+        keeps_the_longest(chosen, others)
+
     def settled(self, keys: Iterable[Key]) -> None:
         """C4: nobody waits for a primary while a candidate could lead. `checks` holds what was decided."""
         parts, brokers = self.world.checks.parts, self.world.checks.brokers
@@ -103,3 +121,13 @@ class Conduct:
         if at >= 0 and truth.batches[at][2] <= core.epoch:
             message = f"{waiter.key}: {event} refused in epoch {core.epoch}, committed up to {truth.end}: {refuse}"
             raise Violation("K7 what is committed may be committed by a group", message)
+
+
+def keeps_the_longest(chosen: Copy, others: Iterable[Copy]) -> None:
+    """C7: of logs that end in the same epoch the longest is chosen; a later epoch has outlived every earlier one. Of a
+    log that retention has emptied the last epoch is not known here."""
+    if not chosen.batches and chosen.start:
+        return
+    for other in others:
+        if other.batches and other.rank > chosen.rank:
+            raise Violation("C7 recovery without force keeps the longest log", f"{chosen} was chosen before {other}")

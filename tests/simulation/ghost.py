@@ -28,13 +28,14 @@ class Violation(AssertionError):
 class Truth:
     """The committed batches of one log. It only grows, except by a declared loss (unclean recovery)."""
 
-    __slots__ = ("batches", "end", "key", "log", "lost", "named", "places")
+    __slots__ = ("batches", "brought", "end", "key", "log", "lost", "named", "places")
 
     def __init__(self, key: Key, log: int) -> None:
         self.key, self.log = key, log
         self.batches: dict[int, Batch] = {}  # by base offset, in order
         self.end = 0
         self.lost: list[tuple[int, int]] = []  # declared: offsets [from, to) that were committed once
+        self.brought: list[tuple[int, int, int]] = []  # by recoveries: offsets [from, to), and the epoch they began
         self.named: dict[tuple[int, int], Identity] = {}  # (base offset, crc) as appended by a primary -> its producer
         self.places: dict[Identity, int] = {}  # where each identity was committed
 
@@ -49,6 +50,34 @@ class Truth:
             self.places[identity] = batch[0]
         self.batches[batch[0]] = batch
         self.end = batch[1]
+
+    def recovered_from(self, copy: Copy, epoch: int) -> bool:
+        """An operator chose the replica of ``copy`` (rule C7) for ``epoch``: from now on the truth is what it holds.
+
+        After an earlier loss this may be an older history that was found again: what its replica knows to be committed
+        is so once more, and its log may begin above everything that was committed since. Returns whether anything
+        committed was given up.
+        """
+        copy.compare()
+        lost = copy.agreed < self.end
+        if lost:
+            if copy.agreed < copy.end:
+                self.brought.append((copy.agreed, copy.end, epoch))
+            self.declare_loss(copy.agreed)
+        if self.lost and copy.start > self.end:
+            self.lost.append((self.end, copy.start))
+            self.end = copy.start
+        while self.lost and self.end < copy.watermark:
+            batch = copy.batches.get(self.end)
+            if batch is None:
+                raise Violation("watermark inside a batch", f"{copy} at {self.end}, recovered")
+            self.extend(batch, copy.start)
+        return lost
+
+    def was_brought(self, offset: int) -> bool:
+        """A recovery that gave up committed records put this one in their place; nobody had committed it before."""
+        batch = next((b for b in self.batches.values() if b[0] <= offset < b[1]), None)
+        return batch is not None and any(low <= offset < end and batch[2] < epoch for low, end, epoch in self.brought)
 
     def declare_loss(self, offset: int) -> None:
         if offset >= self.end:
@@ -161,9 +190,14 @@ class Copy:
         return grew
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """How recovery compares logs: the epoch of the last batch, then the end."""
+        return (next(reversed(self.batches.values()))[2] if self.batches else -1, self.end)
+
+    @property
     def complete(self) -> bool:
         self.compare()
-        return self.agreed >= self.truth.end
+        return self.agreed >= self.truth.end >= self.start
 
     @property
     def durably_complete(self) -> bool:

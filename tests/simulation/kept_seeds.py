@@ -27,4 +27,5 @@ KEPT = (
     ("3/2/fsync", 7096, False, "a deposed primary told a reader without an epoch that it was above the log end"),
     ("3/2/replicated", 8459, False, "the same"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
+    ("2/1/replicated", 3901, False, "a recovery without force took a short log, the longest was about to serve"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.simulation.conduct import keeps_the_longest
 from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import FAIL, INFO, OK, History, Poll, Send
 
@@ -229,3 +230,99 @@ def test_a_batch_that_retention_took_may_come_again() -> None:
     truth.named = {(0, 11): (7, 0, 0), (1, 11): (7, 0, 0)}
     truth.extend((0, 1, 1, 11))
     truth.extend((1, 2, 1, 11), log_start=1)
+
+
+# -- recoveries -------------------------------------------------------------------------------------
+
+
+def _log(truth: Truth, name: str, epoch: int, *, start: int = 0, end: int) -> Copy:
+    """A log of one-record batches of one epoch; logs of one epoch are the same as far as they go."""
+    copy = Copy(truth, name)
+    copy.load(start, [(at, at + 1, epoch, 100 * epoch + at) for at in range(start, end)], synced=True)
+    return copy
+
+
+def test_a_recovery_gives_up_what_the_chosen_log_does_not_hold() -> None:
+    truth = Truth(KEY, 0)
+    _log(truth, "b0", 1, end=6).raise_watermark(6)
+    short = _log(truth, "b1", 1, end=2)
+    assert truth.recovered_from(short, 3)
+    assert (truth.end, truth.lost) == (2, [(2, 6)])
+    assert not truth.recovered_from(short, 3)
+
+
+def test_a_log_that_is_found_again_is_committed_as_far_as_its_replica_knew() -> None:
+    truth = Truth(KEY, 0)
+    long, short = _log(truth, "b0", 1, end=6), _log(truth, "b1", 1, end=2)
+    long.raise_watermark(5)
+    truth.recovered_from(short, 3)
+    assert not truth.recovered_from(long, 3)
+    assert truth.end == 5
+    other = _log(truth, "b2", 1, end=4)
+    assert not other.complete
+    with pytest.raises(Violation, match="high watermark <= log end"):
+        other.raise_watermark(5)
+
+
+def test_a_log_that_is_found_again_may_begin_above_what_was_committed_since() -> None:
+    truth = Truth(KEY, 0)
+    long, short = _log(truth, "b0", 1, start=4, end=9), _log(truth, "b1", 2, end=3)
+    truth.lost.append((0, 9))
+    short.raise_watermark(3)
+    assert not long.complete  # it begins above what it would have to hold
+    with pytest.raises(Violation, match="watermark inside a batch"):
+        _log(truth, "b2", 1, start=4, end=9).raise_watermark(9)
+    truth.recovered_from(long, 3)
+    long.raise_watermark(9)
+    assert truth.end == 9
+    assert not short.complete
+
+
+def test_nothing_comes_back_without_a_declared_loss() -> None:
+    truth = Truth(KEY, 0)
+    long = _log(truth, "b0", 1, end=6)
+    long.watermark = 6  # it says so, and nobody has committed it
+    truth.recovered_from(long, 3)
+    assert truth.end == 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "other", "good"),
+    [((1, 6), (1, 5), True), ((2, 5), (1, 6), True), ((1, 5), (1, 6), False), ((1, 6), (2, 5), False)],
+)
+def test_recovery_without_force_must_keep_the_longest_log(
+    chosen: tuple[int, int], other: tuple[int, int], good: bool
+) -> None:
+    truth = Truth(KEY, 0)
+    copies = [_log(truth, f"b{number}", epoch, end=end) for number, (epoch, end) in enumerate((chosen, other))]
+    if good:
+        keeps_the_longest(copies[0], copies[1:])
+        return
+    with pytest.raises(Violation, match="C7"):
+        keeps_the_longest(copies[0], copies[1:])
+    with pytest.raises(Violation, match="C7"):
+        keeps_the_longest(Copy(truth, "b2"), copies[1:])
+
+
+def test_only_what_a_recovery_brought_need_not_be_processed() -> None:
+    """Log b1 parts from the truth at 2 with records of epoch 1; what is written after its recovery is due."""
+    truth = Truth(KEY, 0)
+    _log(truth, "b0", 2, end=6).raise_watermark(6)
+    stale = Copy(truth, "b1")
+    stale.load(0, [*((at, at + 1, 2, 200 + at) for at in (0, 1)), (2, 4, 1, 99)], synced=True)
+    assert truth.recovered_from(stale, 3)
+    stale.append((4, 5, 3, 98))
+    stale.raise_watermark(5)
+    assert [truth.was_brought(offset) for offset in range(5)] == [False, False, True, True, False]
+    assert truth.recovered_from(_log(truth, "b2", 2, end=2), 4)
+    later = _log(truth, "b3", 2, end=2)
+    later.append((2, 3, 4, 97))
+    later.raise_watermark(3)
+    assert not truth.was_brought(2), "something else stands there now"
+
+
+def test_a_log_that_loses_only_its_end_brings_nothing() -> None:
+    truth = Truth(KEY, 0)
+    _log(truth, "b0", 1, end=6).raise_watermark(6)
+    assert truth.recovered_from(_log(truth, "b1", 1, end=2), 3)
+    assert truth.brought == []

@@ -303,6 +303,32 @@ def test_recovery_compares_epoch_then_length_among_undamaged(
     assert part.primary == (primary, secondary)[chosen]
 
 
+def test_recovery_without_force_waits_for_the_longest_log_to_serve() -> None:
+    bench, primary, secondary = stranded()
+    for broker_id in (primary, secondary):
+        bench.brokers[broker_id].storage = f"new-{broker_id}"
+    bench.start(secondary, restart="foreign", replicas=[bench.report(bench.part(), 10)])
+    broker = bench.brokers[primary]
+    broker.up, broker.incarnation = True, broker.incarnation + 1
+    bench.register(primary, restart="foreign", replicas=[bench.report(bench.part(), 256)])  # it has not served yet
+    with pytest.raises(NotReady, match=rf"broker {primary} has the longest log"):
+        bench.ask(ev.RecoveryAsked, "t", 0)
+    assert bench.part().primary == 0
+    bench.heartbeat(primary)
+    assert bench.ask(ev.RecoveryAsked, "t", 0).primary == primary
+
+
+def test_forced_recovery_does_not_wait_for_the_longest_log() -> None:
+    bench, primary, secondary = stranded()
+    for broker_id, end in ((primary, 256), (secondary, 10)):
+        bench.brokers[broker_id].storage = f"new-{broker_id}"
+        bench.start(broker_id, restart="foreign", replicas=[bench.report(bench.part(), end)])
+    bench.kill(primary)  # after its report
+    with pytest.raises(NotReady):
+        bench.ask(ev.RecoveryAsked, "t", 0)
+    assert bench.ask(ev.RecoveryAsked, "t", 0, True).primary == secondary
+
+
 def test_forced_recovery_needs_the_word_and_goes_on_with_what_is_there() -> None:
     bench, _, secondary = stranded()
     bench.start(secondary, replicas=[bench.report(bench.part(), 50)])

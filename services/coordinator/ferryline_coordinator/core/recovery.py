@@ -107,11 +107,14 @@ class Recovery:
                 f"brokers {missing} have not reported; start them, or accept data loss to go on without them",
                 brokers=missing,
             )
-        good = [b for b, report in reports.items() if report.log_state == LOG_OK and change.electable(b)]
+        whole = [b for b, report in reports.items() if report.log_state == LOG_OK]
+        good = [b for b in whole if change.electable(b)]
         if not good:
             raise Conflict(f"no undamaged replica of {part.topic_id}/{part.partition} is up", brokers=list(reports))
-        # The longest records first: a log of a later epoch has outlived the earlier ones. Then the state log.
-        chosen = max(good, key=lambda b: (_length(reports[b], 0), _length(reports[b], 1), -b))
+        best, chosen = _longest(whole, reports), _longest(good, reports)
+        if not forced and _rank(reports[best]) > _rank(reports[chosen]):
+            # It has reported and does not serve yet, or no more: another choice would give up what it holds.
+            raise NotReady(f"broker {best} has the longest log and is not serving; ask again", brokers=[best])
         epoch = max([part.epoch, *(report.seen_epoch for report in reports.values())]) + 1
         version = part.version + (REGRESSION_VERSIONS if record.frozen else 1)
         after = replace(
@@ -140,5 +143,11 @@ class Recovery:
         return stored
 
 
-def _length(report: ReplicaReport, log: int) -> tuple[int, int]:
-    return (report.tail_epoch[log], report.log_end[log])
+def _rank(report: ReplicaReport) -> tuple[tuple[int, int], ...]:
+    """The records first: a log of a later epoch has outlived the earlier ones, however long they are. Then the state
+    log."""
+    return tuple((report.tail_epoch[log], report.log_end[log]) for log in (0, 1))
+
+
+def _longest(brokers: list[int], reports: dict[int, ReplicaReport]) -> int:
+    return max(brokers, key=lambda b: (_rank(reports[b]), -b))
