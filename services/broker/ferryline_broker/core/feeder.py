@@ -135,9 +135,11 @@ class Feeder:
                 member.caught_up_ms = now_ms
 
     def next_deadline_ms(self) -> int | None:
-        config, due = self.replica.config, []
+        replica, earliest = self.replica, None
         for member in self.sync.members.values():
             if member.parked is not None:
-                stale = member.told_watermark != self.replica.high_watermark
-                due.append(member.parked_ms + (config.watermark_tell_ms if stale else config.fetch_wait_ms))
-        return min(due, default=None)
+                stale = member.told_watermark != replica.high_watermark
+                due = member.parked_ms + (replica.config.watermark_tell_ms if stale else replica.config.fetch_wait_ms)
+                if earliest is None or due < earliest:
+                    earliest = due
+        return earliest

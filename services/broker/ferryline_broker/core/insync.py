@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ferryline.protocol.messages import RECORDS, AlterIsr, AlterIsrResult, IsrMember, ReplicaFetch
+from ferryline.protocol.messages import RECORDS, STATE, AlterIsr, AlterIsrResult, IsrMember, ReplicaFetch
 from ferryline.protocol.metadata import PartitionMeta
 from ferryline_broker.core.events import SendAlterIsr
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
@@ -152,10 +152,10 @@ class InSyncSet:
         member, replica = self.members.get(broker_id), self.replica
         if member is None:
             return self.began_ms + replica.config.lag_max_ms
-        complete = all(self.progress(broker_id, log) >= replica.log_end[log] for log in BOTH_LOGS)
-        if member.parked is not None and complete:
+        records, state = member.flushed if replica.fsync else member.fetched
+        if member.parked is not None and records >= replica.log_end[RECORDS] and state >= replica.log_end[STATE]:
             return None
-        reached = all(self.progress(broker_id, log) >= member.mark[log] for log in BOTH_LOGS)
+        reached = records >= member.mark[RECORDS] and state >= member.mark[STATE]
         since_ms = member.caught_up_ms if reached else min(member.caught_up_ms, member.marked_ms)
         return since_ms + replica.config.lag_max_ms
 
@@ -214,8 +214,11 @@ class InSyncSet:
     def next_deadline_ms(self) -> int | None:
         if self.proposal is not None:
             return self.proposal.deadline_ms
-        lags = (self._lag_deadline_ms(b) for b in self._others())
-        due = [max(lag, self.propose_after_ms) for lag in lags if lag is not None]
         if self.propose_after_ms:
-            due.append(self.propose_after_ms)
-        return min(due, default=None)
+            return self.propose_after_ms
+        earliest = None
+        for broker_id in self._others():
+            lag = self._lag_deadline_ms(broker_id)
+            if lag is not None and (earliest is None or lag < earliest):
+                earliest = lag
+        return earliest

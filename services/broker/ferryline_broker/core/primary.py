@@ -196,7 +196,7 @@ class Primary:
         if len(self.isr) < part.min_isr:
             return ("NOT_ENOUGH_REPLICAS", f"in-sync replicas: {len(self.isr)}, min_isr: {part.min_isr}")
         if records and replica.disk_full:
-            return ("STORAGE_FULL", "free disk space is below the reserve")
+            return ("STORAGE_FULL", replica.disk_full)
         stalled = now_ms - self.moved_ms
         tail = any(replica.high_watermark[log] < replica.log_end[log] for log in BOTH_LOGS)
         if tail and stalled > replica.config.commit_stall_ms:
@@ -307,7 +307,8 @@ class Primary:
         self.advance(now_ms)
 
     def next_deadline_ms(self) -> int | None:
-        due = [self.waits.next_deadline_ms(), self.feeder.next_deadline_ms(), self.sync.next_deadline_ms()]
-        if self.handover is not None:
-            due.append(self.handover.deadline_ms)
-        return min((deadline for deadline in due if deadline is not None), default=None)
+        earliest = self.handover.deadline_ms if self.handover is not None else None
+        for due in (self.waits.next_deadline_ms(), self.feeder.next_deadline_ms(), self.sync.next_deadline_ms()):
+            if due is not None and (earliest is None or due < earliest):
+                earliest = due
+        return earliest

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from ferryline.protocol.errors import FerrylineError
 from ferryline_broker.log.index import ENTRY_BYTES, SparseIndex
-from ferryline_broker.log.interface import Storage
+from ferryline_broker.log.interface import FileHandle, Storage
 from ferryline_broker.log.segment import INDEX, LOG, Segment, Walked
 
 LOADED_INDEXES_MAX = 4  # of sealed segments, per log
@@ -35,16 +35,27 @@ class SegmentChain:
         self._loaded: list[Segment] = []  # sealed segments with their index in memory, least recently used first
         self.resting = False  # the active segment's file may lose its descriptor: nobody appends at present
         self._names_dirty = False  # a file was created and its directory not yet synced
-        self._index_bytes = self._index_crc = 0  # of the active segment's index file, as written
+        self._index_file: FileHandle | None = None  # of the active segment, while it is written to
+        self._index_bytes = self._index_crc = 0  # of it, as written
         self._settle()
 
     def _settle(self) -> None:
         last = self.segments[-1] if self.segments else None
         active = last if last is not None and last.seal is None else None
         if active is not self.active:
-            self._index_bytes = self._index_crc = 0
+            self._leave_index()
             self.resting = False
         self.active = active
+
+    def _leave_index(self) -> None:
+        """What stands in the index file is not known any more, or nothing is to be added."""
+        self._index_bytes = self._index_crc = 0
+        self._close_index()
+
+    def _close_index(self) -> None:
+        file, self._index_file = self._index_file, None
+        if file is not None:
+            file.close()
 
     @property
     def last(self) -> Segment | None:
@@ -78,6 +89,7 @@ class SegmentChain:
         write-back is told to who has it open."""
         if self.active is not None and not self.resting:
             self.active.file.set_idle(True)
+            self._close_index()
             self.resting = True
 
     def wake(self) -> None:
@@ -132,12 +144,12 @@ class SegmentChain:
         if whole > self._index_bytes:
             fresh = bytes(active.index.data[self._index_bytes : whole])
             try:
-                file = self._storage.open(active.stem + INDEX, create=True)
-                try:
-                    file.pwrite(fresh, self._index_bytes)
-                finally:
-                    file.close()
+                if self._index_file is None:
+                    self._index_file = self._storage.open(active.stem + INDEX, create=True)
+                    self._index_file.set_idle(True)  # its write-back may fail unseen: it is only a copy
+                self._index_file.pwrite(fresh, self._index_bytes)
             except FerrylineError:
+                self._close_index()
                 return self._index_bytes, self._index_crc
             self._index_crc = zlib.crc32(fresh, self._index_crc)
             self._index_bytes = whole
@@ -162,7 +174,7 @@ class SegmentChain:
                 self._forget(segment)
                 segment.unseal(index)
             segment.shorten(at, index)
-        self._index_bytes = self._index_crc = 0
+        self._leave_index()
         self._names_dirty = False
         self._settle()
 
