@@ -248,7 +248,7 @@ class PartitionCore:
 
     # -- roles --------------------------------------------------------------------------------------
 
-    def _meta(self, event: MetaReceived, now_ms: int) -> None:
+    def _meta(self, event: MetaReceived, now_ms: int, *, told: bool = True) -> None:
         replica, part = self.replica, event.part
         assert part.key == replica.key
         if event.coord_epoch < replica.coord_epoch:
@@ -259,6 +259,8 @@ class PartitionCore:
         if (replica.part is not None and part.version <= replica.part.version) or part.epoch < replica.seen_epoch:
             if self.primary is not None:
                 self.primary.live_changed(now_ms)  # who is alive may have changed
+            elif part == replica.part and replica.broker_id not in part.replicas:
+                replica.out.append(DeleteReplica(replica.key))  # known from an answer; now the node knows, too
             return
         check_partition(part)
         assert replica.part is None or part.epoch >= replica.part.epoch, (part, replica.part)
@@ -267,13 +269,13 @@ class PartitionCore:
             replica.repairing = False
             if replica.log_state == LOG_TRUNCATED:  # it has fetched what it had lost; saying so again would exclude it
                 replica.log_state = LOG_OK
-        if self.stopped:
-            if replica.broker_id not in part.replicas:  # moved elsewhere meanwhile: its files must not stay for ever
-                replica.out.append(DeleteReplica(replica.key))
-            return
         if replica.broker_id not in part.replicas:
-            self._become_idle(part, "not a replica of this partition any more")
-            replica.out.append(DeleteReplica(replica.key))
+            if not self.stopped:
+                self._become_idle(part, "not a replica of this partition any more")
+            if told:  # by the node, or it would not open it again; also if stopped: its files must not stay for ever
+                replica.out.append(DeleteReplica(replica.key))
+        elif self.stopped:
+            return
         elif part.primary == replica.broker_id:
             self._primary_meta(part, now_ms)
         elif part.primary == NO_BROKER:
@@ -387,7 +389,7 @@ class PartitionCore:
             return
         if result.part is not None and (replica.part is None or result.part.version > replica.part.version):
             meta = MetaReceived(result.part, replica.broker_epoch, result.coord_epoch, replica.live)
-            self._meta(meta, now_ms)
+            self._meta(meta, now_ms, told=False)
         elif self.primary is not None:
             self.primary.alter_answered(result, now_ms)
 
