@@ -269,6 +269,8 @@ class Broker:
             self._told(frame[1], frame[2])
         elif self.joined:
             self.serving.frame_received(session, frame)
+        else:
+            self.world.network.end(session, by=self)  # before it has joined nobody serves clients at its address
 
     def send(self, session: Session, frame: Any) -> None:
         self.world.network.send(session, self, frame)
@@ -420,8 +422,9 @@ class Broker:
 
     def _stop_now(self, clean: bool, reason: str) -> None:
         if clean:
-            self.disk.stop_cleanly({key: hosted.core.high_watermark for key, hosted in self.parts.items()})
-            for key in self.parts:
+            kept = {key: hosted.core for key, hosted in self.parts.items() if hosted.core.role != "stopped"}
+            self.disk.stop_cleanly({key: core.high_watermark for key, core in kept.items()})
+            for key in kept:
                 for copy in self.world.copies(self, key):
                     copy.synced = copy.end
         self.world.count("stopped cleanly" if clean else "stopped uncleanly")

@@ -379,6 +379,10 @@ class Held:
         self.leaving = False
         self.reset = False  # the next commit may go back
 
+    def done(self, end: int) -> bool:
+        """Everything below ``end`` was read, and the commit of it answered. Beyond it there were only lost records."""
+        return self.committed == end and not self.busy
+
 
 class Member(Client):
     """One member of a group: heartbeats, claims, reads, processes, commits after processing."""
@@ -464,6 +468,9 @@ class Member(Client):
             del self.held[key]
             return
         self.refresh()
+        if kind == "commit" and held.leaving and error.code == "OFFSET_OUT_OF_RANGE":
+            del self.held[key]  # what it has read was declared lost: there is nothing to commit any more
+            return
         if kind == "read" and error.code in ("LOG_TRUNCATED", "OFFSET_OUT_OF_RANGE"):
             assert held.poll is not None
             self.world.checks.read_refused(self.host.name, key, held.poll.next, error)

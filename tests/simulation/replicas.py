@@ -290,7 +290,8 @@ class Replicas:
         self.feed(key, ev.Flushed(log, end))
 
     def _checkpoint(self, hosted: Hosted) -> None:
-        """At least every second."""
-        if self.host.now_ms() - hosted.marked_ms >= 1_000:
+        """At least every second. Nothing of a stopped replica, as in the product's upkeep: its last effects were
+        dropped, so its core may be ahead of its log and of what was told."""
+        if hosted.core.role != "stopped" and self.host.now_ms() - hosted.marked_ms >= 1_000:
             hosted.marked_ms = self.host.now_ms()
             hosted.files.checkpoint(hosted.core.high_watermark)

@@ -233,7 +233,10 @@ class Serving:
             self.reads[key] = [read for read in waiting if not self._serve(read)]
 
     def drop(self, key: Key) -> None:
-        self.reads.pop(key, None)
+        for read in self.reads.pop(key, []):
+            gone = ev.Refuse(0, "NOT_PRIMARY", "this broker does not hold the partition any more")
+            self._answer(read.session, ("records", read.correlation, None, info_of(gone)))
+            read.done = True
         for token, waiter in list(self.waiters.items()):
             if waiter.key == key:
                 del self.waiters[token]
