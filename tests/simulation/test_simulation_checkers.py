@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from ferryline.protocol.messages import RESTART_OS_CRASH
+from ferryline.protocol.metadata import BrokerMeta, PartitionMeta
+from ferryline_coordinator.core.records import BrokerRecord
 from tests.simulation.conduct import keeps_the_longest
 from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import FAIL, INFO, OK, History, Poll, Send
+from tests.simulation.replicas import Replicas
+from tests.simulation.settings import parse_configs
+from tests.simulation.world import World
 
 KEY = ("t", 0)
 Log = list[tuple[int, bytes]]
@@ -326,3 +334,45 @@ def test_a_log_that_loses_only_its_end_brings_nothing() -> None:
     _log(truth, "b0", 1, end=6).raise_watermark(6)
     assert truth.recovered_from(_log(truth, "b1", 1, end=2), 3)
     assert truth.brought == []
+
+
+# -- around the cores -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lossy", "known", "excused"), [((2, 3), 2, True), ((2, 3), 3, True), ((3,), 2, False)])
+def test_only_a_life_that_began_with_a_loss_may_stop_being_a_candidate(
+    lossy: tuple[int, ...], known: int, excused: bool
+) -> None:
+    """It may have died again before the coordinator heard of the first."""
+    world = World(parse_configs("2/1/replicated")[0], 1)
+    broker = world.add_broker()
+    broker.disk.join(1, "c")
+    world.joined(broker)
+    for incarnation in lossy:
+        broker.disk.incarnation = incarnation
+        world.checks.broker_started(broker, RESTART_OS_CRASH)
+    meta = BrokerMeta(1, "", "", storage_id=broker.disk.storage_id, incarnation=known)
+    world.checks.brokers[1] = BrokerRecord(meta)
+    old = PartitionMeta("t", 0, (1, 2), 1, 1, 1, (1,))
+    new = PartitionMeta("t", 0, (1, 2), 0, 2, 2, ())
+    if excused:
+        world.checks._check_somebody_left(old, new)
+        return
+    with pytest.raises(Violation, match="C8 the last whole replica stays a candidate"):
+        world.checks._check_somebody_left(old, new)
+
+
+@pytest.mark.parametrize(("role", "written"), [("primary", [[7, 0]]), ("stopped", [])])
+def test_nothing_of_a_stopped_replica_is_checkpointed(role: str, written: list[list[int]]) -> None:
+    """Its core may know a high watermark that nobody was told of, as in the product's upkeep."""
+    found: list[list[int]] = []
+    world = World(parse_configs("2/1/fsync")[0], 1)
+    replicas = Replicas(world.add_broker())
+    world.engine.now_us = 5_000_000
+    hosted = SimpleNamespace(
+        core=SimpleNamespace(role=role, high_watermark=[7, 0]),
+        files=SimpleNamespace(checkpoint=found.append),
+        marked_ms=0,
+    )
+    replicas._checkpoint(hosted)  # type: ignore[arg-type]
+    assert found == written
