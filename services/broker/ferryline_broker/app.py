@@ -53,6 +53,7 @@ _FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
 _FETCH_WAIT_MS, _FETCH_RETRY_SLACK_MS = 60_000, 5_000
 _STOP_SLACK_S = 3.0  # beyond the node core's own limit
 EXIT_OK, EXIT_FAILED = 0, 1
+EXIT_SPACE = 75  # replicas stopped for want of space, and there is some again: to be started again (EX_TEMPFAIL)
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Broker:
         self.store = store
         self.address = address
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._status = EXIT_FAILED  # of an end that is not clean
         self.metrics = metrics = BrokerMetrics()
         self.tls = files = tls.files()
         group = GroupFlush(store.storage)
@@ -122,6 +125,7 @@ class Broker:
         self.rest = RestApi(partitions, view)
         self.audit = AuditApi(partitions, view, store.broker_id)
         partitions.on_damaged = self._on_damaged
+        partitions.on_unwritable = self._leave_soon
         self.node_driver.on_metadata = self._on_metadata
         metrics.partitions = lambda: [hosted.gauges() for hosted in partitions.replicas.values()]
         self.endpoint = SessionEndpoint(
@@ -132,6 +136,7 @@ class Broker:
             broker_id=store.broker_id,
         )
         self.upkeep = Upkeep(config, store, group, partitions, self.node_driver, metrics)
+        self.upkeep.on_space = lambda: self._leave_soon("there is space again", EXIT_SPACE)
         self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
 
     def _on_metadata(self) -> None:
@@ -151,6 +156,13 @@ class Broker:
     def _on_fatal(self, reason: str) -> None:
         if not self.fatal.done():
             self.fatal.set_result(reason)
+
+    def _leave_soon(self, reason: str, status: int = EXIT_FAILED) -> None:
+        """End in order, with ``status`` and without the mark of a clean stop: the next start looks at every log."""
+        if not self.leaving.done():
+            _log.critical("leaving", reason=reason)
+            self._status = status
+            self.leaving.set_result(reason)
 
     # -- serving ------------------------------------------------------------------------------------
 
@@ -218,20 +230,23 @@ class Broker:
     async def _until_ended(self, stop: asyncio.Event) -> ev.StopNow:
         asked = asyncio.ensure_future(stop.wait())
         stopped, fatal = self.node_driver.stopped, self.fatal
-        waits: list[asyncio.Future[Any]] = [asked, stopped, fatal]
+        waits: list[asyncio.Future[Any]] = [stopped, fatal, asked, self.leaving]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done() and not fatal.done():
             _log.info("stopping: handing over")
             self.node_driver.node_event(ev.StopAsked())
             limit_s = self.config.stop_ms / 1000 + _STOP_SLACK_S
-            await asyncio.wait(waits[1:], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits[:2], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         if fatal.done():
             reason = fatal.result()
             _log.critical("storage failed, leaving", reason=reason)
             self.partitions.feed_all(ev.StorageFailed(0, reason))
             await asyncio.sleep(_FATAL_GRACE_S)  # the reports leave now; if they do not, fencing does the rest
+            self._status = EXIT_FAILED
             return ev.StopNow(False, reason)
+        if self.leaving.done():
+            return ev.StopNow(False, self.leaving.result())
         return stopped.result() if stopped.done() else ev.StopNow(True, "time for stopping is up")
 
     def _leave(self, ended: ev.StopNow) -> int:
@@ -245,7 +260,7 @@ class Broker:
         except FerrylineError as error:
             _log.error("stopped, but not cleanly", error=str(error))
             return EXIT_FAILED
-        return EXIT_OK if ended.clean else EXIT_FAILED
+        return EXIT_OK if ended.clean else self._status
 
 
 async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:

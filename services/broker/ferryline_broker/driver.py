@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import traceback
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
-from ferryline.protocol.messages import RECORDS, ResignEntry
+from ferryline.protocol.messages import RECORDS, STATE, ResignEntry
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core import events as ev
 from ferryline_broker.hosted import HostedReplica
@@ -35,6 +34,7 @@ from ferryline_service.logs import get_logger
 from ferryline_service.server_session import ServerSession
 
 _POSTPONED_MAX = 6  # passes of the loop; each reads at most 256 KiB from a session
+_WRITES = frozenset((ev.Append, ev.Truncate, ev.ResetLog, ev.AdvanceStart, ev.PersistEpoch))
 _log = get_logger()
 
 
@@ -54,19 +54,19 @@ class PartitionDriver:
         self.delete_replica: Callable[[ev.Key], None]
         self.on_appended: Callable[[int], None] = _ignore
         self.on_damaged: Callable[[HostedReplica, LogDamaged], None] = _ignore
+        self.on_unwritable: Callable[[str], None] = _ignore
+        self.on_full: Callable[[], str] = str  # returns what there is to say about the disk
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
-        self._token = 0
+        self._token = self._timer_ms = 0
         self._emitters: dict[Emitter, None] = {}
         self._answered: dict[ServerSession, None] = {}
-        self._pass_due = False
+        self._pass_due = self._sync_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
-        self._sync_due = False
         self._appends = self._appends_seen = self._postponed = 0
         self._heap: list[tuple[int, int, HostedReplica]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_ms = 0
         self._do: dict[type[ev.Effect], Callable[[HostedReplica, Any], None]] = {
             ev.Append: self._append,
             ev.Flush: self._flush,
@@ -125,8 +125,7 @@ class PartitionDriver:
 
     def unhost(self, key: ev.Key) -> HostedReplica | None:
         """Forget a replica; whoever waits for it learns that it is gone."""
-        hosted = self.replicas.pop(key, None)
-        if hosted is None:
+        if (hosted := self.replicas.pop(key, None)) is None:
             return None
         hosted.broken = "deleted"
         self._settle_all(hosted, "NOT_PRIMARY", "this broker does not hold the partition any more")
@@ -142,12 +141,27 @@ class PartitionDriver:
             for effect in effects:
                 do[type(effect)](hosted, effect)
         except (StorageFailed, StorageFull) as error:
-            self.storage_failed(hosted, getattr(effect, "log", RECORDS), error)
+            failed = self.write_failed if type(effect) in _WRITES else self.storage_failed
+            failed(hosted, getattr(effect, "log", RECORDS), error)
             return
         if hosted.follow_ups:
             follow_ups, hosted.follow_ups = hosted.follow_ups, []
             for event in follow_ups:
                 self.feed(hosted, event)
+
+    def write_failed(self, hosted: HostedReplica, log: int, error: FerrylineError) -> None:
+        """`storage_failed` of a write. A full disk stops this replica and harms nothing; after anything else the
+        process has to end, as after a failed flush, once it has handed over what it can.
+        """
+        if isinstance(error, StorageFull):
+            reason = f"{self.on_full()}: {error.message}"
+            _log.error("no space left, replica stopped", partition=hosted.name, log=log, error=reason)
+            hosted.follow_ups = []
+            self.feed(hosted, ev.StorageFailed(log, reason, (hosted.logs[RECORDS].log_end, hosted.logs[STATE].log_end)))
+        else:
+            self.storage_failed(hosted, log, error)
+            if not isinstance(error, LogDamaged):
+                self.on_unwritable(f"write failed: {error.message}")
 
     def storage_failed(self, hosted: HostedReplica, log: int, error: FerrylineError) -> None:
         """Tell the core that its disk refused; the remaining effects of its last event were dropped."""
@@ -172,9 +186,7 @@ class PartitionDriver:
         if not hosted.flush_due[log]:
             hosted.flush_due[log] = True
             self._dirty.append((hosted, log))
-            if not self._pass_due:
-                self._pass_due = True
-                self._loop.call_soon(self._end_pass)
+            self.end_pass_soon()
 
     def _truncate(self, hosted: HostedReplica, effect: ev.Truncate) -> None:
         hosted.logs[effect.log].truncate(effect.offset)
@@ -252,9 +264,7 @@ class PartitionDriver:
     def at_end(self, emitter: Emitter) -> None:
         """Call ``emitter.emit()`` once, at the end of this pass."""
         self._emitters[emitter] = None
-        if not self._pass_due:
-            self._pass_due = True
-            self._loop.call_soon(self._end_pass)
+        self.end_pass_soon()
 
     def answered(self, session: ServerSession) -> None:
         """Answers were queued on ``session``: write them at the end of this pass, all in one go."""
@@ -296,8 +306,7 @@ class PartitionDriver:
             self._loop.call_soon(self._sync)
             return
         self._sync_due = False
-        dirty, self._dirty = self._dirty, []
-        started = perf_counter()
+        dirty, self._dirty, started = self._dirty, [], perf_counter()
         for hosted, log in dirty:
             hosted.flush_due[log] = False
         due = [(hosted, log) for hosted, log in dirty if not hosted.broken]
@@ -357,15 +366,7 @@ class PartitionDriver:
         """An invariant does not hold: stop this partition loudly, let another replica lead; the others go on."""
         if hosted.broken:
             return
-        story = [str(told)[:300] for told in list(hosted.core.story)[-40:]]
-        _log.error(
-            "invariant violated, partition stopped",
-            partition=hosted.name,
-            on=str(event.story())[:300],
-            error=str(error)[:1000],
-            where="".join(traceback.format_exception(error)[-4:])[-2000:],
-            story=story,
-        )
+        hosted.tell_story(event, error)
         was_primary, epoch = hosted.core.role == "primary", hosted.core.epoch
         reason = f"invariant violated: {type(error).__name__}: {str(error)[:200]}"
         hosted.follow_ups = []
@@ -385,8 +386,7 @@ class PartitionDriver:
             self._answer(hosted, ev.Refuse(token, code, message))
 
     def _refuse_broken(self, hosted: HostedReplica, event: ev.Event) -> None:
-        token = getattr(event, "token", 0)
-        if token:
+        if token := getattr(event, "token", 0):
             self._answer(hosted, ev.Refuse(token, "STORAGE_FAILED", hosted.broken))
 
     def settle_everything(self, code: str, message: str) -> None:

@@ -108,6 +108,10 @@ class FaultyStorage(LossyStorage):
         real = super().open(path, create=create) if self._lossy else FileStorage.open(self, path, create=create)
         return _FaultyFile(self._faults, path, real)
 
+    def usage(self) -> tuple[int, int]:
+        free, total = super().usage()
+        return (0 if self._faults.now().write == "ENOSPC" else free), total
+
     def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
         now = self._faults.now()
         self._faults.check(now.write or now.sync, f"write {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import traceback
 
 import msgspec
 
@@ -15,7 +16,9 @@ from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.metrics import PartitionGauges, TopicCounts
 from ferryline_broker.ports import Emitter
+from ferryline_service.logs import get_logger
 
+_log = get_logger()
 _BROKEN_READ = "NOT_PRIMARY"
 _INT = struct.Struct(">i").unpack_from
 _LENGTH_AT, _COUNT_AT, _LENGTH_PREFIX_BYTES = 8, 57, 12
@@ -74,6 +77,17 @@ class HostedReplica:
                 counts.records_in += header.record_count
                 counts.bytes_in += size
 
+    def tell_story(self, event: Event, error: Exception) -> None:
+        """Log what led to a broken invariant."""
+        _log.error(
+            "invariant violated, partition stopped",
+            partition=self.name,
+            on=str(event.story())[:300],
+            error=str(error)[:1000],
+            where="".join(traceback.format_exception(error)[-4:])[-2000:],
+            story=[str(told)[:300] for told in list(self.core.story)[-40:]],
+        )
+
     # -- reading ------------------------------------------------------------------------------------
 
     def check_read(self, offset: int, offset_epoch: int, secondary: bool) -> ReadVerdict:
@@ -123,8 +137,10 @@ class HostedReplica:
         shown.in_sync = len(core.isr)
         shown.replicas = len(core.part.replicas) if core.part is not None else 0
         shown.producers = len(core.replica.producers)
-        shown.secondary_lags = core.lag_of()
-        shown.groups = {group: state.offset for group, state in core.groups()}
+        if core.primary is not None:
+            shown.secondary_lags = core.primary.sync.lags()
+            if core.primary.groups is not None:
+                shown.groups = {group: state.offset for group, state in core.primary.groups.items()}
         return shown
 
 

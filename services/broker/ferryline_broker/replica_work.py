@@ -142,7 +142,7 @@ class ReplicaWork:
                     self._delete(key)
                 case KeepTopic(key, topic):
                     if key in self._partitions.replicas:
-                        self._opener.remember(key, topic, together)
+                        self._keep(key, topic, together)
         together.settle()
         return told, list(opened.values())
 
@@ -175,7 +175,16 @@ class ReplicaWork:
             _log.error(
                 "replica cannot be opened", topic=topic.name if topic else key[0], partition=key[1], error=str(error)
             )
+            if isinstance(error, StorageFull):
+                self._partitions.on_full()  # the next process life opens it
             return None
+
+    def _keep(self, key: ev.Key, topic: TopicMeta, together: Together) -> None:
+        """The next start should know it before it has heard the coordinator: no reason to end for a full disk."""
+        try:
+            self._opener.remember(key, topic, together)
+        except StorageFull as error:
+            _log.error("settings are not kept", topic=topic.name, partition=key[1], error=str(error))
 
     def _delete(self, key: ev.Key) -> None:
         hosted = self._partitions.unhost(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 from ferryline.protocol.errors import StorageFailed, StorageFull
@@ -30,12 +30,17 @@ _TICK_MS = 20
 _CLOCK_DRIFT_MAX_MS = 60_000  # wall clock against boot time: beyond it, ages cannot be believed (rule L11)
 _CHECKPOINTS_MAX = 200  # of one group: keeps it short
 _REST_MS = 10_000  # without anything to save, and the descriptors go back
+_ROOM_BYTES = 16 * 1024 * 1024  # free space that is worth a new start, where less is kept in reserve
 _SCRUB_STEP_BYTES = 1024 * 1024
 _SCRUB_VISIT_BYTES = 256 * 1024  # what a look at a log counts for at least: many small ones must not cost more
 
 
 class Upkeep:
-    """One task for all of it. ``disk_full`` follows the free space, with a little distance between on and off."""
+    """One task for all of it. ``disk_full`` follows the free space, with a little distance between on and off.
+
+    ``on_space`` is called when a replica had to stop for want of space and there is some again: only a new process life
+    opens its log once more.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class Upkeep:
         metrics: BrokerMetrics,
     ) -> None:
         self.disk_full = False
+        self.on_space: Callable[[], None] = _ignore
         self._config = config
         self._store = store
         self._group = group
@@ -54,13 +60,14 @@ class Upkeep:
         self._node = node
         self._metrics = metrics
         self._budget = 0  # bytes that may be appended before free space is looked at again
-        self._reserve = 0
+        self._wanting = False  # a replica stopped for want of space
         self._clock_distance = wall_ms() - now_ms()
         self._retention_told = False
         self._to_scrub: deque[tuple[ev.Key, int, Scrubber | None]] = deque()  # logs, and how far this round is there
         self._moved: dict[HostedReplica, int] = {}  # -> when it last had anything to save, oldest first
         self._task: asyncio.Task[None] | None = None
         partitions.on_appended = self._appended
+        partitions.on_full = self._ran_full
         self.check_disk()
 
     def start(self) -> None:
@@ -154,7 +161,7 @@ class Upkeep:
                 hosted.unsaved = True
                 _log.warning("checkpoint has to wait", partition=hosted.name, error=str(error))
             else:
-                self._partitions.storage_failed(hosted, RECORDS, error)
+                self._partitions.write_failed(hosted, RECORDS, error)
 
     def _snapshot_producers(self, hosted: HostedReplica) -> None:
         """Between two events, so that core and log agree: a snapshot of the dedupe table that knows more than the log
@@ -195,7 +202,7 @@ class Upkeep:
             _log.warning("retention has to wait", partition=hosted.name, error=str(error))
             return
         except StorageFailed as error:
-            self._partitions.storage_failed(hosted, RECORDS, error)
+            self._partitions.write_failed(hosted, RECORDS, error)
             return
         if start > before:
             hosted.unsaved = True
@@ -242,14 +249,43 @@ class Upkeep:
 
     def check_disk(self) -> None:
         """Compare free space with the reserve and tell the cores when the answer changed (rule L12)."""
-        config = self._config
-        free, total = self._store.usage()
-        reserve = max(config.disk_reserve_bytes, int(total * config.disk_reserve_percent / 100))
+        free, reserve = self._room()
         self._metrics.disk_free_bytes = free
         # Half of what is left above the reserve: appends come in bursts, and other programs write too.
         self._budget = max(_SCRUB_STEP_BYTES, (free - reserve) // 2)
-        full = free < (reserve + reserve // 20 if self.disk_full else reserve)
+        if self._wanting:
+            full = free < max(reserve, _ROOM_BYTES) or not self._store.has_room(_SCRUB_STEP_BYTES)
+        else:
+            full = free < reserve
         if full != self.disk_full:
-            self.disk_full = self._metrics.disk_full = full
-            _log.warning("disk", full=full, free_bytes=free, reserve_bytes=reserve)
-            self._node.node_event(ev.NodeDiskFull(full))
+            self._tell(full)
+        if self._wanting and not full:
+            self.on_space()
+
+    def _room(self) -> tuple[int, int]:
+        """Free bytes, and how many of them are kept in reserve at present."""
+        free, total = self._store.usage()
+        reserve = max(self._config.disk_reserve_bytes, int(total * self._config.disk_reserve_percent / 100))
+        return free, reserve + reserve // 20 if self.disk_full else reserve
+
+    def _tell(self, full: bool) -> None:
+        self.disk_full = self._metrics.disk_full = full
+        detail = self._about_disk()
+        _log.warning("disk", full=full, detail=detail)
+        self._node.node_event(ev.NodeDiskFull(ev.DiskFull(full, detail)))
+
+    def _about_disk(self) -> str:
+        free, reserve = self._room()
+        return f"disk of {self._config.data_root}: {free} bytes are free, {reserve} are kept in reserve"
+
+    def _ran_full(self) -> str:
+        """A write found no space. No record is let in any more: refused before its append, it harms no replica."""
+        self._wanting = True
+        if not self.disk_full:
+            self.disk_full = True
+            asyncio.get_running_loop().call_soon(self._tell, True)  # not while effects are carried out
+        return self._about_disk()
+
+
+def _ignore() -> None:
+    return

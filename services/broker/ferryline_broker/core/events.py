@@ -197,14 +197,18 @@ class HandOverAsked(Event):
 
 
 class StorageFailed(Event):
+    """``ends``: only of a full disk, where both logs end on it. Then everything acknowledged is safe."""
+
     log: int
     reason: str
+    ends: tuple[int, int] | None = None
 
 
 class DiskFull(Event):
-    """Records are refused while ``full``; state entries still go through (rule L12)."""
+    """Records are refused while ``full``; state entries still go through (rule L12). ``detail`` is for whoever asks."""
 
     full: bool
+    detail: str = "free disk space is below the reserve"
 
 
 class LogStartAdvanced(Event):
@@ -414,7 +418,7 @@ class ReplicaOpened(Event):
 
 
 class NodeDiskFull(Event):
-    full: bool
+    disk: DiskFull
 
 
 # -- effects of the broker as a whole ----------------------------------------------------------------

@@ -98,7 +98,7 @@ class NodeCore:
         self._stop_due: int | None = None
         self._min_revision = 0
         self._live: dict[int, int] = {}
-        self._disk_full = False
+        self._disk = DiskFull(False)
         self.out: list[Effect] = []
 
     def next_deadline_ms(self) -> int | None:
@@ -127,9 +127,9 @@ class NodeCore:
             case ReplicaOpened():
                 self._replica_opened(event, now_ms)
             case NodeDiskFull():
-                self._disk_full = event.full
+                self._disk = event.disk
                 for key in sorted(self.open):
-                    self.out.append(TellReplica(key, DiskFull(event.full)))
+                    self.out.append(TellReplica(key, event.disk))
             case StopAsked():
                 self._stop_asked(now_ms)
         out, self.out = self.out, []
@@ -204,7 +204,7 @@ class NodeCore:
                     want,
                     self.coord_epoch,
                     self.metadata.revision,
-                    self._disk_full,
+                    self._disk.full,
                 )
             )
         )
@@ -297,8 +297,8 @@ class NodeCore:
             # now could lose what was acknowledged. The registration tells of the damage; the record that follows it
             # is newer than every proposal that was made in ignorance of it (see `_tell`).
             self._register(now_ms)
-        if self._disk_full:
-            self.out.append(TellReplica(event.key, DiskFull(True)))
+        if self._disk.full:
+            self.out.append(TellReplica(event.key, self._disk))
 
     # -- stopping -----------------------------------------------------------------------------------
 

@@ -29,10 +29,6 @@ from ferryline.protocol.messages import (
 from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
 from ferryline_broker.core.events import (
     AlterIsrAnswered,
-    BarrierAsked,
-    Claimed,
-    CommitAsked,
-    CommittedAsked,
     DataCorrupt,
     DataReceived,
     DeleteReplica,
@@ -41,8 +37,6 @@ from ferryline_broker.core.events import (
     Event,
     FetchReceived,
     Flushed,
-    GroupForgotten,
-    GroupOffset,
     HandOverAsked,
     Key,
     LogStartAdvanced,
@@ -61,7 +55,8 @@ from ferryline_broker.core.events import (
     StorageFailed,
     Tick,
 )
-from ferryline_broker.core.primary import Primary
+from ferryline_broker.core.full import OutOfSpace
+from ferryline_broker.core.primary import GroupEvent, Primary
 from ferryline_broker.core.reading import ReadVerdict, check_read
 from ferryline_broker.core.replica import (
     ROLE_IDLE,
@@ -88,6 +83,7 @@ class PartitionCore:
         self.primary: Primary | None = None
         self.secondary: Secondary | None = None
         self.stopped = ""
+        self.full: OutOfSpace | None = None  # stopped, for the disk is full
         self.story: deque[tuple[int, Any]] = deque(maxlen=STORY_EVENTS)
         self._role = ROLE_IDLE
         if opened.log_state == LOG_DAMAGED and not opened.repairing:
@@ -145,27 +141,20 @@ class PartitionCore:
     def report(self) -> ReplicaReport:
         return self.replica.report()
 
-    def groups(self) -> list[tuple[str, GroupOffset]]:
-        """Committed offsets as the primary knows them; empty elsewhere. For metrics and listings."""
-        return self.primary.groups.items() if self.primary and self.primary.groups else []
-
     def retention_limit(self) -> int:
         """Nothing at or above this record offset may be deleted (rule L11)."""
         if self.primary is None:
             return self.replica.log_start[RECORDS]  # a secondary follows its primary's log start
         return self.primary.sync.retained_from()
 
-    def lag_of(self) -> dict[int, int]:
-        """Records that each known secondary is behind the log end. For metrics."""
-        return self.primary.sync.lags() if self.primary else {}
-
     def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
         """See `reading.check_read`."""
-        return check_read(self.replica, self._role, self.epoch, offset, offset_epoch, secondary)
+        role = ROLE_PRIMARY if self.full is not None and self.full.leads else self._role
+        return check_read(self.replica, role, self.epoch, offset, offset_epoch, secondary)
 
     def next_deadline_ms(self) -> int | None:
         if self.stopped:
-            return None
+            return self.full.next_deadline_ms() if self.full is not None else None
         if self.primary:
             return self.primary.next_deadline_ms()
         return self.secondary.next_deadline_ms() if self.secondary else None
@@ -186,7 +175,7 @@ class PartitionCore:
     def _dispatch(self, event: Event, now_ms: int) -> None:
         if isinstance(event, MetaReceived):
             self._meta(event, now_ms)
-        elif isinstance(event, Produced | Claimed | CommitAsked | CommittedAsked | GroupForgotten | BarrierAsked):
+        elif isinstance(event, Produced | GroupEvent):
             self._asked(event, now_ms)
         elif isinstance(event, FetchReceived):
             self._fetch(event, now_ms)
@@ -195,9 +184,9 @@ class PartitionCore:
         elif isinstance(event, AlterIsrAnswered):
             self._alter_answered(event, now_ms)
         elif isinstance(event, StorageFailed):
-            self._storage_failed(event)
+            self._storage_failed(event, now_ms)
         elif isinstance(event, DiskFull):
-            self.replica.disk_full = event.full
+            self.replica.disk_full = event.detail if event.full else ""
         elif isinstance(event, LogStartAdvanced):
             self.replica.advance_start(event.log, event.log_start)
         elif isinstance(event, ProducersRebuilt):
@@ -206,6 +195,8 @@ class PartitionCore:
             self._primary_event(self.primary, event, now_ms)
         elif self.secondary is not None:
             self._secondary_event(self.secondary, event, now_ms)
+        elif self.full is not None:
+            self.full.tick(now_ms)
 
     def _primary_event(self, primary: Primary, event: Event, now_ms: int) -> None:
         if isinstance(event, ProgressReceived):
@@ -233,10 +224,10 @@ class PartitionCore:
         elif isinstance(event, Tick):
             secondary.tick(now_ms)
 
-    def _asked(
-        self, event: Produced | Claimed | CommitAsked | CommittedAsked | GroupForgotten | BarrierAsked, now_ms: int
-    ) -> None:
-        if self.primary is None:
+    def _asked(self, event: Produced | GroupEvent, now_ms: int) -> None:
+        if self.full is not None and self.full.leads:
+            self.full.refuse(event.token)
+        elif self.primary is None:
             part = self.replica.part
             known = (part.primary, part.epoch) if part and not self.stopped else (NO_BROKER, 0)
             message = f"this broker is {self._role} of the partition"
@@ -393,8 +384,12 @@ class PartitionCore:
         elif self.primary is not None:
             self.primary.alter_answered(result, now_ms)
 
-    def _storage_failed(self, event: StorageFailed) -> None:
-        """Rule L10: never trust that file again in this process life."""
+    def _storage_failed(self, event: StorageFailed, now_ms: int) -> None:
+        """Rule L10: never trust that file again in this process life. A full disk has harmed nothing (`full.py`)."""
         if not self.stopped:
+            led = self.primary is not None
             self._stop(f"storage of log {event.log} failed: {event.reason}")
-            self.replica.stop(LOG_DAMAGED)
+            if event.ends is None:
+                self.replica.stop(LOG_DAMAGED)
+            else:
+                self.full = OutOfSpace(self.replica, led, event.reason, event.ends, now_ms)

@@ -93,7 +93,7 @@ class Replica:
         self.broker_epoch = 0
         self.coord_epoch = 0
         self.live: dict[int, int] = {}
-        self.disk_full = False
+        self.disk_full = ""  # why records are refused
         self.request_id = 0  # of AlterIsr proposals: rises per (broker_epoch, partition)
         self.fetch_id = 0
         self.state_bytes = 0  # appended to the state log since the last snapshot

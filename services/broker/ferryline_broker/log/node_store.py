@@ -31,7 +31,7 @@ from pathlib import Path
 
 import msgspec
 
-from ferryline.protocol.errors import StorageFailed
+from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import (
     RESTART_CLEAN,
     RESTART_FOREIGN,
@@ -330,6 +330,22 @@ class NodeStore:
     def usage(self) -> tuple[int, int]:
         """(free, total) bytes of the file system."""
         return self.storage.usage()
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes can be written now, by trying: quotas do not show in `usage`. Raises StorageFailed."""
+        path = f"{self.root}/room"
+        try:
+            file = self.storage.open(path, create=True)
+            try:
+                file.pwrite(bytes(size), 0)
+                file.fdatasync()
+            finally:
+                file.close()
+        except StorageFull:
+            return False
+        finally:
+            self.storage.unlink(path)
+        return True
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -255,7 +255,9 @@ class PartitionLog:
         self._ends_at(offset)
 
     def advance_start(self, offset: int) -> int:
-        """Delete whole segments that end at or below ``offset`` (retention); returns the log start. Durable."""
+        """Delete whole segments that end at or below ``offset`` (retention); returns the log start. Durable.
+
+        Raises StorageFull: nothing was deleted, the log goes on."""
         self._check_usable()
         active = self._chain.active
         if active is not None and active.next_offset <= offset:
@@ -268,6 +270,8 @@ class PartitionLog:
             self.start_file.store(start)
             self._chain.drop_below(len(gone))
         except FerrylineError as error:
+            if isinstance(error, StorageFull):
+                raise  # only the first step takes space: nothing has changed
             raise self._fail(error) from error
         self._start = start
         self.epochs.advance(start.offset, self._log_end)
