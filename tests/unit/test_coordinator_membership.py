@@ -395,6 +395,8 @@ def test_a_repeated_request_id_is_never_accepted() -> None:
     bench.brokers[secondary].silent = False
     bench.heartbeat(secondary)
     assert bench.part().version == part.version, "unfencing does not touch the partition"
+    # what others ask for meanwhile, the primary of an earlier epoch for example, must not make it forget
+    assert bench.alter(part, [secondary], as_broker=secondary, request_id=3).error == "NOT_PRIMARY"
     copy = bench.alter(part, [], members=members, request_id=900)
     assert (copy.accepted, copy.error) == (False, "VERSION_CONFLICT")
     assert bench.alter(part, [], members=members, request_id=901).accepted

@@ -24,7 +24,7 @@ class Partitions:
     def __init__(self, sessions: Sessions, registration: Registration) -> None:
         self._sessions = sessions
         self._registration = registration
-        self._answered: dict[Key, tuple[int, int]] = {}  # -> (broker epoch, highest request id answered)
+        self._answered: dict[Key, tuple[int, int]] = {}  # -> of its primary: (broker epoch, highest id answered)
 
     def alter(self, change: Change, event: AlterIsrsReceived) -> None:
         proposals = event.message.proposals
@@ -59,12 +59,6 @@ class Partitions:
             or not self._sessions.speaks_for(proposal.broker_id, session)
         ):
             return "STALE_BROKER_EPOCH"
-        # Each id is answered once. Otherwise a copy of a proposal that was refused could be accepted later, when its
-        # primary has long gone on without that replica.
-        epoch, highest = self._answered.get(key, (0, -1))
-        if epoch == proposal.broker_epoch and proposal.request_id <= highest:
-            return "VERSION_CONFLICT"
-        self._answered[key] = (proposal.broker_epoch, proposal.request_id)
         if record is None:
             return "UNKNOWN_PARTITION"
         part = record.meta
@@ -74,6 +68,13 @@ class Partitions:
             return "STALE_EPOCH"
         if part.version != proposal.version:
             return "VERSION_CONFLICT"
+        # So far every refusal stands for good. From here on the answer may be another one the next time, so each id is
+        # answered once: a copy of a refused proposal could be accepted later, when its primary has long gone on without
+        # that replica. Only the present primary comes this far: nobody else can make us forget its ids.
+        epoch, highest = self._answered.get(key, (0, -1))
+        if epoch == proposal.broker_epoch and proposal.request_id <= highest:
+            return "VERSION_CONFLICT"
+        self._answered[key] = (proposal.broker_epoch, proposal.request_id)
         new = [member.broker_id for member in proposal.new_isr]
         if part.primary not in new or len(set(new)) != len(new) or not set(new) <= set(part.replicas):
             return "INVALID_ARGUMENT"
