@@ -346,8 +346,9 @@ class ScriptedCoordinator:
         )
         self.publish()
         return RegisterOk(
-            register.broker_id, self.epochs, self.coord_epoch, self.cluster_id, CLAIM_KEY, revision=self.revision
-        )
+            register.broker_id, self.epochs, self.coord_epoch, self.cluster_id, CLAIM_KEY,
+            revision=self.revision, request=register.request,
+        )  # fmt: skip
 
     def _unfence(self, broker_id: int) -> None:
         self.brokers[broker_id] = msgspec.structs.replace(self.brokers[broker_id], fenced=False)

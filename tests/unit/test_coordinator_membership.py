@@ -169,6 +169,15 @@ def test_registering_again_in_the_same_life_gives_the_same_epoch_and_fences_nobo
     assert not bench.heartbeat(primary).fenced
 
 
+def test_an_answer_names_the_registration_that_it_is_for() -> None:
+    """A broker that found damage after it had sent one must know whether the damage was in what is answered."""
+    bench = cluster()
+    primary, _ = other(bench)
+    bench.brokers[primary].incarnation += 1
+    answers = [bench.register(primary, request=request) for request in (3, 5)]
+    assert [answer.request for answer in answers if answer is not None] == [3, 5]
+
+
 def test_a_new_life_is_fenced_first_and_gets_a_later_epoch() -> None:
     bench = cluster()
     primary, secondary = other(bench)

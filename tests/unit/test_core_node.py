@@ -113,6 +113,27 @@ def test_damage_found_while_running_is_told_before_the_copy_is_given_up() -> Non
     assert of(ev.SendRegister, effects)
 
 
+def test_damage_found_during_a_registration_is_told_by_another_one_before_the_copy_is_given_up() -> None:
+    """The one under way says that all is well: a proposal made in that belief could still count on the copy."""
+    core = node()
+    first = of(ev.SendRegister, core.handle(ev.CoordinatorUp(), 0))[0].register
+    again = of(ev.SendRegister, core.handle(ev.Tick(), core.next_deadline_ms() or 0))[0].register
+    assert not core.handle(ev.ReplicaOpened((TOPIC, 0), "damaged"), 30)
+
+    def answer(request: int) -> list[ev.Effect]:
+        return core.handle(ev.RegisterAnswered(RegisterOk(1, 11, 1, "cluster", b"key", 500, 5, request)), 40)
+
+    told = of(ev.SendRegister, answer(first.request))[0].register
+    assert not core.registered
+    assert of(ev.SendRegister, answer(again.request)), "a late answer to the second one says nothing about the third"
+    assert not core.handle(metadata(6, [part(1, primary=2)]), 50)
+    effects = answer(told.request)
+    assert core.registered
+    assert not of(ev.SendRegister, effects)
+    effects = core.handle(metadata(6, [part(1, primary=2)]), 60)
+    assert of(ev.OpenReplica, effects) == [ev.OpenReplica((TOPIC, 0), "fsync", True)]
+
+
 def test_a_stale_broker_epoch_registers_again() -> None:
     core = node()
     registered(core)

@@ -352,7 +352,8 @@ class ReplicaReport(Message):
 
 
 class Register(Message):
-    """``broker_id`` 0 asks for a new id. ``incarnation`` was raised and fsynced before this was sent."""
+    """``broker_id`` 0 asks for a new id. ``incarnation`` was raised and fsynced before this was sent. ``request`` rises
+    with each registration of a process life: what is found after one was sent is not in it."""
 
     broker_id: int
     storage_id: str
@@ -365,10 +366,12 @@ class Register(Message):
     version_min: int = PROTOCOL_MIN
     version_max: int = PROTOCOL_MAX
     feature_level: int = FEATURE_LEVEL
+    request: int = 0
 
 
 class RegisterOk(Message):
-    """``claim_key`` checks the tokens of group claims. Assignments follow in the metadata."""
+    """``claim_key`` checks the tokens of group claims. Assignments follow in the metadata. ``request``: which
+    registration of this process life is answered."""
 
     broker_id: int
     broker_epoch: int
@@ -377,6 +380,7 @@ class RegisterOk(Message):
     claim_key: bytes = b""
     heartbeat_ms: int = 500
     revision: int = 0  # metadata revision after this registration; the broker acts on nothing older
+    request: int = 0
 
 
 class Heartbeat(Message):

@@ -90,6 +90,8 @@ class NodeCore:
         self.stopping = False
         self.stopped = False
         self.open: dict[Key, str] = dict(identity.replicas)
+        self._asked = 0  # registrations that were sent
+        self._untold: dict[Key, int] = {}  # found damaged -> how many had been sent by then: none of them tells of it
         self.story: deque[tuple[int, Any]] = deque(maxlen=STORY_EVENTS)
         self._connected = False
         self._register_due: int | None = None
@@ -140,6 +142,7 @@ class NodeCore:
     def _register(self, now_ms: int) -> None:
         identity = self.identity
         self.registered = False
+        self._asked += 1
         self._heartbeat_due = self._metadata_due = None
         self._register_due = now_ms + self.config.request_ms
         self.out.append(
@@ -152,6 +155,7 @@ class NodeCore:
                     identity.internal,
                     identity.external,
                     self.coord_epoch,
+                    request=self._asked,
                 )
             )
         )
@@ -177,6 +181,10 @@ class NodeCore:
         self._min_revision = max(self._min_revision, answer.revision)
         self.out.append(ConfirmRegistered(answer.broker_id, answer.cluster_id, answer.coord_epoch, answer.claim_key))
         self.out.append(Registered(self.broker_id, self.fenced))
+        self._untold = {key: asked for key, asked in self._untold.items() if asked >= answer.request}
+        if self._untold:
+            self._register(now_ms)  # found damaged while that registration was under way: see `_replica_opened`
+            return
         self._request_metadata(0, now_ms)
         self._heartbeat(now_ms)
 
@@ -292,13 +300,21 @@ class NodeCore:
 
     def _replica_opened(self, event: ReplicaOpened, now_ms: int) -> None:
         self.open[event.key] = event.log_state
-        if event.log_state == LOG_DAMAGED and self.registered:
+        if event.log_state == LOG_DAMAGED:
             # Our copy of the record may be old, and the newest one may count on this replica: setting its files aside
             # now could lose what was acknowledged. The registration tells of the damage; the record that follows it
             # is newer than every proposal that was made in ignorance of it (see `_tell`).
+<<<<<<< Updated upstream
             self._register(now_ms)
         if self._disk.full:
             self.out.append(TellReplica(event.key, self._disk))
+=======
+            self._untold[event.key] = self._asked
+            if self.registered:
+                self._register(now_ms)
+        if self._disk_full:
+            self.out.append(TellReplica(event.key, DiskFull(True)))
+>>>>>>> Stashed changes
 
     # -- stopping -----------------------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ class Registration:
             change.put_broker(replace(known, meta=moved))
         self._fencing.heard(meta.id, change.now_ms)
         self.take_reports(change, meta.id, message.replicas, complete=True)
-        self._answer(change, event.reply, moved)
+        self._answer(change, event, moved)
 
     def finish(self, change: Change, event: RegisterReceived) -> None:
         """The second half of a registration, with the broker out of every in-sync set."""
@@ -219,14 +219,14 @@ class Registration:
         self._fencing.heard_ms[broker_id] = change.now_ms
         self.take_reports(change, broker_id, message.replicas, complete=True)
         change.note("registered", broker=broker_id, incarnation=message.incarnation, restart=message.restart_class)
-        self._answer(change, event.reply, meta)
+        self._answer(change, event, meta)
         self._fencing.gate[broker_id] = change.next_revision()
         return None
 
-    def _answer(self, change: Change, reply: int, meta: BrokerMeta) -> None:
+    def _answer(self, change: Change, event: RegisterReceived, meta: BrokerMeta) -> None:
         cluster = change.cluster
         change.reply(
-            reply,
+            event.reply,
             RegisterOk(
                 meta.id,
                 meta.broker_epoch,
@@ -235,6 +235,7 @@ class Registration:
                 cluster.claim_key,
                 self._config.heartbeat_ms,
                 change.next_revision(),
+                event.message.request,
             ),
         )
 
