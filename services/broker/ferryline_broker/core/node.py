@@ -304,17 +304,11 @@ class NodeCore:
             # Our copy of the record may be old, and the newest one may count on this replica: setting its files aside
             # now could lose what was acknowledged. The registration tells of the damage; the record that follows it
             # is newer than every proposal that was made in ignorance of it (see `_tell`).
-<<<<<<< Updated upstream
-            self._register(now_ms)
-        if self._disk.full:
-            self.out.append(TellReplica(event.key, self._disk))
-=======
             self._untold[event.key] = self._asked
             if self.registered:
                 self._register(now_ms)
-        if self._disk_full:
-            self.out.append(TellReplica(event.key, DiskFull(True)))
->>>>>>> Stashed changes
+        if self._disk.full:
+            self.out.append(TellReplica(event.key, self._disk))
 
     # -- stopping -----------------------------------------------------------------------------------
 
