@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from ferryline.protocol.errors import StorageFailed
+from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import Handover, ReplicaData, ReplicaReport, Report
 from ferryline.protocol.metadata import MetadataAnswer
@@ -44,6 +44,7 @@ class Broker:
         self.url = f"https://b{number}:9443"
         self.wanted = True  # restarted whenever it is down
         self.stopping = False
+        self.leaving = False  # by itself, for its disk: started again as soon as it has ended
         self.steps_to_death = -1  # effects until kill -9; -1: none planned
         self.slow_disk = False
         self.node: NodeCore
@@ -85,14 +86,14 @@ class Broker:
         world, disk = self.world, self.disk
         self._clear()
         self.serving.clear()
-        self.stopping = False
+        self.stopping = self.leaving = False
         self.steps_to_death = -1
         self.host.begin_life()
         try:
             self.restart = disk.start()
             world.checks.broker_started(self, self.restart)
             states = {key: self.replicas.open(key, quarantine=False) for key in disk.keys()}  # noqa: SIM118 - a disk is no dict
-        except (StorageFailed, SimulatedStop) as error:
+        except (StorageFailed, StorageFull, SimulatedStop) as error:
             world.count("died while starting")
             world.faults.died_starting(self, repr(error))
             return
@@ -365,7 +366,7 @@ class Broker:
             self._carry_out_node(effects)
         except SimulatedStop:
             self.world.faults.kill_now(self)
-        except StorageFailed as error:
+        except (StorageFailed, StorageFull) as error:
             self.world.faults.died_of_disk(self, str(error))
         if self.host.alive:
             self.node_alarm.arm()
@@ -420,7 +421,18 @@ class Broker:
             self.world.network.end(session, by=self)
             self.host.deliver_after(self.world.engine.between(20, 200) * MS, self._connect)
 
+    def leave_in_order(self) -> None:
+        """Hand over what can be handed over, end without the mark of a clean stop, and be started again."""
+        if not self.leaving and self.at_work:
+            self.leaving = True
+            self.world.count("left for their disks")
+            self.host.deliver(self.host.life, self.node_event, ev.StopAsked())
+
     def _stop_now(self, clean: bool, reason: str) -> None:
+        if self.leaving:
+            self.die(f"left: {reason}")
+            self.world.faults.start_again(self)
+            return
         if clean:
             kept = {key: hosted.core for key, hosted in self.parts.items() if hosted.core.role != "stopped"}
             self.disk.stop_cleanly({key: core.high_watermark for key, core in kept.items()})
@@ -432,4 +444,4 @@ class Broker:
 
     def disk_full(self, full: bool) -> None:
         if self.at_work:
-            self.host.deliver(self.host.life, self.node_event, ev.NodeDiskFull(full))
+            self.host.deliver(self.host.life, self.node_event, ev.NodeDiskFull(ev.DiskFull(full)))

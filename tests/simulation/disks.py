@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from typing import Protocol
 
-from ferryline.protocol.errors import StorageFailed
+from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import (
     LOG_DAMAGED,
     LOG_OK,
@@ -61,7 +61,7 @@ class Stored:
 
 
 class ReplicaFiles(Protocol):
-    """One replica on a disk. Any method may raise StorageFailed."""
+    """One replica on a disk. Any method may raise StorageFailed, those that write StorageFull."""
 
     def opened(self) -> OpenedReplica: ...
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None: ...
@@ -106,6 +106,7 @@ class Disk(Protocol):
     stopped_clean: bool  # the last process ended cleanly, and nothing has started since
     write_error: bool
     sync_error: bool
+    no_space: bool  # of logs: nothing can be appended
     host: Host  # whose clocks it sees
 
     def start(self) -> str:
@@ -190,6 +191,8 @@ class FastReplica:
     def append(self, log: int, data: Bytes, headers: list[tuple[int, BatchHeader]]) -> None:
         if self.disk.write_error:
             raise StorageFailed("write: Input/output error")
+        if self.disk.no_space:
+            raise StorageFull("write: No space left on device")
         target, host = self.logs[log], self.disk.host
         wall_ms, now_us = host.wall_ms(), host.engine.now_us
         for at, header in headers:
@@ -343,6 +346,7 @@ class FastDisk:
         self.stopped_clean = False
         self.write_error = False
         self.sync_error = False
+        self.no_space = False
         self.replicas: dict[Key, FastReplica] = {}
         self._foreign = False
         self._lossy_pending = ""  # restart class that is still to be told

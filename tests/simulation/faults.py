@@ -99,7 +99,7 @@ class Faults:
         world.calm = True
         for broker in world.brokers:
             broker.steps_to_death = -1
-            broker.slow_disk = broker.disk.write_error = broker.disk.sync_error = False
+            broker.slow_disk = broker.disk.write_error = broker.disk.sync_error = broker.disk.no_space = False
             broker.host.resume()
         world.coordinator.steps_to_death = -1
         world.coordinator.probes_lie_until_us = 0
@@ -200,6 +200,10 @@ class Faults:
 
     def _restart_later(self, broker: Broker) -> None:
         self._for_a_while(lambda: self._restart(broker))
+
+    def start_again(self, broker: Broker) -> None:
+        """What a supervisor does when a broker has ended by itself."""
+        self.engine.after(1_000 * MS, lambda: self._restart(broker))
 
     def kill_now(self, broker: Broker) -> None:
         self.world.count("killed")
@@ -404,7 +408,7 @@ class Faults:
         def mend() -> None:
             if getattr(disk, kind):
                 setattr(disk, kind, False)
-                if broker.host.alive:  # somebody looks at the broker that stopped serving
+                if broker.host.alive and kind == "sync_error":
                     broker.die("restarted after disk errors")
             self._restart(broker)
 
@@ -438,7 +442,16 @@ class Faults:
         if broker is None or not broker.joined:
             return
         broker.disk_full(True)
-        self._for_a_while(lambda: broker.disk_full(False))
+        broker.disk.no_space = self._chance(0.5)  # or others fill it beyond the reserve
+
+        def mend() -> None:
+            """There is space again."""
+            broker.disk.no_space = False
+            broker.disk_full(False)
+            if any(hosted.core.full is not None for hosted in broker.parts.values()):
+                broker.leave_in_order()
+
+        self._for_a_while(mend)
 
     def _slow_disk(self) -> None:
         broker = self._pick(self.world.brokers)

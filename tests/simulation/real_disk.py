@@ -130,7 +130,7 @@ class RealDisk:
         self._node: NodeStore | None = None
         self._boot = 1
         self._preset: tuple[int, str] | None = None  # a disk put in another's place
-        self._write_error = self._sync_error = False
+        self._write_error = self._sync_error = self._no_space = False
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -152,12 +152,22 @@ class RealDisk:
         self._sync_error = on
         self._set_faults()
 
+    @property
+    def no_space(self) -> bool:
+        return self._no_space
+
+    @no_space.setter
+    def no_space(self, on: bool) -> None:
+        self._no_space = on
+        self._set_faults()
+
     def stop_after(self, operations: int) -> None:
         """kill -9 before the n-th change of the disk from now."""
         self._storage.faults = Faults(self._write_error, self._sync_error, stop_after=operations, match=".log")
 
     def _set_faults(self) -> None:
-        self._storage.faults = Faults(self._write_error, self._sync_error, match=".log")
+        left = 100 if self._no_space else None  # the beginning of a batch
+        self._storage.faults = Faults(self._write_error, self._sync_error, space_left=left, match=".log")
 
     # -- lives -------------------------------------------------------------------------------------
 

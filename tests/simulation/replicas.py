@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from ferryline.protocol.errors import StorageFailed
+from msgspec.structs import replace
+
+from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import RECORDS, STATE, AlterIsrs, Report, Resign
 from ferryline.protocol.metadata import NO_BROKER
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
+from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.memory import SimulatedStop
 from tests.simulation.disks import ReplicaFiles
 from tests.simulation.ghost import Violation
@@ -118,10 +121,16 @@ class Replicas:
                 return
             try:
                 queue.extend(self._do(key, hosted, effect))
-            except StorageFailed as error:
+            except (StorageFailed, StorageFull) as error:
                 self.world.count("failed writes")
-                log = getattr(effect, "log", RECORDS)
-                queue = deque(hosted.core.handle(ev.StorageFailed(log, error.message), self.host.now_ms()))
+                failed = ev.StorageFailed(getattr(effect, "log", RECORDS), error.message)
+                if isinstance(error, StorageFull):
+                    self.world.count("replicas stopped by full disks")
+                    records, state = self.world.copies(self.broker, key)
+                    failed = replace(failed, ends=(records.end, state.end))
+                elif type(effect) in ev.WRITES and not isinstance(error, LogDamaged):
+                    self.broker.leave_in_order()
+                queue = deque(hosted.core.handle(failed, self.host.now_ms()))
 
     def _do(self, key: Key, hosted: Hosted, effect: ev.Effect) -> list[ev.Effect]:
         """Carry out one effect. Returns the effects of what the core was told synchronously."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ferryline.protocol.errors import StorageFailed
+from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import LOG_DAMAGED, RECORDS
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
+from ferryline_broker.log.interface import LogDamaged
 from tests.simulation.engine import MS
 from tests.simulation.ghost import Violation
 
@@ -80,7 +81,11 @@ class Upkeep:
         before = hosted.files.start(RECORDS)
         try:
             start = hosted.files.advance_start(RECORDS, expired.end)
+        except StorageFull:
+            return
         except StorageFailed as error:
+            if not isinstance(error, LogDamaged):
+                self.broker.leave_in_order()
             self.broker.replicas.feed(key, ev.StorageFailed(RECORDS, error.message))
             return
         if start > before:

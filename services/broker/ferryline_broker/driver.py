@@ -34,7 +34,6 @@ from ferryline_service.logs import get_logger
 from ferryline_service.server_session import ServerSession
 
 _POSTPONED_MAX = 6  # passes of the loop; each reads at most 256 KiB from a session
-_WRITES = frozenset((ev.Append, ev.Truncate, ev.ResetLog, ev.AdvanceStart, ev.PersistEpoch))
 _log = get_logger()
 
 
@@ -141,7 +140,7 @@ class PartitionDriver:
             for effect in effects:
                 do[type(effect)](hosted, effect)
         except (StorageFailed, StorageFull) as error:
-            failed = self.write_failed if type(effect) in _WRITES else self.storage_failed
+            failed = self.write_failed if type(effect) in ev.WRITES else self.storage_failed
             failed(hosted, getattr(effect, "log", RECORDS), error)
             return
         if hosted.follow_ups:

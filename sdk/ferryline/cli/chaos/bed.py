@@ -32,6 +32,7 @@ DISK = frozenset({"disk-full", "disk-error", "clock"})
 SCRUB_BYTES_PER_S = 64 * 1024 * 1024
 ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")  # this disk holds other things, too
 ADMIN_S = 5.0
+SPACE_AGAIN = 75  # status of a broker that had to stop replicas for want of space: it is to be started again
 STOP_S = 25.0  # it may be stopped by a SIGSTOP for a part of this
 FLIPS = 6  # files at a time
 HEARD_S = 3.0  # after a fault of a disk, until what we know of the cluster tells of it
@@ -58,7 +59,7 @@ class ProcessBed(Steps):
         self.counts: Counter[str] = Counter()
         self.surprises: list[str] = []  # processes that ended without being asked to
         self.admin: Client | None = None
-        self._leaving: set[str] = set()  # brokers whose disk was made to fail: they are right to end
+        self._leaving: dict[str, float] = {}  # brokers whose disk was made to fail: they are right to end until then
         self._paused: Counter[str] = Counter()
         self._harmed = ""  # the broker whose disk or files were touched last: no other one before it is whole again
         self._harmed_until = 0.0  # and not before everybody has heard what became of it
@@ -132,12 +133,13 @@ class ProcessBed(Steps):
             await asyncio.sleep(_POLL_S)
 
     async def _watch_processes(self) -> None:
-        """A process that ends by itself is a finding, unless its disk was made to fail; it is started again."""
+        """A process that ends by itself is a finding, unless its disk was made to fail; it is started again, as any
+        supervisor would."""
         while True:
             await asyncio.sleep(0.3)
             for service in list(self.cluster.local.ended()):
-                if service.name not in self._leaving:
-                    code = service.process.returncode if service.process is not None else None
+                code = service.process.returncode if service.process is not None else None
+                if code != SPACE_AGAIN and time.monotonic() > self._leaving.get(service.name, 0.0):
                     self.surprises.append(f"{service.name} ended with status {code}\n{service.log_tail(8)}")
                 service.asked_to_end = True
                 await asyncio.sleep(0.5)
@@ -249,27 +251,25 @@ class ProcessBed(Steps):
         temp.rename(path)
 
     async def _begin_disk_full(self, step: Step) -> None:
+        """Harms nothing that is on it: it may come over every broker at once."""
         await self._fail_disk(step, write="ENOSPC")
 
     async def _begin_disk_error(self, step: Step) -> None:
-        await self._fail_disk(step, **{step.other: "EIO"})
+        if self._may_be_harmed(step.target, step.for_s):
+            await self._fail_disk(step, **{step.other: "EIO"})
 
     async def _fail_disk(self, step: Step, **switches: str) -> None:
-        if self._may_be_harmed(step.target, step.for_s):
-            self._leaving.add(step.target)
-            await asyncio.to_thread(self._switch, step.target, **switches)
-            self.counts[step.kind] += 1
+        self._leaving[step.target] = time.monotonic() + step.for_s + STOP_S
+        await asyncio.to_thread(self._switch, step.target, **switches)
+        self.counts[step.kind] += 1
 
     async def _end_disk_error(self, step: Step) -> None:
         await asyncio.to_thread(self._switch, step.target, write="", sync="")
         if not self.cluster.local.services[step.target].running:
             await self._spawn(step.target)
-        self._leaving.discard(step.target)
+        self._leaving[step.target] = time.monotonic() + STOP_S  # it hands over before it ends
 
-    async def _end_disk_full(self, step: Step) -> None:
-        """As an operator does it: a replica that met a full disk stays stopped until its broker is started again."""
-        await self._end_disk_error(step)
-        await self._begin_restart(step)
+    _end_disk_full = _end_disk_error  # the broker sees by itself that there is space again
 
     async def _begin_clock(self, step: Step) -> None:
         self._switch(step.target, wall_ms=step.amount)
@@ -365,7 +365,6 @@ class ProcessBed(Steps):
             await self.cluster.resume(name)
             if not self.cluster.local.services[name].running:
                 await self._spawn(name)
-        self._leaving.clear()
         for name in [COORDINATOR, *self.local_brokers]:
             await self._ready(name, within_s)
         end = time.monotonic() + within_s

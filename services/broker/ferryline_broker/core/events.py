@@ -493,3 +493,7 @@ class StopNow(Effect):
 
     clean: bool
     reason: str = ""
+
+
+# Effects that write to the disk of a replica: when one fails, nobody knows what is there.
+WRITES = frozenset((Append, Truncate, ResetLog, AdvanceStart, PersistEpoch))
