@@ -12,6 +12,7 @@ from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.events import Bytes, Event, Key, SendData
 from ferryline_broker.core.partition import PartitionCore, ReadVerdict
+from ferryline_broker.core.replica import ROLE_PRIMARY
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.replica_store import ReplicaStore
 from ferryline_broker.metrics import PartitionGauges, TopicCounts
@@ -89,6 +90,12 @@ class HostedReplica:
         )
 
     # -- reading ------------------------------------------------------------------------------------
+
+    @property
+    def serves_readers(self) -> bool:
+        """The primary does, also when its disk is full."""
+        core = self.core
+        return not self.broken and (core.role == ROLE_PRIMARY or (core.full is not None and core.full.leads))
 
     def check_read(self, offset: int, offset_epoch: int, secondary: bool) -> ReadVerdict:
         if self.broken:

@@ -18,7 +18,6 @@ from ferryline.protocol.limits import FRAME_ENTRIES_MAX, WAIT_MS_MAX, check_rang
 from ferryline.protocol.messages import RECORDS, Offsets, OffsetsAnswer, OffsetsEntry, OffsetsResult
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
 from ferryline_broker.core.events import AnswerBarrier, BarrierAsked, Refuse
-from ferryline_broker.core.replica import ROLE_PRIMARY
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
@@ -165,7 +164,7 @@ class OffsetsHandler:
         if hosted is None:
             raise self._view.not_here(entry.topic_id, entry.partition)
         core = hosted.core
-        if hosted.broken or core.role != ROLE_PRIMARY:
+        if not hosted.serves_readers:
             primary = core.part.primary if core.part is not None else 0
             raise NotPrimary(f"this broker is {core.role} of the partition", primary=primary, epoch=core.epoch)
         if entry.at == "start":
