@@ -131,4 +131,20 @@ CLUSTER = (
         ALL,
         ("Coordinator._commit", 'if fate != "ok":', "if False:"),
     ),
+    mutant(
+        "recovery-takes-what-serves",
+        "C7",
+        "recovery without force does not wait for the longest log to serve",
+        "2/1/replicated,2/2/replicated",
+        ("core.recovery:Recovery._recover", "if not forced and _rank(", "if False and _rank("),
+        weather="blackouts",
+    ),
+    mutant(
+        "deleted-behind-the-node",
+        "C8",
+        "a replica deletes itself on the word of an answer, and the node does not know",
+        ALL,
+        ("PartitionCore._alter_answered", "told=False", "told=True"),
+        weather="moves",
+    ),
 )
