@@ -44,14 +44,6 @@ CLUSTER = (
         weather="bad-disks",
     ),
     mutant(
-        "damage-told-once",
-        "C2 7.4",
-        "damage that is found while a registration is under way is not told by another one",
-        ALL,
-        ("NodeCore._register_answered", "if self._untold:", "if False:"),
-        weather="bad-disks",
-    ),
-    mutant(
         "move-drops-early",
         "C8",
         "old replicas leave before the new ones are in sync",
