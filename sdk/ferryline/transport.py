@@ -46,6 +46,7 @@ from ferryline.protocol.frames import (
 )
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
+from ferryline.receiver import Receiver
 
 log = logging.getLogger("ferryline.transport")
 
@@ -89,6 +90,7 @@ class Session:
             raise ConnectionLost(f"{url}: the connection is closed")
         self._transport = connection.transport
         self._out = Outgoing(url, connection.transport, connection.protocol, self._end)
+        self._receiver = Receiver(connection.transport, ws, size_max=FRAME_BYTES_MAX)
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, OnAnswer] = {}
         self._correlation = 0
@@ -165,28 +167,44 @@ class Session:
 
     def start_reading(self) -> None:
         self._reader = self._loop.create_task(self._read())
+        self._receiver.begin(self._arrived)
+
+    def _arrived(self, message: bytes | bytearray) -> None:
+        """A binary message, in the pass of the loop in which it was read."""
+        if self.error is not None:
+            return
+        try:
+            self._take(message)
+        except MalformedRequest as malformed:
+            self._end(ConnectionLost(f"{self.url} sent what is not a frame: {malformed}"))
+        except Exception as failed:  # not foreseen; a session that nobody reads would leave its callers waiting
+            log.exception("reading from %s failed", self.url)
+            self._end(ConnectionLost(f"{self.url}: {type(failed).__name__}: {failed}"))
+
+    def _take(self, message: bytes | bytearray) -> None:
+        frame = decode_frame(message)
+        on_answer = self._pending.get(frame.correlation)
+        if on_answer is None:
+            return
+        error: FerrylineError | None = None
+        if frame.flags & FLAG_ERROR:
+            error = from_info(decode_header(frame.header, ErrorInfo))
+        if frame.flags & (FLAG_MORE | FLAG_ERROR) != FLAG_MORE:  # else the request stays open
+            del self._pending[frame.correlation]
+        on_answer(None if error is not None else frame, error)
 
     async def _read(self) -> None:
-        ws, pending, binary = self._ws, self._pending, WSMsgType.BINARY  # `_pending` is replaced only at the end
+        """What is no plain binary message, and the end."""
+        ws, binary = self._ws, WSMsgType.BINARY
         error: FerrylineError
         try:
             while True:
                 message = await ws.receive()
-                if message.type is not binary:
-                    if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR):
-                        error = ConnectionLost(f"the session to {self.url} ended: {_ending(ws)}")
-                        break
-                    continue
-                frame = decode_frame(message.data)
-                on_answer = pending.get(frame.correlation)
-                if on_answer is None:
-                    continue
-                if frame.flags & (FLAG_MORE | FLAG_ERROR) != FLAG_MORE:  # else the request stays open
-                    del pending[frame.correlation]
-                if frame.flags & FLAG_ERROR:
-                    on_answer(None, from_info(decode_header(frame.header, ErrorInfo)))
-                else:
-                    on_answer(frame, None)
+                if message.type is binary:
+                    self._take(message.data)
+                elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING, WSMsgType.ERROR):
+                    error = ConnectionLost(f"the session to {self.url} ended: {_ending(ws)}")
+                    break
         except MalformedRequest as malformed:
             error = ConnectionLost(f"{self.url} sent what is not a frame: {malformed}")
         except (OSError, aiohttp.ClientError) as failed:

@@ -102,7 +102,7 @@ def encode_error(kind: int, correlation: int, error: FerrylineError) -> bytes:
     return encode_frame(kind, correlation, error.info(), flags=FLAG_ANSWER | FLAG_ERROR)
 
 
-def decode_frame(message: bytes) -> Frame:
+def decode_frame(message: bytes | bytearray) -> Frame:
     """Split a message into prefix, header and payload. Raises MalformedRequest, naming the field, on nonsense."""
     if len(message) < PREFIX.size:
         raise MalformedRequest(f"frame: {len(message)} bytes is shorter than the {PREFIX.size}-byte prefix")

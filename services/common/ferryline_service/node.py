@@ -42,6 +42,7 @@ from ferryline.protocol.frames import (
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
 from ferryline_service.logs import get_logger
+from ferryline_service.receiver import Receiver
 from ferryline_service.session import PING_S, Buffer
 from ferryline_service.tls import node_identity
 
@@ -104,6 +105,7 @@ class NodeConnection:
                     max_msg_size=FRAME_BYTES_MAX,
                     heartbeat=PING_S,
                 )
+                receiver = Receiver(ws._writer.transport, ws, size_max=FRAME_BYTES_MAX - 1, server=False)
                 try:
                     identity = node_identity(ws.get_extra_info("peercert"), hello.cluster_id)
                     if expect is not None and tls is not None and identity != expect:
@@ -118,6 +120,7 @@ class NodeConnection:
         connection = cls(ws, url, greeting, identity)
         connection.on_frame, connection.on_close = on_frame, on_close
         connection._tasks = [connection._loop.create_task(connection._read())]
+        receiver.begin(connection._message)
         return connection
 
     # -- sending ------------------------------------------------------------------------------------
@@ -174,7 +177,21 @@ class NodeConnection:
         if answer is not None and not answer.done():
             answer.set_exception(RequestTimedOut(f"{self.url}: no answer to kind {kind} in time"))
 
+    def _message(self, data: bytes | bytearray) -> None:
+        """A binary message, in the pass of the loop in which it was read."""
+        if self.closed:
+            return
+        try:
+            self._arrived(decode_frame(data))
+        except MalformedRequest as error:
+            _log.warning("malformed frame from a node", url=self.url, error=str(error))
+            self._end()
+        except Exception:
+            _log.exception("session to a node failed", url=self.url)
+            self._end()
+
     async def _read(self) -> None:
+        """What is no plain binary message, and the end."""
         try:
             while not self.closed:
                 message = await self._ws.receive()

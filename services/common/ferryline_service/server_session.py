@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,7 @@ from ferryline.protocol.frames import (
 )
 from ferryline.protocol.messages import ROLE_BROKER, Hello
 from ferryline_service.logs import get_logger
+from ferryline_service.receiver import Receiver
 
 if TYPE_CHECKING:
     from ferryline_service.session import SessionEndpoint
@@ -66,7 +68,12 @@ class ServerSession:
     """
 
     def __init__(
-        self, endpoint: SessionEndpoint, request: web.Request, ws: web.WebSocketResponse, hello: Hello
+        self,
+        endpoint: SessionEndpoint,
+        request: web.Request,
+        ws: web.WebSocketResponse,
+        hello: Hello,
+        receiver: Receiver,
     ) -> None:
         self.role = hello.role
         self.broker_id = hello.broker_id if hello.role == ROLE_BROKER else 0
@@ -89,6 +96,9 @@ class ServerSession:
         self._draining: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._hold: asyncio.Future[None] | None = None
+        self._receiver = receiver
+        self._held_back: deque[bytes | bytearray] = deque()  # came in one piece with what put reading on hold
+        self._refused = False  # `_read` ends the session for a frame that makes no sense
 
     # -- sending ------------------------------------------------------------------------------------
 
@@ -205,16 +215,27 @@ class ServerSession:
         if self._hold is None and not self.closed:
             self._hold = self._loop.create_future()
             self._loop.call_later(limit_s, self._resume, self._hold)
+            if self._receiver.direct and not self._transport.is_closing():
+                self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         if self._hold is not None:
             self._resume(self._hold)
 
     def _resume(self, hold: asyncio.Future[None]) -> None:
-        if not hold.done():
-            hold.set_result(None)
         if self._hold is hold:
             self._hold = None
+            if self._receiver.direct:
+                self._loop.call_soon(self._go_on)
+        if not hold.done():
+            hold.set_result(None)
+
+    def _go_on(self) -> None:
+        """Handle what was held back, then read again."""
+        while self._held_back and self._hold is None and not self.closed:
+            self._take(self._held_back.popleft())
+        if self._hold is None and not self._transport.is_closing() and not self._protocol._reading_paused:
+            self._transport.resume_reading()
 
     # -- closing ------------------------------------------------------------------------------------
 
@@ -254,10 +275,43 @@ class ServerSession:
 
     # -- receiving ----------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        self._receiver.begin(self._arrived)
+
+    def _arrived(self, data: bytes | bytearray) -> None:
+        """A binary message, in the pass of the loop in which it was read."""
+        if self._hold is not None or self._held_back:
+            self._held_back.append(data)
+        elif not self.closed:
+            self._take(data)
+
+    def _take(self, data: bytes | bytearray) -> None:
+        """Hand a frame to the handler. One that makes no sense is left to `_read`, and none is taken after it."""
+        if self._refused:
+            return
+        try:
+            frame = decode_frame(data)
+        except MalformedRequest:
+            self._refused = True
+            self._receiver.queue(data)
+        else:
+            self._handle(frame)
+
+    def _handle(self, frame: Frame) -> None:
+        self._endpoint.metrics.frames[frame.kind] += 1
+        try:
+            result = self._endpoint.on_frame(self, frame)
+        except FerrylineError as error:
+            self.fail(frame.kind, frame.correlation, error)
+        except Exception as error:
+            self._unexpected(frame, error)
+        else:
+            if result is not None:
+                self._own(frame, result)
+
     async def _read(self) -> None:
-        """Hand frames to the handler until the session ends, however it ends."""
-        ws, on_frame, counts = self._ws, self._endpoint.on_frame, self._endpoint.metrics.frames
-        binary = WSMsgType.BINARY
+        """Take what is no plain binary message, until the session ends, however it ends."""
+        ws, binary = self._ws, WSMsgType.BINARY
         while not self.closed:
             if self._hold is not None:
                 await self._hold
@@ -273,17 +327,7 @@ class ServerSession:
                 self._refuse_structure(data, error)
                 await self.close(WSCloseCode.PROTOCOL_ERROR, error.message)
                 return
-            counts[frame.kind] += 1
-            try:
-                result = on_frame(self, frame)
-            except FerrylineError as error:
-                self.fail(frame.kind, frame.correlation, error)
-                continue
-            except Exception as error:
-                self._unexpected(frame, error)
-                continue
-            if result is not None:
-                self._own(frame, result)
+            self._handle(frame)
 
     async def _odd(self, message: WSMessage) -> bool:
         """A message that is no frame. Returns whether the session is over."""
@@ -294,7 +338,7 @@ class ServerSession:
         # close, error (also a message over the limit: aiohttp has answered 1009), closed
         return message.type not in (WSMsgType.PING, WSMsgType.PONG)
 
-    def _refuse_structure(self, data: bytes, error: MalformedRequest) -> None:
+    def _refuse_structure(self, data: bytes | bytearray, error: MalformedRequest) -> None:
         kind, correlation = 0, 0
         if len(data) >= PREFIX.size:
             kind, _, _, correlation, _ = PREFIX.unpack_from(data)

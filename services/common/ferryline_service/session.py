@@ -38,6 +38,7 @@ from ferryline.protocol.frames import (
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import PROTOCOL_MAX, PROTOCOL_MIN, ROLE_BROKER, Hello, HelloOk
 from ferryline_service.metrics import ServiceMetrics
+from ferryline_service.receiver import Receiver
 from ferryline_service.server_session import Buffer, ServerSession, websocket_prefix
 from ferryline_service.tls import identity_broker_id, node_identity
 
@@ -114,8 +115,11 @@ class SessionEndpoint:
             raise MalformedRequest("this address takes WebSocket upgrades only")
         self._pending += 1
         try:
+            transport = cast(asyncio.Transport, request.transport)
+            receiver = Receiver(transport, ws, size_max=FRAME_BYTES_MAX - 1, server=True)
             await ws.prepare(request)
-            session = await self._greet(request, ws)
+            receiver.upgraded()
+            session = await self._greet(request, ws, receiver)
         finally:
             self._pending -= 1
         if session is not None:
@@ -128,13 +132,14 @@ class SessionEndpoint:
         try:
             if self.on_open is not None:
                 self.on_open(session)
+            session._begin()
             await session._read()
         finally:
             self.sessions.discard(session)
             self.metrics.sessions.set(len(self.sessions))
             session._finish()
 
-    async def _greet(self, request: web.Request, ws: web.WebSocketResponse) -> ServerSession | None:
+    async def _greet(self, request: web.Request, ws: web.WebSocketResponse, receiver: Receiver) -> ServerSession | None:
         """Read and answer the HELLO. A bad one gets its error and the session ends."""
         kind, correlation = int(Kind.HELLO), 0
         try:
@@ -157,7 +162,7 @@ class SessionEndpoint:
             await ws.send_bytes(encode_error(kind, correlation, error))
             await ws.close(code=WSCloseCode.POLICY_VIOLATION, message=error.code.encode())
             return None
-        session = ServerSession(self, request, ws, hello)
+        session = ServerSession(self, request, ws, hello, receiver)
         session.identity, session.version = identity, version
         session.send(
             encode_frame(
