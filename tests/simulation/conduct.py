@@ -78,9 +78,23 @@ class Conduct:
         arrived = [b for b in old.adding if b in new.isr]
         if len(arrived) < len(dropped):
             raise Violation("C8 a new copy is complete before an old one goes", f"{old} -> {new}")
-        given_up = [b for b in old.adding if b not in new.replicas and b in (*old.isr, *old.elr)]
-        if given_up and len(new.isr) < new.min_isr:
+        given_up = [b for b in old.adding if b not in new.replicas and b in (*old.isr, *old.elr, *old.last_known_elr)]
+        candidates = [b for b in given_up if b not in old.last_known_elr and not self._lost_some(old.key, b)]
+        if candidates and len(new.isr) < new.min_isr:
             raise Violation("C8 no candidate is dropped with a cancelled move", f"{old} -> {new}")
+        if not new.isr and not new.elr and any(self._holds_some(old.key, b) for b in given_up):
+            raise Violation("C8 where nobody is surely whole, no copy is dropped", f"{old} -> {new}")
+
+    def _lost_some(self, key: Key, broker_id: int) -> bool:
+        """It is no candidate from now on: a power cut, or storage that failed."""
+        broker, checks = self.world.broker_by_id(broker_id), self.world.checks
+        return broker is None or (broker.number, key) in checks.lossy or (broker.number, key) in checks.damaged
+
+    def _holds_some(self, key: Key, broker_id: int) -> bool:
+        broker = self.world.broker_by_id(broker_id)
+        if broker is None or (broker.number, key) in self.world.checks.damaged:
+            return False
+        return self.world.copies(broker, key)[RECORDS].end > 0
 
     def recovered(self, part: PartitionMeta, chosen: Copy) -> None:
         """C7: without force, nothing is given up that an undamaged replica holds. Before the truth follows."""

@@ -223,6 +223,32 @@ def test_a_move_that_loses_the_replica_it_was_to_keep_keeps_the_one_it_was_to_re
     assert set(bench.part().isr) == {first, third}
 
 
+def test_a_cancelled_move_keeps_the_copy_that_recovery_may_need() -> None:
+    """The new replica led alone, and its power failed: what it flushed is nowhere else."""
+    bench = Bench(3, QUICK)
+    bench.create("t", partitions=1, min_isr=1, flush="replicated")
+    primary, secondary = bench.part().replicas
+    bench.ask(ev.DrainSet, primary, True)
+    bench.play(2_000)
+    (third,) = bench.part().adding
+    bench.alter(bench.part(), [primary, third])
+    bench.kill(primary)
+    assert bench.part().isr == (third,)
+    bench.kill(third)
+    broker = bench.brokers[third]
+    broker.incarnation += 1
+    bench.register(third, restart="os_crash", replicas=[bench.report(bench.part(), 90)])
+    bench.play(5_000)  # it has registered and does not serve yet
+    part = bench.part()
+    assert (part.primary, part.isr, part.elr) == (0, (), ())
+    assert third in part.replicas, "its files would be deleted"
+    broker.up = True
+    bench.heartbeat(third)
+    bench.register(secondary, replicas=[bench.report(bench.part(), 20)])
+    bench.start(primary, replicas=[bench.report(bench.part(), 40)])
+    assert bench.ask(ev.RecoveryAsked, "t", 0).primary == third
+
+
 def test_a_move_survives_a_coordinator_restart() -> None:
     bench = Bench(3, QUICK)
     bench.create("t", partitions=6)

@@ -138,8 +138,10 @@ class Moves:
     def _step(self, change: Change, record: PartRecord, leave: list[int]) -> bool:
         """Finish a move whose new replicas are in sync, give up one whose new replica is lost; whether it ended."""
         part = self._keep_instead(change, record.meta, leave)
-        # One that is in elr has everything, perhaps as the only one: dropping it would drop acknowledged records.
-        unfit = [b for b in part.adding if not change.usable(b) and b not in part.isr and b not in part.elr]
+        # One that is in elr has everything, perhaps as the only one: dropping it would drop acknowledged records. Where
+        # nobody surely has everything, one that lost its unflushed tail may hold the most: recovery is to choose.
+        counted = (*part.isr, *part.elr) or part.last_known_elr
+        unfit = [b for b in part.adding if not change.usable(b) and b not in counted]
         if unfit:
             self._cancel(change, part, unfit)
             return True
