@@ -16,6 +16,7 @@ from ferryline.protocol.records import HEADER_BYTES
 from tests.integration.bad_input import PARTITIONS, Case, World, batch, case
 from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import CLOSED, Wire, code_of
+from tests.polling import poll
 
 pytestmark = pytest.mark.process
 
@@ -365,7 +366,13 @@ def fetch_refused(
     async def _(world: World) -> str:
         fields = {"topic_id": world.topic.id, "partition": 0, "offset": 0, **change}
         async with await world.primary() as wire:
-            return await wire.code(Kind.FETCH, m.Fetch(wait_ms, bytes_max, [m.FetchEntry(**fields)]))
+
+            async def refused() -> str:  # a primary that has not committed the start of its epoch cannot say yet
+                code = await wire.code(Kind.FETCH, m.Fetch(wait_ms, bytes_max, [m.FetchEntry(**fields)]))
+                return "" if code == "NOT_READY" else code
+
+            found: str = await poll(refused, what=f"fetch: {name} is refused")
+            return found
 
 
 fetch_refused("unknown topic", ("UNKNOWN_TOPIC",), topic_id="f" * 32)
