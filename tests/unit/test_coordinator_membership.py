@@ -544,3 +544,22 @@ def test_no_proposal_made_before_damage_was_reported_takes_the_replica_in() -> N
     bench.ask(ev.ReportReceived, broker.session, Report(secondary, broker.epoch, [damaged]))
     bench.alter(before, [primary, secondary])
     assert bench.part().isr == (primary,)
+
+
+def test_a_last_heartbeat_does_not_hide_that_a_broker_died_with_the_others() -> None:
+    """It arrives while a round is on, and then the session of its sender ends."""
+    bench = Bench(3)
+    bench.create("t", partitions=1, replication=2)
+    primary, secondary = bench.part().replicas
+    (third,) = set(bench.brokers) - {primary, secondary}
+    bench.brokers[third].silent = True
+    bench.send(ev.SessionClosed(bench.brokers[third].session, third))  # its probe is under way for a while
+    bench.heartbeat(secondary)
+    for broker_id in (primary, secondary):
+        bench.brokers[broker_id].up = False
+    for broker_id in (secondary, primary):
+        bench.send(ev.SessionClosed(bench.brokers[broker_id].session, broker_id))
+    bench.play(2_000)
+    assert (bench.part().primary, set(bench.part().elr)) == (0, {primary, secondary})
+    bench.start(primary)
+    assert bench.part().primary == primary

@@ -53,6 +53,8 @@ class Fencing:
         if not change.unfenced(broker_id) or broker_id in self.suspects:
             return
         self.doubted.add(broker_id)
+        if self._verdicts.get(broker_id):
+            del self._verdicts[broker_id]  # that sign of life of it came before
         self._probe(change, broker_id, self._config.probe_ms)
         for peer in self._peers(change, {broker_id}):
             self._probe_peer(change, peer)
