@@ -393,9 +393,11 @@ class FastDisk:
 
     def stop_cleanly(self, marks: dict[Key, list[int]]) -> None:
         for key, high_watermark in marks.items():
-            replica = self.replicas[key]
-            replica.checkpoint(high_watermark)
+            self.replicas[key].checkpoint(high_watermark)
+        for replica in self.replicas.values():
             for log in replica.logs:
+                if log.synced < len(log.batches) and replica.log_state == LOG_DAMAGED:
+                    return  # to flush it fails, and the stop was not a clean one
                 log.synced = len(log.batches)
         self.stopped_clean = True
 

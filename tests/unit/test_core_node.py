@@ -168,6 +168,18 @@ def test_a_refused_cluster_or_version_ends_the_process() -> None:
     assert not of(ev.StopNow, effects)[0].clean
 
 
+def test_an_answer_with_news_that_got_lost_is_not_waited_for() -> None:
+    core = node()
+    registered(core, revision=5)
+    core.handle(metadata(5, [part(1)]), 30)  # the next request is parked for half a minute
+    core.handle(ev.HeartbeatAnswered(HeartbeatOk(False, 1, 5, False)), 500)
+    assert not of(ev.RequestMetadata, core.handle(ev.Tick(), 3_000)), "no news"
+    core.handle(ev.HeartbeatAnswered(HeartbeatOk(False, 1, 6, False)), 3_000)
+    core.handle(ev.HeartbeatAnswered(HeartbeatOk(False, 1, 7, False)), 3_500)
+    assert not of(ev.RequestMetadata, core.handle(ev.Tick(), 4_999)), "it may be under way"
+    assert of(ev.RequestMetadata, core.handle(ev.Tick(), 5_000))
+
+
 def test_a_lost_metadata_request_is_asked_again() -> None:
     core = node()
     registered(core)

@@ -230,6 +230,9 @@ class NodeCore:
         if answer.fenced != self.fenced:
             self.fenced = answer.fenced
             self.out.append(Registered(self.broker_id, self.fenced))
+        if answer.revision > self.metadata.revision and self._metadata_due is not None:
+            # There is news, so the parked request will be answered now; if it is not, its answer was lost.
+            self._metadata_due = min(self._metadata_due, now_ms + self.config.request_ms)
         if self.stopping and answer.stop_allowed:
             self._stop_now(True, "everything was handed over")
 
