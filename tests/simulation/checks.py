@@ -82,8 +82,8 @@ class Checks:
         changed: dict[Key, None] = {}
         for decision in decisions:
             self.conduct.decided(decision)
-            for key in decision.deletes:
-                self._deleted(key)
+            for gone in decision.deletes:
+                self._deleted(gone)
             for record in decision.puts:
                 if isinstance(record, BrokerRecord):
                     self._broker_changed(record)

@@ -340,10 +340,10 @@ class World:
                 return f"{part}: not {self.config.replication} replicas"
             ends = []
             for broker_id in part.replicas:
-                broker = self.broker_by_id(broker_id)
-                if broker is None or key not in broker.parts:
+                holder = self.broker_by_id(broker_id)
+                if holder is None or key not in holder.parts:
                     return f"{part}: broker {broker_id} does not hold it"
-                copies = self.copies(broker, key)
+                copies = self.copies(holder, key)
                 ends.append([(copy.end, copy.watermark) for copy in copies])
                 if any(copy.end != copy.watermark for copy in copies):
                     return f"{part}: {copies} not committed to the end"
