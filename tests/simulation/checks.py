@@ -291,10 +291,10 @@ class Checks:
             if copies[log].end < before:
                 self.fail("recovery finds what was synced", f"{copies[log]}, synced up to {before}")
             copies[log].watermark = 0
+            if copies[log].truth.lost and copies[log].tail_epoch < self.declared[key]:
+                copies[log].watermark = core.high_watermark[log]  # it slept through a declared loss, and will cut
+                continue
             if core.high_watermark[log] > copies[log].truth.end:
-                if copies[log].truth.lost:  # it slept through a declared loss; as a secondary it will cut
-                    copies[log].watermark = core.high_watermark[log]
-                    continue
                 self.fail("D1.7 a recovered high watermark is committed", f"{copies[log]}: {core.high_watermark[log]}")
             copies[log].raise_watermark(core.high_watermark[log])
         self._check_key(key)

@@ -106,6 +106,10 @@ class Copy:
         self.agreed = 0
         self.watermark = 0  # of the process that runs now
 
+    @property
+    def tail_epoch(self) -> int:
+        return next(reversed(self.batches.values()))[2] if self.batches else -1
+
     def load(self, start: int, batches: Iterable[Batch], *, synced: bool) -> None:
         """As found on the disk."""
         self.start = self.end = start
