@@ -120,7 +120,7 @@ HEADLINE = "ferryline r2 fsync"
 SYSTEMS = ("kafka", "rabbitmq", "nats", "redis")
 
 
-WARM_UP_MAX_S = 300.0  # seconds of warming up one server, for a JVM on two busy cores
+WARM_UP_MAX_S = 90.0  # seconds of warming up one server; a JVM on two busy cores needs more
 
 
 @dataclass(frozen=True)

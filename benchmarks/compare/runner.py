@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.compare.measure import MeasurementFailed, Work, measure
 from benchmarks.compare.peers import Peer
 from benchmarks.compare.peers.catalogue import PEERS
-from benchmarks.compare.plan import WORKLOADS, Cell
+from benchmarks.compare.plan import WARM_UP_MAX_S, WORKLOADS, Cell
 from benchmarks.compare.processes import PeerFailed
 
 # Processor seconds that a server needs at least before its rates stop rising, by what it is written in. More may be
@@ -28,6 +28,7 @@ from benchmarks.compare.processes import PeerFailed
 WARM_UP_CPU_S = {"kafka-3": 75.0, "kafka-1": 30.0, "rabbitmq-3": 4.0, "rabbitmq-1": 2.0}
 STEADY = 1.1  # warm is who was no faster in the later half of its passes than this times the best of the earlier half
 WARM_UP_SCALE = 5.0  # of the counts: in short passes a JVM compiles the making and deleting of topics
+WARM_UP_LIMIT_S = {"kafka-3": 240.0, "kafka-1": 90.0}  # others: WARM_UP_MAX_S
 _WARMING = ("produce", "produce-only", "latency")  # these run the code of all others too
 IDLE_S = 2.0
 DATA = "/var/tmp"  # a real disk: /tmp may be memory
@@ -109,20 +110,21 @@ class Comparison:
         cells = [cell for cell in cells if cell.workload.kind in _WARMING and cell.workload.partitions <= 12] or cells
         if not enough:  # nothing to compile: once through the code of each client is all it takes
             cells = list({(cell.workload.kind, cell.variant.client): cell for cell in reversed(cells)}.values())
+        compiling, limit_s = peer.system == "kafka", min(self._warm_up_s, WARM_UP_LIMIT_S.get(peer.name, WARM_UP_MAX_S))
         rates: dict[str, list[float]] = {cell.name: [] for cell in cells}
         while True:
             for cell in cells:
                 try:
-                    found = self._measure(cell, 0, WARM_UP_SCALE if enough else 0.1)
+                    found = self._measure(cell, 0, WARM_UP_SCALE if compiling else 0.5 if enough else 0.1)
                 except MeasurementFailed as error:  # said again in the rounds if it is not for the cold start
                     self._tell(f"{peer.name}, warming up: {error}")
                     continue
                 rates[cell.name].append(found.get("produce", {}).get("records_per_s", 0.0))
-                if time.monotonic() - started > self._warm_up_s:
+                if time.monotonic() - started > limit_s:
                     break
             used, taken = peer.usage().cpu_s, time.monotonic() - started
-            steady = not enough or not any(still_rising(found) for found in rates.values())
-            if (used >= enough and steady) or taken > self._warm_up_s:
+            steady = not compiling or not any(still_rising(found) for found in rates.values())
+            if (used >= enough and steady) or taken > limit_s:
                 said = "" if steady else ", its rates still rose"
                 self._tell(f"{peer.name}: warm after {taken:.0f} s, {used:.0f} s of processor time{said}")
                 return
