@@ -180,6 +180,7 @@ class FastReplica:
         """Recovery: what is found is synced before anybody builds on it."""
         for log in self.logs:
             log.synced = len(log.batches)
+        self.marked = [min(mark, log.end) for mark, log in zip(self.marked, self.logs, strict=True)]
         opened = tuple(
             LogOpened(
                 log.start, log.end, log.epochs(), max(log.start, min(self.marked[number], log.end)), log.start_epoch

@@ -90,6 +90,24 @@ def test_the_high_watermark_stays_within_the_log(disk: MemoryStorage) -> None:
     assert opened(disk).high_watermarks == (500, 0), "what is gone at the start was committed"
 
 
+def test_a_high_watermark_of_records_that_a_power_cut_took_is_forgotten(disk: MemoryStorage) -> None:
+    store = opened(disk)
+    store.persist_epoch(1)
+    fill(store.records, 4)
+    store.flush()
+    fill(store.records, 2)
+    store.write_checkpoint(18, 0)  # acknowledged without a flush
+    disk.lose_unsynced()
+    store = opened(disk)
+    end = store.records.log_end
+    assert store.high_watermarks == (end, 0)
+    assert 12 <= end < 18
+    store.persist_epoch(2)
+    fill(store.records, 6, epoch=2)  # others stand there now, and nobody has committed them
+    store.flush()
+    assert opened(disk).high_watermarks == (end, 0)
+
+
 def test_a_checkpoint_is_written_at_every_roll(disk: MemoryStorage) -> None:
     store = opened(disk)
     store.persist_epoch(1)

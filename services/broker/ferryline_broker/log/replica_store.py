@@ -119,6 +119,7 @@ class ReplicaStore:
             opened = self.logs[log]
             # Records leave at the start only below the high watermark, so it is never below the log start.
             self._hw[log] = max(opened.log_start, min(self._meta.checkpoints[log].hw, opened.log_end))
+        self._forget_what_is_gone()
         self._drop_snapshots_above(records.log_end)
         self._together = None
         return self
@@ -286,6 +287,21 @@ class ReplicaStore:
             power_lost=self._power_lost,
         )
         return opened
+
+    def _forget_what_is_gone(self) -> None:
+        """A high watermark above the log end was of records that a power cut took. It must not stay on disk: once other
+        records stand at those offsets, the start after next would take them for committed."""
+        before = self._meta.checkpoints
+        if all(mark.hw <= log.log_end for mark, log in zip(before, self.logs, strict=True)):
+            return
+        records, state = (msgspec.structs.replace(mark, hw=hw) for mark, hw in zip(before, self._hw, strict=True))
+        meta = msgspec.structs.replace(self._meta, checkpoints=(records, state))
+        if self._together is None:
+            self._store(meta)
+        else:
+            self._meta_file.store(meta, sync=False)
+            self._meta = meta
+            self._together.file(self._meta_file)
 
     def _rolled(self) -> None:
         if self.snapshot_producers is not None:
