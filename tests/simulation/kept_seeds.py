@@ -29,6 +29,7 @@ KEPT = (
     ("3/2/fsync", 22234, False, "a copy of a refused proposal was accepted: its id was forgotten for another broker's"),
     ("2/2/replicated", 19689, False, "damage found while a registration was under way was never told"),
     ("3/2/replicated", 39671, False, "a high watermark of records that a power cut took came back over other records"),
+    ("3/2/fsync", 44416, False, "a deposed primary told a reader of an older epoch that the log had been cut"),
     ("2/2/fsync", 332, False, "a stopped replica whose partition was moved elsewhere stayed on its disk"),
     ("2/1/replicated", 3901, False, "a recovery without force took a short log, the longest was about to serve"),
     ("2/1/replicated", 2341, False, "a replica deleted behind the node's back was not opened when it was moved back"),

@@ -129,7 +129,7 @@ class Replicas:
                     records, state = self.world.copies(self.broker, key)
                     failed = replace(failed, ends=(records.end, state.end))
                 elif type(effect) in ev.WRITES and not isinstance(error, LogDamaged):
-                    self.broker.leave_in_order()
+                    self.host.deliver_after(0, self.broker.leave_in_order)  # not before the core has heard
                 queue = deque(hosted.core.handle(failed, self.host.now_ms()))
 
     def _do(self, key: Key, hosted: Hosted, effect: ev.Effect) -> list[ev.Effect]:

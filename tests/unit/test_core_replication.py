@@ -533,6 +533,8 @@ def test_only_a_primary_that_can_still_commit_proves_that_an_offset_is_above_the
     assert pair.cores[2].check_read(3).code == ""
     assert deposed.check_read(3).unproven
     assert not deposed.check_read(3, offset_epoch=1).unproven, "its own epoch: nobody else wrote there"
+    older = deposed.check_read(3, offset_epoch=0)
+    assert (older.code, older.unproven) == ("LOG_TRUNCATED", True), "a later primary may have carried that epoch on"
     pair.tell(1, ev.BarrierAsked(9))
     assert 9 not in pair.answers()
     pair.meta(part(2, 2, 2, (2,)), 1)
