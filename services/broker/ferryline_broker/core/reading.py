@@ -27,8 +27,8 @@ def check_read(replica: Replica, role: str, epoch: int, offset: int, offset_epoc
 
     An offset between high watermark and log end is no error: after a fail-over the watermark has yet to catch up.
     ``offset_epoch`` is the epoch of the record before ``offset`` as the reader knows it, -1 if it does not. One that
-    does not may have its offset from a later primary, whose log is longer; one whose epoch is older than this primary's,
-    from a later one that carried that epoch on. So only a proven primary says "above the end" or "cut".
+    does not may have its offset from a later primary, whose log is longer; one whose epoch is older than ours, from a
+    later one that carried that epoch on. So only a proven primary says "above the end" or "cut".
     """
     if role != ROLE_PRIMARY and not (secondary and role == ROLE_SECONDARY):
         return ReadVerdict("NOT_PRIMARY", f"this broker is {role} of the partition")
