@@ -106,11 +106,7 @@ class ReplicaStore:
                 meta = ReplicaMeta(sticky=LOG_DAMAGED, sticky_reason="seen_epoch and checkpoints are unreadable")
             else:
                 meta = ReplicaMeta()
-            if together is None or lost:
-                self._meta_file.store_twice(meta)
-            else:
-                self._meta_file.store(meta, sync=False)
-                together.file(self._meta_file)
+            self._store(meta, None if lost else together)
         self._meta = meta
         records = yield from self._recover_log(RECORDS, config, wall_ms)
         state = yield from self._recover_log(STATE, state_config(config), wall_ms)
@@ -174,13 +170,7 @@ class ReplicaStore:
         nothing."""
         if epoch <= self._meta.seen_epoch:
             return
-        meta = msgspec.structs.replace(self._meta, seen_epoch=epoch)
-        if together is None:
-            self._store(meta)
-        else:
-            self._meta_file.store(meta, sync=False)
-            self._meta = meta
-            together.file(self._meta_file)
+        self._store(msgspec.structs.replace(self._meta, seen_epoch=epoch), together)
 
     def write_checkpoint(self, hw_records: int, hw_state: int, *, sync: bool = True) -> bool:
         """Record what is flushed and the high watermarks. Call at least every second; False if nothing changed.
@@ -295,13 +285,7 @@ class ReplicaStore:
         if all(mark.hw <= log.log_end for mark, log in zip(before, self.logs, strict=True)):
             return
         records, state = (msgspec.structs.replace(mark, hw=hw) for mark, hw in zip(before, self._hw, strict=True))
-        meta = msgspec.structs.replace(self._meta, checkpoints=(records, state))
-        if self._together is None:
-            self._store(meta)
-        else:
-            self._meta_file.store(meta, sync=False)
-            self._meta = meta
-            self._together.file(self._meta_file)
+        self._store(msgspec.structs.replace(self._meta, checkpoints=(records, state)), self._together)
 
     def _rolled(self) -> None:
         if self.snapshot_producers is not None:
@@ -343,8 +327,13 @@ class ReplicaStore:
             self._snapshot_names = [name for name in names if name.startswith("producers-") and name[10:].isdigit()]
         return self._snapshot_names
 
-    def _store(self, meta: ReplicaMeta) -> None:
-        self._meta_file.store_twice(meta)
+    def _store(self, meta: ReplicaMeta, together: Together | None = None) -> None:
+        """Durable when this returns, or when ``together`` is settled."""
+        if together is None:
+            self._meta_file.store_twice(meta)
+        else:
+            self._meta_file.store(meta, sync=False)
+            together.file(self._meta_file)
         self._meta = meta
 
 
