@@ -73,6 +73,16 @@ async def answers(reader: asyncio.StreamReader, count: int) -> list[int]:
     return found
 
 
+async def greeted(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A raw connection, upgraded, whose HELLO was answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(upgrade())
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(plain(HELLO))
+    assert await answers(reader, 1) == [1]
+    return reader, writer
+
+
 def echo(session: ServerSession, frame: Frame) -> None:
     session.answer(frame.kind, frame.correlation, Done(0))
 
@@ -99,11 +109,7 @@ async def test_frames_that_come_with_the_upgrade_or_before_the_hello_is_answered
 
 async def test_plain_fragmented_and_really_masked_messages_and_pings_mix_in_order() -> None:
     async with serving(echo) as port, asyncio.timeout(10), aiohttp.ClientSession() as http:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(upgrade())
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(plain(HELLO))
-        assert await answers(reader, 1) == [1]
+        reader, writer = await greeted(port)
         writer.write(plain(asking(2)) + b"\x89\x80\0\0\0\0" + plain(asking(3)))
         found = await reader.readexactly(2 * len(asking(2)) + 2 * 2 + 2)
         assert found.count(b"\x8a\x00") == 1, "a ping gets its pong"
@@ -128,11 +134,7 @@ async def test_what_comes_in_one_piece_waits_with_the_rest_while_reading_is_on_h
             session.hold_reading(60.0)
 
     async with serving(hold) as port, asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(upgrade())
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(plain(HELLO))
-        assert await answers(reader, 1) == [1]
+        _, writer = await greeted(port)
         writer.write(b"".join(plain(asking(number)) for number in range(2, 6)))
         await poll(lambda: seen == [2])
         writer.write(plain(asking(6)))
@@ -145,11 +147,7 @@ async def test_what_comes_in_one_piece_waits_with_the_rest_while_reading_is_on_h
 
 async def test_a_frame_that_makes_no_sense_ends_the_session_after_the_answers_before_it() -> None:
     async with serving(echo) as port, asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(upgrade())
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(plain(HELLO))
-        assert await answers(reader, 1) == [1]
+        reader, writer = await greeted(port)
         writer.write(plain(asking(2)) + plain(b"short") + plain(asking(3)))
         assert await answers(reader, 1) == [2]
         _, size = await reader.readexactly(2)
