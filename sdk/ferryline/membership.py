@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from ferryline.core.membership import (
     ClaimPartition,
     Declare,
     DropPartition,
+    Effect,
     Event,
     MemberCore,
     MemberFenced,
@@ -84,6 +86,8 @@ class Membership:
         self._loop = asyncio.get_running_loop()
         self._tasks = Tasks()
         self._timer: asyncio.TimerHandle | None = None
+        self._events: deque[Event] = deque()  # heard and not yet handled
+        self._feeding = False
         self._joined = False
         self._closed = False
         self._beat = Member(
@@ -121,9 +125,25 @@ class Membership:
     # -- the core ----------------------------------------------------------------------------------
 
     def _feed(self, event: Event) -> None:
-        if self._closed:
+        """One event after the other: what an effect leads to waits until the effects before it are carried out.
+
+        Otherwise a partition that is released while its revocation is carried out is declared free first, and owned
+        again by the older declaration after it, and the coordinator waits for a release that has happened.
+        """
+        self._events.append(event)
+        if self._feeding:
             return
-        for effect in self._core.handle(event, int(self._loop.time() * 1000)):
+        self._feeding = True
+        try:
+            while self._events and not self._closed:
+                self._carry_out(self._core.handle(self._events.popleft(), int(self._loop.time() * 1000)))
+        finally:
+            self._feeding = False
+        if not self._closed:
+            self._arm()
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
             if isinstance(effect, Declare):
                 self._heartbeats.declare(self._beat, effect.heartbeat)
             elif isinstance(effect, ClaimPartition):
@@ -134,7 +154,6 @@ class Membership:
                 self._revoked(effect.key)
             elif isinstance(effect, DropPartition):
                 self._dropped(effect.key)
-        self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:

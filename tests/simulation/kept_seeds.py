@@ -34,4 +34,5 @@ KEPT = (
     ("2/1/replicated", 3901, False, "a recovery without force took a short log, the longest was about to serve"),
     ("2/1/replicated", 2341, False, "a replica deleted behind the node's back was not opened when it was moved back"),
     ("2/1/replicated", 23437, False, "a last heartbeat hid that a broker had died with the others"),
+    ("2/1/fsync", 64446, False, "a member declared, after its release, that it still held the partition"),
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from ferryline.core.membership import (
     ClaimPartition,
     Declare,
     DropPartition,
+    Effect,
     Event,
     MemberCore,
     MemberFenced,
@@ -41,6 +43,7 @@ class SdkMember(Member):
     def __init__(self, world: World, group: str, number: int) -> None:
         super().__init__(world, group, number)
         self.zombie_commits = False
+        self.events: deque[Event] = deque()
         self.core = MemberCore(group, self.host.name, (world.topic,), session_ms=self.SESSION_MS, seed=number)
         self.declared = self.core.heartbeat()
         self.alarm = Alarm(self.host, self.core.next_deadline_ms, lambda: self.feed(TimePassed()))
@@ -59,8 +62,18 @@ class SdkMember(Member):
     # -- the core ----------------------------------------------------------------------------------
 
     def feed(self, event: Event) -> None:
-        self.engine.note(self.host.name, event)
-        for effect in self.core.handle(event, self.host.now_ms()):
+        """One event after the other, as the SDK's `Membership` does it."""
+        self.events.append(event)
+        if len(self.events) > 1:
+            return
+        while self.events:
+            self.engine.note(self.host.name, self.events[0])
+            self._carry_out(self.core.handle(self.events[0], self.host.now_ms()))
+            self.events.popleft()
+        self.alarm.arm()
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
             self.world.count(f"members told to {type(effect).__name__}")
             match effect:
                 case Declare(heartbeat):
@@ -75,7 +88,6 @@ class SdkMember(Member):
                     self._give_up(key, self.held[key])
                 case DropPartition(key, _):
                     self.held.pop(key, None)
-        self.alarm.arm()
 
     def _open(self, key: Key, held: Held, offset: int, offset_epoch: int) -> None:
         held.claimed = True

@@ -12,12 +12,15 @@ import pytest
 
 import ferryline as fl
 from ferryline import heartbeats
+from ferryline.core.membership import ClaimAnswered
+from ferryline.membership import Membership
 from ferryline.message import Message
 from ferryline.protocol.errors import (
     InvalidArgument,
     StaleMember,
     UnknownMember,
 )
+from ferryline.protocol.messages import GroupAssignment, GroupPartition
 from tests.polling import poll
 from unit.sdk_fake_cluster import FakeCluster
 
@@ -127,6 +130,35 @@ async def test_a_revoked_partition_is_released_only_after_its_records_are_finish
                 assert log.committed["g"][0] == ends[partition]
             assert await two.pull(max_wait=0.2) == []
             pulling.cancel()
+
+
+async def test_a_partition_released_while_its_revocation_is_carried_out_is_declared_free(client: fl.Client) -> None:
+    # 1. the member holds partition 0, whose start position is still being looked up: nothing is to be finished
+    # 2. one answer takes partition 0 away and gives it 1: it releases 0 at once, while it carries out the rest
+    # 3. what is declared last must not own partition 0, or the coordinator waits for its release for ever
+    def released_at_once(key: tuple[str, int]) -> None:
+        membership.released(key, membership.generation(key) or 0)
+
+    membership = Membership(
+        client,
+        "g",
+        ("orders",),
+        instance_id="",
+        session_ms=10_000,
+        max_processing_s=60,
+        progress=lambda: None,
+        opened=lambda _: None,
+        revoked=released_at_once,
+        dropped=lambda _: None,
+        failed=lambda _: None,
+    )
+    beat = membership._beat
+    first, second = GroupPartition("t", 0, 1, b"token"), GroupPartition("t", 1, 1, b"token")
+    beat.on_answer(GroupAssignment(membership.member, [first], sequence=1), beat.declared)
+    membership._feed(ClaimAnswered(("t", 0), 1, 0, 0, 0, 0))
+    beat.on_answer(GroupAssignment(membership.member, [second], [first], sequence=2), beat.declared)
+    assert [(item.topic_id, item.partition) for item in beat.declared.owned] == [("t", 1)]
+    await membership.leave()
 
 
 async def test_a_fenced_member_is_told_when_it_commits_and_reads_no_further(
