@@ -48,6 +48,11 @@ class Kind(IntEnum):
     COMMITTED = 15
     # anyone -> broker or coordinator
     METADATA = 16
+    # receivers of queues -> broker
+    RECEIVE = 17
+    SETTLE = 18
+    KEEP = 19
+    QUEUE = 20
     # secondary <-> primary; streams, no correlation
     REPLICA_FETCH = 30
     REPLICA_DATA = 31
@@ -60,6 +65,8 @@ class Kind(IntEnum):
     REPORT = 44
     # coordinator -> broker; no answer
     HANDOVER = 45
+    # broker -> coordinator
+    ENSURE_TOPIC = 46
     # client -> coordinator
     GROUP_HEARTBEAT = 50
 

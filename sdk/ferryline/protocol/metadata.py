@@ -28,6 +28,21 @@ class BrokerMeta(msgspec.Struct, array_like=True, frozen=True):
     draining: bool = False  # asked by an operator; outlives restarts until cancelled
 
 
+class RetryPolicy(msgspec.Struct, array_like=True, frozen=True):
+    """How a topic retries what its queues could not process. ``attempts``: leases of a record, all together.
+
+    The wait before attempt n + 1 is drawn evenly from [0, min(``backoff_max_ms``, ``backoff_ms`` * 2^(n-1))].
+    ``on_dead``: "skip" copies what is dead to the topic ``dead_letters`` ("" means ``<topic>.dlq``) and goes on;
+    "park" copies nothing and stops its lane until somebody redrives it.
+    """
+
+    attempts: int = 5
+    backoff_ms: int = 1_000
+    backoff_max_ms: int = 60_000
+    on_dead: str = "skip"
+    dead_letters: str = ""
+
+
 class TopicConfig(msgspec.Struct, array_like=True, frozen=True):
     """Settings of a topic. Sizes in bytes, times in ms; -1 means no limit."""
 
@@ -40,6 +55,7 @@ class TopicConfig(msgspec.Struct, array_like=True, frozen=True):
     segment_bytes: int = 128 * 1024 * 1024
     segment_ms: int = 86_400_000
     max_record_bytes: int = 1024 * 1024
+    retry: RetryPolicy = RetryPolicy()  # of queues
 
 
 class TopicMeta(msgspec.Struct, array_like=True, frozen=True):
