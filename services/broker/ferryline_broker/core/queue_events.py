@@ -1,0 +1,173 @@
+"""What happens to the queues of a partition, and what they want done. See `events.py` for the rules of both.
+
+Times in ms. ``token`` is answered exactly once: by AnswerLease, AnswerSettle or AnswerQueue, or by `Refuse`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ferryline_broker.core.events import Effect, Event
+
+DONE, UNKNOWN_PRODUCER = "done", "unknown_producer"  # outcomes of a move to the dead letters
+
+
+# -- events -----------------------------------------------------------------------------------------
+
+
+class LeaseAsked(Event):
+    """A receiver wants up to ``records_max`` records, now: what is not there is not waited for.
+
+    An answer without records is given at once; the effect WakeReceivers says when it is worth asking again.
+    """
+
+    token: int
+    group: str
+    member: str
+    ordering: str
+    start: str
+    lease_ms: int
+    records_max: int
+    bytes_max: int
+    timeout_ms: int = 30_000
+
+
+class SettleItem(msgspec.Struct, frozen=True, gc=False):
+    """Some offsets of one lease; the receipt was checked. See `SettleEntry` of the protocol."""
+
+    epoch: int
+    lease: int
+    action: str
+    offsets: list[int]
+    delay_ms: int = -1
+    reason: str = ""
+    detail: str = ""
+
+
+class SettleAsked(Event):
+    """All that one frame settles in this partition."""
+
+    token: int
+    group: str
+    member: str
+    items: list[SettleItem]
+    timeout_ms: int = 30_000
+
+    def story(self) -> Any:
+        return ("SettleAsked", self.token, self.group, self.member, [(i.lease, i.action, len(i.offsets)) for i in self.items])
+
+
+class KeepAsked(Event):
+    """``leases`` is all that the member holds here: what else is leased to it is free."""
+
+    token: int
+    group: str
+    member: str
+    leases: list[int]
+    timeout_ms: int = 30_000
+
+
+class QueueAsked(Event):
+    """Look at a queue, or change it as a whole. See `QueueAsk` of the protocol."""
+
+    token: int
+    group: str
+    op: str
+    offset: int = -1
+    count: int = 100
+    lane: bytes | None = None
+    reason: str = ""
+    dry_run: bool = False
+    timeout_ms: int = 30_000
+
+
+class Scanned(msgspec.Struct, frozen=True, gc=False):
+    """What a queue must know of a record. ``due_ms`` and ``expires_ms`` are on the broker's clock, 0: none."""
+
+    offset: int
+    lane: bytes | None
+    priority: int = 4
+    due_ms: int = 0
+    expires_ms: int = 0
+    id: bytes = b""
+
+
+class WindowRead(Event):
+    """Answer to ReadWindow: the records of [from, next_offset), control records left out. ``size``: their bytes."""
+
+    group: str
+    next_offset: int
+    records: list[Scanned]
+    size: int = 0
+
+    def story(self) -> Any:
+        return ("WindowRead", self.group, self.next_offset, len(self.records))
+
+
+class DeadMoved(Event):
+    """The copy of a dead record is committed at its target (DONE), or the target does not know the producer any more
+    (UNKNOWN_PRODUCER) and it must be sent under the next producer epoch."""
+
+    group: str
+    offset: int
+    sequence: int
+    outcome: str = DONE
+
+
+# -- effects ----------------------------------------------------------------------------------------
+
+
+class AnswerLease(Effect):
+    """``attempts[i]`` is how often ``offsets[i]`` has been leased, this time included. No offsets: nothing is ready."""
+
+    token: int
+    epoch: int = 0
+    lease: int = 0
+    lease_ms: int = 0
+    offsets: list[int] = []
+    attempts: list[int] = []
+
+
+class AnswerSettle(Effect):
+    """For each item: offsets that were leased again or given up since, and such as were settled before."""
+
+    token: int
+    stale: list[list[int]]
+    settled: list[list[int]]
+
+
+class AnswerQueue(Effect):
+    token: int
+    details: dict[str, Any]
+
+
+class ReadWindow(Effect):
+    """Read records from ``offset`` on, below ``below``, about ``bytes_max`` of them; report WindowRead, before any other
+    event."""
+
+    group: str
+    offset: int
+    below: int
+    bytes_max: int
+
+
+class WakeReceivers(Effect):
+    """``ready`` records of the group can be leased: somebody who waits may ask again."""
+
+    group: str
+    ready: int
+
+
+class MoveDead(Effect):
+    """Copy the record at ``offset`` to the dead letters, with exactly this producer epoch and sequence, until it is
+    committed there; then report DeadMoved. The same may be asked for again by the next primary."""
+
+    group: str
+    offset: int
+    producer_epoch: int
+    sequence: int
+    attempts: int
+    reason: str
+    history: list[tuple[int, str, str]]  # (attempt, reason, detail), oldest first
