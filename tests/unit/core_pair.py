@@ -119,9 +119,10 @@ class Pair:
                 disk.seen_epoch = epoch
             case ev.ReplayState():
                 entries = [
-                    (header.base_offset, header.epoch, next(iter(records.decode_batch(raw))).value or b"")
+                    (record.offset, header.epoch, record.value or b"")
                     for header, raw in disk.logs[STATE]
                     if not header.is_control
+                    for record in records.decode_batch(raw)
                 ]
                 self.inbox.insert(0, (broker, ev.StateReplayed(entries)))
             case ev.RebuildProducers():

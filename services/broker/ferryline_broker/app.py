@@ -35,6 +35,7 @@ from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
+from ferryline_broker.queue_port import Queues
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
 from ferryline_broker.sabotage import core_class
@@ -122,6 +123,7 @@ class Broker:
         partitions.delete_replica = self.node_driver.work.delete_replica
         link.listener, link.count = self.node_driver, metrics.error
         self.frames = FrameRouter(config, partitions, view, metrics, peers)
+        partitions.queues = self.queues = Queues(partitions, self.frames.queues, self.frames.records)
         self.rest = RestApi(partitions, view)
         self.audit = AuditApi(partitions, view, store.broker_id)
         partitions.on_damaged = self._on_damaged

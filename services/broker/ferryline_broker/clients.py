@@ -14,6 +14,8 @@ from ferryline_broker.metadata import MetadataHandler, OffsetsHandler
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.peers import Peers
 from ferryline_broker.produce import ProduceHandler
+from ferryline_broker.queue_frames import QueueHandler
+from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
 
@@ -38,6 +40,8 @@ class FrameRouter:
         )
         self.metadata = MetadataHandler(view, parked_max=config.parked_max)
         groups = GroupHandler(driver, view, metrics)
+        self.records = QueueRecords()
+        self.queues = QueueHandler(driver, view, metrics, self.records)
         self._closed = False
         self._view = view
         self._handlers: dict[int, Handle] = {
@@ -48,6 +52,10 @@ class FrameRouter:
             Kind.COMMIT: groups.commit,
             Kind.COMMITTED: groups.committed,
             Kind.METADATA: self.metadata.handle,
+            Kind.RECEIVE: self.queues.receive,
+            Kind.SETTLE: self.queues.settle,
+            Kind.KEEP: self.queues.keep,
+            Kind.QUEUE: self.queues.queue,
             Kind.REPLICA_FETCH: peers.on_frame,
             Kind.REPLICA_PROGRESS: peers.on_frame,
         }
@@ -67,3 +75,4 @@ class FrameRouter:
         self._closed = True
         self.fetch.close()
         self.metadata.close()
+        self.queues.close()

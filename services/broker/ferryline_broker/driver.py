@@ -24,12 +24,13 @@ from ferryline.protocol.errors import FerrylineError, StorageFailed, StorageFull
 from ferryline.protocol.messages import RECORDS, STATE, ResignEntry
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core import events as ev
+from ferryline_broker.core import queue_events as qe
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
-from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, Request
+from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, QueuePort, Request
 from ferryline_service.logs import get_logger
 from ferryline_service.server_session import ServerSession
 
@@ -50,6 +51,7 @@ class PartitionDriver:
         self.replicas: dict[ev.Key, HostedReplica] = {}
         self.peers: PeerPort
         self.link: LinkPort
+        self.queues: QueuePort
         self.delete_replica: Callable[[ev.Key], None]
         self.on_appended: Callable[[int], None] = _ignore
         self.on_damaged: Callable[[HostedReplica, LogDamaged], None] = _ignore
@@ -89,6 +91,12 @@ class PartitionDriver:
             ev.RoleChanged: self._role_changed,
             ev.RefreshMetadata: self._refresh_metadata,
             ev.DeleteReplica: self._delete,
+            qe.AnswerLease: self._answer,
+            qe.AnswerSettle: self._answer,
+            qe.AnswerQueue: self._answer,
+            qe.ReadWindow: lambda hosted, effect: self.queues.read_window(hosted, effect),
+            qe.WakeReceivers: lambda hosted, effect: self.queues.wake(hosted, effect),
+            qe.MoveDead: lambda hosted, effect: self.queues.move_dead(hosted, effect),
         }
 
     # -- events in ----------------------------------------------------------------------------------
@@ -189,10 +197,12 @@ class PartitionDriver:
 
     def _truncate(self, hosted: HostedReplica, effect: ev.Truncate) -> None:
         hosted.logs[effect.log].truncate(effect.offset)
+        self.queues.cut(hosted)
         hosted.unsaved = True
 
     def _reset(self, hosted: HostedReplica, effect: ev.ResetLog) -> None:
         hosted.logs[effect.log].reset(effect.offset, effect.epoch)
+        self.queues.cut(hosted)
         hosted.unsaved = True
 
     def _advance_start(self, hosted: HostedReplica, effect: ev.AdvanceStart) -> None:
@@ -247,6 +257,7 @@ class PartitionDriver:
     def _role_changed(self, hosted: HostedReplica, effect: ev.RoleChanged) -> None:
         _log.info("role", partition=hosted.name, role=effect.role, epoch=effect.epoch, reason=effect.reason)
         self._wake(hosted)
+        self.queues.role_changed(hosted)
 
     def _refresh_metadata(self, _: HostedReplica, __: ev.RefreshMetadata) -> None:
         self.link.refresh_metadata()

@@ -18,7 +18,7 @@ from ferryline_broker.core.replica import ROLE_PRIMARY
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.metrics import BrokerMetrics
-from ferryline_broker.opening import Opener, apply_config
+from ferryline_broker.opening import Opener, apply_config, retry_policy
 from ferryline_broker.replica_work import KeepTopic, ReplicaWork
 from ferryline_broker.view import ClusterView
 from ferryline_service.logs import get_logger
@@ -189,6 +189,7 @@ class NodeDriver:
                         hosted.counts = self._metrics.topic(topic.name)
                     hosted.topic = topic
                     apply_config(hosted, topic.config)
+                    self._partitions.feed(hosted, ev.RetryChanged(retry_policy(topic)))
                     self.work.add(KeepTopic(hosted.key, topic))
         self.work.begin()
         for topic_id in [topic_id for topic_id in versions if topic_id not in metadata.topics]:

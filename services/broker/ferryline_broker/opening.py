@@ -9,10 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import msgspec
+from msgspec.structs import replace
 
 from ferryline.protocol.frames import encode_value
 from ferryline.protocol.messages import LOG_OK, RECORDS, STATE
-from ferryline.protocol.metadata import FLUSH_FSYNC, TopicConfig, TopicMeta
+from ferryline.protocol.metadata import FLUSH_FSYNC, RetryPolicy, TopicConfig, TopicMeta
 from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import LogOpened, OpenedReplica, PartitionCore, ReplicaConfig
@@ -27,6 +28,7 @@ from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_service.logs import get_logger
 
+DEAD_LETTERS_SUFFIX = ".dlq"
 _log = get_logger()
 _SEGMENT_BYTES_MIN = 1024 * 1024
 _REPLAY_BYTES = 1024 * 1024
@@ -83,6 +85,7 @@ class Opener:
                 "replica is not whole", partition=f"{known.name}/{key[1]}", found=report.log_state, why=report.reason
             )
         core = self._core_class(key, broker_id, self._config, opened)
+        core.replica.retry = retry_policy(known)
         return HostedReplica(core, store, known, self._metrics.topic(known.name))
 
     def remember(self, key: Key, topic: TopicMeta, together: Together | None = None) -> None:
@@ -128,6 +131,12 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
     records = log_config(config)
     hosted.logs[RECORDS].config = records
     hosted.logs[STATE].config = state_config(records)
+
+
+def retry_policy(topic: TopicMeta) -> RetryPolicy:
+    """How queues of this topic retry. What is dead in a topic of dead letters stays where it is: it has nowhere to go."""
+    retry = topic.config.retry
+    return replace(retry, on_dead="park") if topic.name.endswith(DEAD_LETTERS_SUFFIX) else retry
 
 
 def opened_replica(store: ReplicaStore, *, repairing: bool = False) -> OpenedReplica:

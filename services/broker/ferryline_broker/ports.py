@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ferryline.protocol.messages import AlterIsr, ReplicaData, ReplicaFetch, ReplicaProgress, ReplicaReport, ResignEntry
 from ferryline_broker.core import events as ev
+from ferryline_broker.core import queue_events as qe
 
-Answer = ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse
+if TYPE_CHECKING:
+    from ferryline_broker.hosted import HostedReplica
+
+Answer = (
+    ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse | qe.AnswerLease | qe.AnswerSettle | qe.AnswerQueue
+)
 
 
 class Request(Protocol):
@@ -51,3 +57,18 @@ class LinkPort(Protocol):
     def refresh_metadata(self) -> None: ...
 
     def emit(self) -> None: ...
+
+
+class QueuePort(Protocol):
+    """Who carries out what queues want."""
+
+    def read_window(self, hosted: HostedReplica, effect: qe.ReadWindow) -> None: ...
+
+    def wake(self, hosted: HostedReplica, effect: qe.WakeReceivers) -> None: ...
+
+    def move_dead(self, hosted: HostedReplica, effect: qe.MoveDead) -> None: ...
+
+    def role_changed(self, hosted: HostedReplica) -> None: ...
+
+    def cut(self, hosted: HostedReplica) -> None:
+        """The record log was cut, or emptied."""

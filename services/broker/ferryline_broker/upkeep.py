@@ -188,7 +188,7 @@ class Upkeep:
             if hosted.core.primary is None:
                 continue  # a secondary follows its primary's log start
             log = hosted.logs[RECORDS]
-            candidates = log.retention_candidates(now, hosted.core.retention_limit())
+            candidates = log.retention_candidates(now, hosted.core.retention_limit(now_ms()))
             if candidates:
                 self._advance(hosted, candidates[-1].end)
             yield

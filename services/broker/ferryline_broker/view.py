@@ -94,6 +94,8 @@ class ClusterView:
         topics = {topic.id for answer in newer for topic in answer.topics}
         topics.update(topic_id for answer in newer for topic_id in answer.deleted_topics)
         parts = {part.key for answer in newer for part in answer.partitions}
+        exchanges = {exchange.name for answer in newer for exchange in answer.exchanges}
+        exchanges.update(name for answer in newer for name in answer.deleted_exchanges)
         return MetadataAnswer(
             metadata.cluster_id,
             metadata.coord_epoch,
@@ -106,8 +108,13 @@ class ClusterView:
             metadata.feature_level,
             list(metadata.coordinators),
             [broker_id for broker_id in sorted(brokers) if broker_id not in metadata.brokers],
+            [metadata.exchanges[name] for name in sorted(exchanges) if name in metadata.exchanges],
+            [name for name in sorted(exchanges) if name not in metadata.exchanges],
         )
 
 
 def _size(answer: MetadataAnswer) -> int:
-    return 1 + len(answer.brokers) + len(answer.topics) + len(answer.partitions) + len(answer.deleted_topics)
+    """What it costs to keep, in records: an exchange counts with each of its bindings."""
+    bindings = sum(1 + len(exchange.bindings) for exchange in answer.exchanges)
+    records = len(answer.brokers) + len(answer.topics) + len(answer.partitions) + len(answer.deleted_topics)
+    return 1 + records + bindings + len(answer.deleted_exchanges)

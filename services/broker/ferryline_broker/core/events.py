@@ -27,7 +27,7 @@ from ferryline.protocol.messages import (
     ReplicaReport,
     ResignEntry,
 )
-from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest, PartitionMeta
+from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest, PartitionMeta, RetryPolicy
 from ferryline.protocol.records import BatchHeader
 
 Bytes = bytes | bytearray | memoryview
@@ -209,6 +209,12 @@ class DiskFull(Event):
 
     full: bool
     detail: str = "free disk space is below the reserve"
+
+
+class RetryChanged(Event):
+    """How queues of this topic retry, as its settings say now."""
+
+    retry: RetryPolicy
 
 
 class LogStartAdvanced(Event):

@@ -1,4 +1,4 @@
-"""Delivery state of log groups in one partition: who may commit, and how far a group has come. Pure.
+"""Delivery state of one partition: who may commit in a log group and how far it has come; tables of queues. Pure.
 
 The state log is the truth; `GroupTable` is what its entries add up to. The primary alone appends; entries are applied
 when appended, and answered when committed. A new primary rebuilds the table from the whole state log.
@@ -10,10 +10,14 @@ would inherit the commits of the lost ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.events import GroupOffset
+from ferryline_broker.core.queue_entries import AnyQueueEntry, Opened, QueueEntry, QueueRow, last_of
+from ferryline_broker.core.queue_table import QueueTable
 
 
 class ClaimEntry(msgspec.Struct, array_like=True, frozen=True, tag=1):
@@ -52,9 +56,10 @@ class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """The whole table; entries before it are no longer needed once it is committed."""
 
     rows: list[GroupRow]
+    queues: list[QueueRow] = []
 
 
-StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry
+StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | AnyQueueEntry
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEntry)
 
@@ -69,12 +74,16 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 
 
 class GroupTable:
-    """Group name -> row. `decide_*` say what to append (or refuse); `apply` is the only change."""
+    """Group name -> row. `decide_*` say what to append (or refuse); `apply` is the only change.
 
-    __slots__ = ("_rows",)
+    ``queues``: the tables of queue groups; `Queue` decides for them.
+    """
+
+    __slots__ = ("_rows", "queues")
 
     def __init__(self) -> None:
         self._rows: dict[str, GroupRow] = {}
+        self.queues: dict[str, QueueTable] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -132,13 +141,21 @@ class GroupTable:
                 self._rows[group] = GroupRow(group, member, generation, offset, offset_epoch, metadata)
             case ForgetEntry(group):
                 self._rows.pop(group, None)
+                self.queues.pop(group, None)
+            case Opened(group, ordering, start):
+                self.queues.setdefault(group, QueueTable(group, ordering, start))
+            case QueueEntry():
+                if (table := self.queues.get(entry.group)) is not None:
+                    table.apply(entry)
             case SnapshotEntry(rows):
                 self._rows = {row.group: row for row in rows}
             case BarrierEntry():
                 pass
 
-    def snapshot(self) -> SnapshotEntry:
-        return SnapshotEntry([self._rows[name] for name in sorted(self._rows)])
+    def snapshot(self, epoch_at: Callable[[int], int]) -> SnapshotEntry:
+        """``epoch_at`` tells the epoch of a record, -1 where there is none."""
+        queues = [self.queues[name].row(epoch_at) for name in sorted(self.queues)]
+        return SnapshotEntry([self._rows[name] for name in sorted(self._rows)], queues)
 
     @classmethod
     def replay(
@@ -146,11 +163,20 @@ class GroupTable:
     ) -> GroupTable:
         """The table after all state entries, void ones left out."""
         table = cls()
+
+        def stands(offset: int, epoch: int) -> bool:
+            return offset < log_start or (offset < log_end and records.epoch_at(offset) == epoch)
+
         for _, _, value in entries:
             entry = _decoder.decode(value)
             if isinstance(entry, CommitEntry) and not _stands(entry, records, log_start, log_end):
                 continue
+            if isinstance(entry, Opened) and not stands(last_of(entry), entry.record_epoch):
+                entry = Opened(entry.group, entry.ordering, log_start, -1)
+            elif isinstance(entry, QueueEntry) and not stands(last_of(entry), getattr(entry, "record_epoch", -1)):
+                continue
             if isinstance(entry, SnapshotEntry):
+                table.queues = {row.group: QueueTable.of_row(row, stands, log_start) for row in entry.queues}
                 entry = SnapshotEntry([_voided(row, records, log_start, log_end) for row in entry.rows])
             table.apply(entry)
         return table

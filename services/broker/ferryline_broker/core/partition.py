@@ -49,6 +49,7 @@ from ferryline_broker.core.events import (
     ProgressReceived,
     RefreshMetadata,
     Refuse,
+    RetryChanged,
     RoleChanged,
     SendData,
     StateReplayed,
@@ -57,6 +58,8 @@ from ferryline_broker.core.events import (
 )
 from ferryline_broker.core.full import OutOfSpace
 from ferryline_broker.core.primary import GroupEvent, Primary
+from ferryline_broker.core.queue_events import DeadMoved, WindowRead
+from ferryline_broker.core.queues import QueueEvent
 from ferryline_broker.core.reading import ReadVerdict, check_read
 from ferryline_broker.core.replica import (
     ROLE_IDLE,
@@ -141,11 +144,16 @@ class PartitionCore:
     def report(self) -> ReplicaReport:
         return self.replica.report()
 
-    def retention_limit(self) -> int:
+    def retention_limit(self, now_ms: int) -> int:
         """Nothing at or above this record offset may be deleted (rule L11)."""
         if self.primary is None:
             return self.replica.log_start[RECORDS]  # a secondary follows its primary's log start
-        return self.primary.sync.retained_from()
+        return self.primary.retained_from(now_ms)
+
+    def queue_ready(self, group: str) -> int:
+        """Records of a queue group that could be leased now, as far as its window has been filled."""
+        primary = self.primary
+        return primary.queues.ready(group) if primary is not None and primary.queues is not None else 0
 
     def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
         """See `reading.check_read`."""
@@ -175,7 +183,7 @@ class PartitionCore:
     def _dispatch(self, event: Event, now_ms: int) -> None:
         if isinstance(event, MetaReceived):
             self._meta(event, now_ms)
-        elif isinstance(event, Produced | GroupEvent):
+        elif isinstance(event, Produced | GroupEvent | QueueEvent):
             self._asked(event, now_ms)
         elif isinstance(event, FetchReceived):
             self._fetch(event, now_ms)
@@ -187,6 +195,8 @@ class PartitionCore:
             self._storage_failed(event, now_ms)
         elif isinstance(event, DiskFull):
             self.replica.disk_full = event.detail if event.full else ""
+        elif isinstance(event, RetryChanged):
+            self.replica.retry = event.retry
         elif isinstance(event, LogStartAdvanced):
             self.replica.advance_start(event.log, event.log_start)
         elif isinstance(event, ProducersRebuilt):
@@ -224,8 +234,11 @@ class PartitionCore:
         elif isinstance(event, Tick):
             secondary.tick(now_ms)
 
-    def _asked(self, event: Produced | GroupEvent, now_ms: int) -> None:
-        if self.full is not None and self.full.leads:
+    def _asked(self, event: Produced | GroupEvent | QueueEvent, now_ms: int) -> None:
+        if isinstance(event, WindowRead | DeadMoved):  # nobody waits for an answer
+            if self.primary is not None:
+                self.primary.queue(event, now_ms)
+        elif self.full is not None and self.full.leads:
             self.full.refuse(event.token)
         elif self.primary is None:
             part = self.replica.part
@@ -234,6 +247,8 @@ class PartitionCore:
             self.replica.out.append(Refuse(event.token, "NOT_PRIMARY", message, *known))
         elif isinstance(event, Produced):
             self.primary.produce(event, now_ms)
+        elif isinstance(event, QueueEvent):
+            self.primary.queue(event, now_ms)
         else:
             self.primary.group(event, now_ms)
 

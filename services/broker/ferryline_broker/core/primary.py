@@ -38,6 +38,7 @@ from ferryline_broker.core.events import (
 from ferryline_broker.core.feeder import Feeder
 from ferryline_broker.core.groups import BarrierEntry, ForgetEntry, GroupTable, Refused, StateEntry, encode_entry
 from ferryline_broker.core.insync import InSyncSet
+from ferryline_broker.core.queues import QueueEvent, Queues
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
 from ferryline_broker.core.waiting import WaitList
 
@@ -64,6 +65,8 @@ class Primary:
         self.waits = WaitList(replica, part.epoch)
         self.handover: HandOver | None = None
         self.groups: GroupTable | None = None
+        self.queues: Queues | None = None  # once ready
+        self.snapshot_bytes = 0  # of the last snapshot
         self.snapshot_offset = -1  # of a snapshot that was appended and is not yet committed
         self.moved_ms = now_ms  # when the high watermark last moved, or the tail last became non-empty
 
@@ -146,6 +149,42 @@ class Primary:
         self.waits.add(STATE, replica.log_end[STATE] - 1, event.token, answer, now_ms + event.timeout_ms)
         self._maybe_snapshot(now_ms)
 
+    def queue(self, event: QueueEvent, now_ms: int) -> None:
+        """Leases and settlements: entries of the state log, answered when committed. Without token nobody waits."""
+        token = getattr(event, "token", 0)
+        refusal: tuple[str, str] | None = ("NOT_READY", f"epoch {self.epoch} has not committed its start yet")
+        if self.ready and self.queues is not None:
+            refusal = self._refusal(now_ms, records=False)
+        if refusal is not None:
+            if token:
+                self._refuse(token, *refusal)
+            return
+        assert self.queues is not None
+        outcome = self.queues.handle(event, now_ms)
+        self._append_entries(outcome.entries, now_ms)
+        if outcome.refused is not None:
+            if token:
+                self._refuse(token, outcome.refused.code, outcome.refused.message)
+        elif outcome.answer is not None and outcome.at_once:
+            self.replica.out.append(outcome.answer)
+        elif outcome.answer is not None:
+            if not outcome.entries:
+                self._append_entries([BarrierEntry()], now_ms)
+            last = self.replica.log_end[STATE] - 1
+            self.waits.add(STATE, last, token, outcome.answer, now_ms + getattr(event, "timeout_ms", 0))
+        self._maybe_snapshot(now_ms)
+
+    def _append_entries(self, entries: list[StateEntry], now_ms: int) -> None:
+        """Several entries as one batch. They were applied when they were decided."""
+        if not entries:
+            return
+        base = self.replica.log_end[STATE]
+        data = encode_batch([(None, encode_entry(e), []) for e in entries], base_offset=base, epoch=self.epoch)
+        header = read_header(data)
+        if self.queues is not None:
+            self.queues.appended(entries, header.next_offset - 1)
+        self._append(STATE, data, header, now_ms)
+
     def _decide(self, event: GroupEvent) -> StateEntry | Refused | None:
         groups, replica = self.groups, self.replica
         assert groups is not None
@@ -172,9 +211,7 @@ class Primary:
                 return None
 
     def _append_state(self, entry: StateEntry, now_ms: int) -> None:
-        base = self.replica.log_end[STATE]
-        data = encode_batch([(None, encode_entry(entry), [])], base_offset=base, epoch=self.epoch)
-        self._append(STATE, data, read_header(data), now_ms)
+        self._append_entries([entry], now_ms)
 
     def _append(self, log: int, data: bytearray, header: BatchHeader, now_ms: int) -> None:
         replica = self.replica
@@ -206,10 +243,14 @@ class Primary:
     def _maybe_snapshot(self, now_ms: int) -> None:
         """Bound the replay of a promotion: a committed snapshot makes everything before it unnecessary."""
         replica = self.replica
-        if self.snapshot_offset >= 0 or replica.state_bytes < replica.config.snapshot_bytes or self.groups is None:
+        enough = max(replica.config.snapshot_bytes, 4 * self.snapshot_bytes)
+        if self.snapshot_offset >= 0 or replica.state_bytes < enough or self.groups is None:
             return
         self.snapshot_offset = replica.log_end[STATE]
-        self._append_state(self.groups.snapshot(), now_ms)
+        start, end, epochs = replica.log_start[RECORDS], replica.log_end[RECORDS], replica.epochs[RECORDS]
+        before = replica.state_bytes
+        self._append_state(self.groups.snapshot(lambda at: epochs.epoch_at(at) if start <= at < end else -1), now_ms)
+        self.snapshot_bytes = replica.state_bytes - before
         replica.state_bytes = 0
 
     # -- answering ----------------------------------------------------------------------------------
@@ -226,11 +267,26 @@ class Primary:
                 if replica.raise_watermark(log, self.sync.committable(log)):
                     self.moved_ms = now_ms
         self.waits.release()
+        if self.queues is None and self.ready:
+            self.queues = Queues(replica, self._groups(), self.epoch, replica.config.queue)
+            self.queues.begin(now_ms)
+        if self.queues is not None:
+            self.queues.committed(now_ms)
         if 0 <= self.snapshot_offset < replica.high_watermark[STATE]:
             replica.advance_start(STATE, self.snapshot_offset)
             replica.out.append(AdvanceStart(STATE, self.snapshot_offset))
             self.snapshot_offset = -1
         self._maybe_resign(now_ms)
+
+    def _groups(self) -> GroupTable:
+        assert self.groups is not None
+        return self.groups
+
+    def retained_from(self, now_ms: int) -> int:
+        """What an in-sync replica still has to fetch, or a queue to settle, is not deleted."""
+        limit = self.sync.retained_from()
+        pinned = self.queues.pinned(now_ms) if self.queues is not None else None
+        return limit if pinned is None else min(limit, pinned)
 
     # -- secondaries and the in-sync set -------------------------------------------------------------
 
@@ -303,12 +359,23 @@ class Primary:
                 self._resign(handover, now_ms)
             else:
                 self.handover = None  # could not commit in time, or nobody heard: serve on
+        if self.queues is not None:
+            if self._refusal(now_ms, records=False) is None:
+                self._append_entries(self.queues.tick(now_ms), now_ms)
+            else:
+                self.queues.block(now_ms)
         self.sync.evaluate(now_ms)
         self.advance(now_ms)
 
     def next_deadline_ms(self) -> int | None:
         earliest = self.handover.deadline_ms if self.handover is not None else None
-        for due in (self.waits.next_deadline_ms(), self.feeder.next_deadline_ms(), self.sync.next_deadline_ms()):
+        queues = self.queues.next_deadline_ms() if self.queues is not None else None
+        for due in (
+            self.waits.next_deadline_ms(),
+            self.feeder.next_deadline_ms(),
+            self.sync.next_deadline_ms(),
+            queues,
+        ):
             if due is not None and (earliest is None or due < earliest):
                 earliest = due
         return earliest

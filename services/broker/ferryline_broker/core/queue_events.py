@@ -17,7 +17,7 @@ DONE, UNKNOWN_PRODUCER = "done", "unknown_producer"  # outcomes of a move to the
 # -- events -----------------------------------------------------------------------------------------
 
 
-class LeaseAsked(Event):
+class LeaseAsked(Event, frozen=True):
     """A receiver wants up to ``records_max`` records, now: what is not there is not waited for.
 
     An answer without records is given at once; the effect WakeReceivers says when it is worth asking again.
@@ -46,7 +46,7 @@ class SettleItem(msgspec.Struct, frozen=True, gc=False):
     detail: str = ""
 
 
-class SettleAsked(Event):
+class SettleAsked(Event, frozen=True):
     """All that one frame settles in this partition."""
 
     token: int
@@ -56,10 +56,16 @@ class SettleAsked(Event):
     timeout_ms: int = 30_000
 
     def story(self) -> Any:
-        return ("SettleAsked", self.token, self.group, self.member, [(i.lease, i.action, len(i.offsets)) for i in self.items])
+        return (
+            "SettleAsked",
+            self.token,
+            self.group,
+            self.member,
+            [(i.lease, i.action, len(i.offsets)) for i in self.items],
+        )
 
 
-class KeepAsked(Event):
+class KeepAsked(Event, frozen=True):
     """``leases`` is all that the member holds here: what else is leased to it is free."""
 
     token: int
@@ -69,7 +75,7 @@ class KeepAsked(Event):
     timeout_ms: int = 30_000
 
 
-class QueueAsked(Event):
+class QueueAsked(Event, frozen=True):
     """Look at a queue, or change it as a whole. See `QueueAsk` of the protocol."""
 
     token: int
@@ -94,19 +100,20 @@ class Scanned(msgspec.Struct, frozen=True, gc=False):
     id: bytes = b""
 
 
-class WindowRead(Event):
-    """Answer to ReadWindow: the records of [from, next_offset), control records left out. ``size``: their bytes."""
+class WindowRead(Event, frozen=True):
+    """Answer to ReadWindow: the records of [offset, next_offset), control records left out. ``size``: their bytes."""
 
     group: str
+    offset: int
     next_offset: int
     records: list[Scanned]
     size: int = 0
 
     def story(self) -> Any:
-        return ("WindowRead", self.group, self.next_offset, len(self.records))
+        return ("WindowRead", self.group, self.offset, self.next_offset, len(self.records))
 
 
-class DeadMoved(Event):
+class DeadMoved(Event, frozen=True):
     """The copy of a dead record is committed at its target (DONE), or the target does not know the producer any more
     (UNKNOWN_PRODUCER) and it must be sent under the next producer epoch."""
 
@@ -119,7 +126,7 @@ class DeadMoved(Event):
 # -- effects ----------------------------------------------------------------------------------------
 
 
-class AnswerLease(Effect):
+class AnswerLease(Effect, frozen=True):
     """``attempts[i]`` is how often ``offsets[i]`` has been leased, this time included. No offsets: nothing is ready."""
 
     token: int
@@ -130,7 +137,7 @@ class AnswerLease(Effect):
     attempts: list[int] = []
 
 
-class AnswerSettle(Effect):
+class AnswerSettle(Effect, frozen=True):
     """For each item: offsets that were leased again or given up since, and such as were settled before."""
 
     token: int
@@ -138,14 +145,14 @@ class AnswerSettle(Effect):
     settled: list[list[int]]
 
 
-class AnswerQueue(Effect):
+class AnswerQueue(Effect, frozen=True):
     token: int
     details: dict[str, Any]
 
 
-class ReadWindow(Effect):
-    """Read records from ``offset`` on, below ``below``, about ``bytes_max`` of them; report WindowRead, before any other
-    event."""
+class ReadWindow(Effect, frozen=True):
+    """Read records from ``offset`` on, below ``below``, about ``bytes_max`` of them; report WindowRead soon, so that
+    other work gets its turn between two of them. A failed read is reported as one that read nothing."""
 
     group: str
     offset: int
@@ -153,14 +160,14 @@ class ReadWindow(Effect):
     bytes_max: int
 
 
-class WakeReceivers(Effect):
+class WakeReceivers(Effect, frozen=True):
     """``ready`` records of the group can be leased: somebody who waits may ask again."""
 
     group: str
     ready: int
 
 
-class MoveDead(Effect):
+class MoveDead(Effect, frozen=True):
     """Copy the record at ``offset`` to the dead letters, with exactly this producer epoch and sequence, until it is
     committed there; then report DeadMoved. The same may be asked for again by the next primary."""
 

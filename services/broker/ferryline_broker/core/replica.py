@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from ferryline.protocol.messages import LOG_OK, RECORDS, STATE, LogPosition, ReplicaReport
-from ferryline.protocol.metadata import FLUSH_FSYNC, PartitionMeta
+from ferryline.protocol.metadata import FLUSH_FSYNC, PartitionMeta, RetryPolicy
 from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.events import (
@@ -25,6 +25,7 @@ from ferryline_broker.core.events import (
     WakeReaders,
 )
 from ferryline_broker.core.producers import ProducerTable
+from ferryline_broker.core.queue import QueueConfig
 
 ROLE_PRIMARY = "primary"
 ROLE_SECONDARY = "secondary"
@@ -47,6 +48,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True):
     alter_retry_ms: int = 1_000
     handover_ms: int = 300
     snapshot_bytes: int = 1024 * 1024  # of state log between two snapshots of the group table
+    queue: QueueConfig = QueueConfig()
 
 
 class LogOpened(msgspec.Struct):
@@ -94,6 +96,7 @@ class Replica:
         self.coord_epoch = 0
         self.live: dict[int, int] = {}
         self.disk_full = ""  # why records are refused
+        self.retry = RetryPolicy()  # of the topic's queues
         self.request_id = 0  # of AlterIsr proposals: rises per (broker_epoch, partition)
         self.fetch_id = 0
         self.state_bytes = 0  # appended to the state log since the last snapshot

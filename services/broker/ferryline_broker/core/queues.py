@@ -1,0 +1,313 @@
+"""All queues of one partition, in one primaryship: events in, state entries and answers out. Pure.
+
+`Primary` appends the entries and holds the answer back until they are committed. The tables belong to the `GroupTable`,
+which replays them; a `Queue` is made around each when this primaryship is ready, and dies with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from ferryline.protocol.messages import RECORDS, STATE
+from ferryline_broker.core.events import Effect, Event
+from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
+from ferryline_broker.core.queue import Queue, QueueConfig
+from ferryline_broker.core.queue_entries import Dying, Opened, Purged, QueuePaused
+from ferryline_broker.core.queue_events import (
+    DONE,
+    AnswerLease,
+    AnswerQueue,
+    AnswerSettle,
+    DeadMoved,
+    KeepAsked,
+    LeaseAsked,
+    QueueAsked,
+    ReadWindow,
+    SettleAsked,
+    WakeReceivers,
+    WindowRead,
+)
+from ferryline_broker.core.queue_table import QueueTable
+from ferryline_broker.core.replica import Replica
+
+QueueEvent = LeaseAsked | SettleAsked | KeepAsked | QueueAsked | WindowRead | DeadMoved
+QUEUES_MAX = 1_000  # of one partition: each has a row in every snapshot
+_ACTIVE_MS = 10_000  # somebody asked within this time: the window is kept full
+_BLOCKED_RETRY_MS = 100  # deadlines that fall due while nothing can be appended are looked at again after this
+
+
+class Outcome(msgspec.Struct):
+    """What is to be appended; then ``answer`` is due, at once or when everything appended so far is committed."""
+
+    entries: list[StateEntry] = []
+    answer: Effect | None = None
+    at_once: bool = False
+    refused: Refused | None = None
+
+
+class Queues:
+    """``blocked_ms``: nothing can be appended now; deadlines wait until then."""
+
+    def __init__(self, replica: Replica, tables: GroupTable, epoch: int, config: QueueConfig) -> None:
+        self._replica = replica
+        self._tables = tables
+        self._epoch = epoch
+        self._config = config
+        self._queues: dict[str, Queue] = {}
+        self._moves: dict[str, int] = {}  # group -> state offset that must be committed before the next copy
+        self.blocked_ms = 0
+
+    def queue(self, group: str, now_ms: int) -> Queue | None:
+        """The queue of a group; made when it is first needed."""
+        queue = self._queues.get(group)
+        table = self._tables.queues.get(group)
+        if table is None:
+            self._queues.pop(group, None)
+            return None
+        if queue is None or queue.table is not table:
+            queue = Queue(table, self._epoch, self._config, self._replica.epochs[RECORDS].epoch_at, now_ms)
+            self._queues[group] = queue
+        return queue
+
+    def begin(self, now_ms: int) -> None:
+        """This primaryship is ready: leases that were found run from now on, and copies that were begun are repeated."""
+        for group in sorted(self._tables.queues):
+            queue = self.queue(group, now_ms)
+            assert queue is not None
+            if any(story.dying is not None for story in queue.table.stories.values()):
+                self._moves[group] = -1
+
+    # -- events -------------------------------------------------------------------------------------
+
+    def handle(self, event: QueueEvent, now_ms: int) -> Outcome:
+        match event:
+            case LeaseAsked():
+                return self._lease(event, now_ms)
+            case WindowRead():
+                return self._read(event, now_ms)
+            case QueueAsked():
+                return self._asked(event, now_ms)
+        queue = self.queue(event.group, now_ms)
+        if queue is None:
+            return Outcome(refused=Refused("UNKNOWN_GROUP", f"no queue group {event.group!r} has received here"))
+        if isinstance(event, SettleAsked):
+            outcomes = [queue.settle(item, event.member, self._replica.retry, now_ms) for item in event.items]
+            answer: Effect = AnswerSettle(event.token, [one[0] for one in outcomes], [one[1] for one in outcomes])
+            return self._outcome(queue, answer, now_ms)
+        if isinstance(event, KeepAsked):
+            queue.keep(event.member, set(event.leases), now_ms)
+            return self._outcome(queue, AnswerSettle(event.token, [], []), now_ms)
+        queue.moved(event.offset, event.sequence, event.outcome == DONE, now_ms)
+        return self._outcome(queue, None, now_ms)
+
+    def _lease(self, event: LeaseAsked, now_ms: int) -> Outcome:
+        entries: list[StateEntry] = []
+        queue = self.queue(event.group, now_ms)
+        if queue is None:
+            if len(self._tables.queues) >= QUEUES_MAX:
+                message = f"group: {QUEUES_MAX} queue groups read this partition already"
+                return Outcome(refused=Refused("THROTTLED", message))
+            replica = self._replica
+            start = replica.high_watermark[RECORDS] if event.start == "end" else replica.log_start[RECORDS]
+            entry = Opened(event.group, event.ordering, start, self._epoch_before(start))
+            self._tables.apply(entry)
+            entries.append(entry)
+            queue = self.queue(event.group, now_ms)
+            assert queue is not None
+        elif queue.table.ordering != event.ordering:
+            message = f"ordering: group {event.group!r} has {queue.table.ordering!r}, not {event.ordering!r}"
+            return Outcome(refused=Refused("INVALID_ARGUMENT", message))
+        self._follow_retention(queue)
+        limit = max(1, min(event.records_max, int(event.bytes_max / queue.record_bytes)))
+        lease = queue.lease(event.member, event.lease_ms, limit, now_ms)
+        if lease is None:
+            queue.hungry = True
+            outcome = self._outcome(queue, AnswerLease(event.token), now_ms)
+            outcome.at_once = True
+        else:
+            offsets = sorted(lease.offsets)
+            attempts = [queue.table.stories[offset].attempts for offset in offsets]
+            answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts)
+            outcome = self._outcome(queue, answer, now_ms)
+        outcome.entries[:0] = entries
+        return outcome
+
+    def _read(self, event: WindowRead, now_ms: int) -> Outcome:
+        queue = self.queue(event.group, now_ms)
+        if queue is None:
+            return Outcome()
+        queue.reading = False
+        if event.offset == queue.window.scanned and event.next_offset > event.offset:
+            queue.scan(event.records, event.next_offset, now_ms)
+            if event.records:
+                queue.record_bytes += 0.5 * (event.size / len(event.records) - queue.record_bytes)
+        return self._outcome(queue, None, now_ms)
+
+    def _asked(self, event: QueueAsked, now_ms: int) -> Outcome:
+        queue = self.queue(event.group, now_ms)
+        if queue is None:
+            return Outcome(refused=Refused("UNKNOWN_GROUP", f"no queue group {event.group!r} has received here"))
+        high = self._replica.high_watermark[RECORDS]
+        entry: StateEntry
+        match event.op:
+            case "stats":
+                return Outcome(answer=AnswerQueue(event.token, queue.stats(high)), at_once=True)
+            case "explain":
+                told = queue.explain(event.offset, high, now_ms)
+                return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
+            case "peek":
+                told = {"offsets": self._unsettled(queue, event.offset, event.count, high)}
+                return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
+            case "redrive":
+                chosen = self._chosen(queue, event)
+                if event.dry_run:
+                    parked = [o for o, story in queue.table.stories.items() if story.parked and chosen(o)]
+                    return Outcome(answer=AnswerQueue(event.token, {"offsets": sorted(parked)}), at_once=True)
+                told = {"offsets": queue.redrive(chosen, now_ms)}
+                return self._outcome(queue, AnswerQueue(event.token, told), now_ms)
+            case "purge":
+                told = {"purged": high - queue.table.start - queue.table.settled.total, "below": high}
+                if event.dry_run:
+                    return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
+                entry = Purged(event.group, high, self._epoch_before(high))
+            case "pause" | "resume":
+                told = {"paused": event.op == "pause"}
+                entry = QueuePaused(event.group, event.op == "pause")
+            case "delete":
+                told = {}
+                entry = ForgetEntry(event.group)
+            case _:
+                return Outcome(refused=Refused("INVALID_ARGUMENT", f"op: {event.op[:32]!r} is unknown"))
+        self._tables.apply(entry)
+        if event.op == "purge":
+            queue.restart(now_ms)
+        outcome = self._outcome(queue, AnswerQueue(event.token, told), now_ms)
+        outcome.entries.insert(0, entry)
+        return outcome
+
+    def _unsettled(self, queue: Queue, offset: int, count: int, high: int) -> list[int]:
+        found: list[int] = []
+        at = max(queue.table.start, offset)
+        while len(found) < count:
+            at = queue.table.settled.next_outside(at)
+            if at >= high:
+                break
+            found.append(at)
+            at += 1
+        return found
+
+    def _chosen(self, queue: Queue, event: QueueAsked) -> Callable[[int], bool]:
+        left = [event.count if event.count > 0 else 2**31]
+
+        def chosen(offset: int) -> bool:
+            story, lane = queue.table.stories[offset], queue.window.lane_of.get(offset)
+            if left[0] <= 0 or offset < event.offset:
+                return False
+            if event.lane is not None and (lane is None or lane.key != event.lane):
+                return False
+            if event.reason and not any(event.reason in reason for _, reason, _ in story.history):
+                return False
+            left[0] -= 1
+            return True
+
+        return chosen
+
+    def _outcome(self, queue: Queue, answer: Effect | None, now_ms: int) -> Outcome:
+        entries: list[StateEntry] = list(queue.out)
+        queue.out.clear()
+        self._fill(queue, now_ms)
+        return Outcome(entries, answer)
+
+    def _epoch_before(self, offset: int) -> int:
+        """Epoch of the record before ``offset``; -1 where that is not retained any more."""
+        replica = self._replica
+        return replica.epochs[RECORDS].epoch_at(offset - 1) if offset > replica.log_start[RECORDS] else -1
+
+    # -- what follows from it -----------------------------------------------------------------------
+
+    def _fill(self, queue: Queue, now_ms: int) -> None:
+        """Keep the window of a queue that is used full, and wake whoever waits for records."""
+        if not queue.reading and (queue.hungry or now_ms - queue.asked_ms < _ACTIVE_MS):
+            wanted = queue.next_read(self._replica.high_watermark[RECORDS])
+            if wanted is not None:
+                queue.reading = True
+                self._replica.out.append(ReadWindow(queue.group, *wanted, self._config.read_bytes))
+        if queue.hungry and queue.filled and not queue.rebuilding and not queue.table.paused and queue.window.ready:
+            queue.hungry = False
+            self._replica.out.append(WakeReceivers(queue.group, len(queue.window.ready)))
+
+    def _follow_retention(self, queue: Queue) -> None:
+        start = self._replica.log_start[RECORDS]
+        if start > queue.table.start:
+            queue.table.skip(queue.table.start, start)
+            queue.window.scanned = max(queue.window.scanned, start)
+
+    def appended(self, entries: list[StateEntry], last: int) -> None:
+        """These entries stand in the state log, the last one at ``last``."""
+        for entry in entries:
+            if isinstance(entry, Dying):
+                self._moves[entry.group] = last
+
+    def committed(self, now_ms: int) -> None:
+        """A high watermark moved: new records may be looked at, and copies whose beginning is committed be made."""
+        high = self._replica.high_watermark[STATE]
+        for group, after in list(self._moves.items()):
+            if after >= high:
+                continue
+            queue = self.queue(group, now_ms)
+            move = queue.next_move() if queue is not None else None
+            if move is not None:
+                self._replica.out.append(move)
+            elif queue is None or queue.moving is None:
+                del self._moves[group]
+        for queue in self._queues.values():
+            if queue.hungry:
+                self._fill(queue, now_ms)
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def tick(self, now_ms: int) -> list[StateEntry]:
+        """What ended by time. The caller made sure that it can be appended."""
+        self.blocked_ms = 0
+        entries: list[StateEntry] = []
+        for queue in list(self._queues.values()):
+            due = queue.next_deadline_ms()
+            if due is not None and due <= now_ms:
+                queue.tick(self._replica.retry, now_ms)
+                entries += self._outcome(queue, None, now_ms).entries
+        return entries
+
+    def block(self, now_ms: int) -> None:
+        """Nothing can be appended now."""
+        self.blocked_ms = now_ms + _BLOCKED_RETRY_MS
+
+    def next_deadline_ms(self) -> int | None:
+        earliest = None
+        for queue in self._queues.values():
+            due = queue.next_deadline_ms()
+            if due is not None and (earliest is None or due < earliest):
+                earliest = due
+        return earliest if earliest is None else max(earliest, self.blocked_ms)
+
+    # -- questions ----------------------------------------------------------------------------------
+
+    def pinned(self, now_ms: int) -> int | None:
+        """The lowest record that a queue in use has not settled: retention stops there."""
+        starts = [
+            queue.table.start for queue in self._queues.values() if now_ms - queue.asked_ms < self._config.idle_ms
+        ]
+        return min(starts, default=None)
+
+    def ready(self, group: str) -> int:
+        queue = self._queues.get(group)
+        return len(queue.window.ready) if queue is not None and queue.filled and not queue.rebuilding else 0
+
+
+def open_table(entry: Opened) -> QueueTable:
+    """The table that an `Opened` makes."""
+    return QueueTable(entry.group, entry.ordering, entry.start)
+
+
+__all__ = ["Event", "Outcome", "Queues", "open_table"]

@@ -1,0 +1,273 @@
+"""The part of a queue that can be built again: lanes, priorities, delays. Pure.
+
+Records enter by `scan`, in the order of the log; each is then in one place::
+
+    scheduled   its deliver-at has not come: not in its lane yet
+    waiting     behind the records of its lane that are out
+    out         the head of its lane (or it has no lane): ready, leased, backing off, parked or dying
+
+At most one record of a lane is ready or leased at a time, or a run that was leased together. What becomes of a record
+that is out is decided by `Queue`; here only its place in the lane is kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+
+from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
+from ferryline_broker.core.queue_events import Scanned
+
+
+class Lane:
+    """Records of one key. ``out``: those that left the line; ``waiting[first:]``: the line, in order."""
+
+    __slots__ = ("first", "key", "out", "waiting")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.out: set[int] = set()
+        self.waiting: array[int] | None = None  # made when somebody waits: most lanes are one record long
+        self.first = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return 0 if self.waiting is None else len(self.waiting) - self.first
+
+    def push(self, offset: int) -> None:
+        if self.waiting is None:
+            self.waiting = array("q")
+        self.waiting.append(offset)
+
+    def pop(self) -> int:
+        assert self.waiting is not None
+        offset = self.waiting[self.first]
+        self.first += 1
+        if self.first > 512 and self.first * 2 > len(self.waiting):
+            del self.waiting[: self.first]
+            self.first = 0
+        return offset
+
+    def put_back(self, offset: int) -> None:
+        """To the head of the line: it had left it, and its turn has not come after all."""
+        if self.waiting is None:
+            self.waiting = array("q")
+        if self.first:
+            self.first -= 1
+            self.waiting[self.first] = offset
+        else:
+            self.waiting.insert(0, offset)
+
+    def peek(self) -> int:
+        assert self.waiting is not None
+        return self.waiting[self.first]
+
+
+class Window:
+    """``scanned``: records below it have entered. ``lane_of`` has exactly the offsets that are out."""
+
+    def __init__(self, scanned: int, overdue_ms: int) -> None:
+        self.scanned = scanned
+        self.lanes: dict[bytes, Lane] = {}
+        self.lane_of: dict[int, Lane | None] = {}
+        self.ready: dict[int, int] = {}  # offset -> since when
+        self.backing_off: dict[int, int] = {}  # offset -> until when
+        self.scheduled: dict[int, tuple[int, bytes | None]] = {}  # offset -> (due, key of its lane)
+        self.waiting = 0  # in all lanes
+        self._overdue_ms = overdue_ms  # a record that has been ready for this long goes before all that have not
+        self._heaps: list[list[int]] = [[] for _ in range(PRIORITIES)]
+        self._line: deque[tuple[int, int]] = deque()  # (since, offset) of what is ready, kept while priorities differ
+        self._mixed = False
+        self._later: list[tuple[int, int]] = []  # (due, offset) of what is scheduled or backs off
+        self._priority: dict[int, int] = {}  # where it is not the default
+        self._expires: dict[int, int] = {}
+
+    # -- entering -----------------------------------------------------------------------------------
+
+    def scan(self, record: Scanned, now_ms: int) -> None:
+        """A record that nobody has leased yet."""
+        offset = record.offset
+        if record.priority != PRIORITY_DEFAULT:
+            self._priority[offset] = record.priority
+            self._mixed = True
+        if record.expires_ms:
+            self._expires[offset] = record.expires_ms
+        if record.due_ms > now_ms:
+            self.scheduled[offset] = (record.due_ms, record.lane)
+            heapq.heappush(self._later, (record.due_ms, offset))
+        else:
+            self._arrive(offset, record.lane, now_ms)
+
+    def scan_out(self, record: Scanned) -> None:
+        """A record with a past: it is out already. Whoever in its lane only became ready by this rebuilding waits."""
+        if record.priority != PRIORITY_DEFAULT:
+            self._priority[record.offset] = record.priority
+            self._mixed = True
+        if record.lane is None:
+            self.lane_of[record.offset] = None
+            return
+        lane = self._lane(record.lane)
+        for early in sorted((offset for offset in lane.out if offset in self.ready), reverse=True):
+            del self.ready[early], self.lane_of[early]
+            lane.out.discard(early)
+            lane.put_back(early)
+            self.waiting += 1
+        lane.out.add(record.offset)
+        self.lane_of[record.offset] = lane
+
+    def _lane(self, key: bytes) -> Lane:
+        lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes[key] = Lane(key)
+        return lane
+
+    def _arrive(self, offset: int, key: bytes | None, now_ms: int) -> None:
+        if key is None:
+            self.lane_of[offset] = None
+            self.make_ready(offset, now_ms)
+            return
+        lane = self._lane(key)
+        if lane.out or len(lane):
+            lane.push(offset)
+            self.waiting += 1
+        else:
+            self._step_out(lane, offset, now_ms)
+
+    def _step_out(self, lane: Lane, offset: int, now_ms: int) -> None:
+        lane.out.add(offset)
+        self.lane_of[offset] = lane
+        self.make_ready(offset, now_ms)
+
+    # -- leaving ------------------------------------------------------------------------------------
+
+    def make_ready(self, offset: int, now_ms: int) -> None:
+        """It is out and may be leased."""
+        self.backing_off.pop(offset, None)
+        self.ready[offset] = now_ms
+        heapq.heappush(self._heaps[self._priority.get(offset, PRIORITY_DEFAULT)], offset)
+        if self._mixed:
+            self._line.append((now_ms, offset))
+
+    def back_off(self, offset: int, until_ms: int) -> None:
+        """It is out, and its lane waits with it until then."""
+        self.backing_off[offset] = until_ms
+        heapq.heappush(self._later, (until_ms, offset))
+
+    def put_back(self, offset: int) -> None:
+        """It was leased in a run behind one that comes first again."""
+        lane = self.lane_of.pop(offset)
+        assert lane is not None
+        lane.out.discard(offset)
+        lane.put_back(offset)
+        self.waiting += 1
+
+    def gone(self, offset: int, now_ms: int) -> None:
+        """It is terminal: the next of its lane steps out. An offset that never entered changes nothing."""
+        self.ready.pop(offset, None)
+        self.backing_off.pop(offset, None)
+        self._priority.pop(offset, None)
+        self._expires.pop(offset, None)
+        self.scheduled.pop(offset, None)
+        lane = self.lane_of.pop(offset, None)
+        if lane is None:
+            return
+        lane.out.discard(offset)
+        if lane.out:
+            return
+        if len(lane):
+            self.waiting -= 1
+            self._step_out(lane, lane.pop(), now_ms)
+        else:
+            del self.lanes[lane.key]
+
+    # -- choosing -----------------------------------------------------------------------------------
+
+    def pick(self, now_ms: int) -> int | None:
+        """The record that should be leased next; it is out, and not ready any more. None: nothing is ready."""
+        if self._mixed:
+            overdue = self._overdue(now_ms)
+            if overdue is not None:
+                return overdue
+        for heap in reversed(self._heaps):
+            while heap:
+                offset = heapq.heappop(heap)
+                if self.ready.pop(offset, None) is not None:
+                    return offset
+        return None
+
+    def _overdue(self, now_ms: int) -> int | None:
+        line = self._line
+        while line:
+            since, offset = line[0]
+            if self.ready.get(offset) == since:
+                if now_ms - since < self._overdue_ms:
+                    return None
+                line.popleft()
+                del self.ready[offset]
+                return offset
+            line.popleft()
+        return None
+
+    def follow(self, offset: int) -> int | None:
+        """The next record of the same lane joins a lease that ``offset`` is in. None: there is none."""
+        lane = self.lane_of[offset]
+        if lane is None or not len(lane):
+            return None
+        found = lane.pop()
+        self.waiting -= 1
+        lane.out.add(found)
+        self.lane_of[found] = lane
+        return found
+
+    def expired(self, offset: int, now_ms: int) -> bool:
+        due = self._expires.get(offset)
+        return due is not None and due <= now_ms
+
+    def behind(self, offset: int) -> list[int]:
+        """Others of its lane that are out, and come after it."""
+        lane = self.lane_of.get(offset)
+        return [] if lane is None or len(lane.out) == 1 else sorted(other for other in lane.out if other > offset)
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def due(self, now_ms: int) -> None:
+        """What was scheduled, or backed off, until now becomes ready, or joins its lane."""
+        later = self._later
+        while later and later[0][0] <= now_ms:
+            due, offset = heapq.heappop(later)
+            told = self.scheduled.get(offset)
+            if told is not None and told[0] == due:
+                del self.scheduled[offset]
+                self._arrive(offset, told[1], now_ms)
+            elif self.backing_off.get(offset) == due:
+                self.make_ready(offset, now_ms)
+
+    def next_due_ms(self) -> int | None:
+        later = self._later
+        while later:
+            due, offset = later[0]
+            if self.backing_off.get(offset) == due or (offset in self.scheduled and self.scheduled[offset][0] == due):
+                return due
+            heapq.heappop(later)
+        return None
+
+    def priority(self, offset: int) -> int:
+        return self._priority.get(offset, PRIORITY_DEFAULT)
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """(state, detail) of an offset for `explain`: what it waits behind, or until when."""
+        if offset in self.ready:
+            return "available", 0
+        if offset in self.backing_off:
+            return "delayed", self.backing_off[offset]
+        if offset in self.scheduled:
+            return "delayed", self.scheduled[offset][0]
+        if offset in self.lane_of:
+            return "out", 0
+        if offset >= self.scanned:
+            return "not in window", 0
+        for lane in self.lanes.values():
+            if lane.waiting is not None and offset in lane.waiting[lane.first :]:
+                return "waiting", min(lane.out) if lane.out else -1
+        return "unknown", 0

@@ -1,0 +1,162 @@
+"""What queues read of the record log: keys and headers for the window, whole records for deliveries.
+
+A batch is decoded once and kept while there is room (one budget for all partitions); a delivery mostly finds its records
+here. Only committed records are asked for, and those never change, so nothing has to be thrown away but whole partitions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import OrderedDict
+
+from ferryline.protocol.errors import CorruptBatch
+from ferryline.protocol.messages import RECORDS
+from ferryline.protocol.queue_messages import (
+    HEADER_DELIVER_AT,
+    HEADER_EXPIRES_AT,
+    HEADER_ID,
+    HEADER_PRIORITY,
+    PRIORITIES,
+    PRIORITY_DEFAULT,
+)
+from ferryline.protocol.records import BatchHeader, DecodedRecord, decode_batch
+from ferryline_broker.core.events import Key
+from ferryline_broker.core.queue_events import ReadWindow, Scanned, WindowRead
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.log.interface import LogDamaged
+from ferryline_broker.log.walk import checked_batches
+
+CACHE_BYTES = 64 * 1024 * 1024
+_READ_BYTES = 256 * 1024
+_RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
+_YEARS_MS = 100 * 365 * 86_400_000
+
+
+class _Batch:
+    """One decoded batch; ``records`` is empty for a control batch."""
+
+    __slots__ = ("cost", "header", "records")
+
+    def __init__(self, header: BatchHeader, records: list[DecodedRecord]) -> None:
+        self.header = header
+        self.records = records
+        self.cost = header.size + _RECORD_OVERHEAD_BYTES * len(records)
+
+
+class QueueRecords:
+    """Reads and keeps decoded batches. Raises StorageFailed (also for damage) where the log does."""
+
+    def __init__(self, bytes_max: int = CACHE_BYTES) -> None:
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._batches: OrderedDict[tuple[Key, int], _Batch] = OrderedDict()  # (partition, base offset), oldest first
+        self._bases: dict[Key, list[int]] = {}
+
+    def window(self, hosted: HostedReplica, ask: ReadWindow, now_ms: int, wall_ms: int) -> WindowRead:
+        """The answer to a core's ReadWindow. Moments of the wall clock become moments of this broker's clock."""
+        ahead = now_ms - wall_ms
+        scanned: list[Scanned] = []
+        next_offset, size = ask.offset, 0
+        for batch in self._read(hosted, ask.offset, ask.below, ask.bytes_max):
+            next_offset = batch.header.next_offset
+            size += batch.header.size
+            for record in batch.records:
+                if record.headers:
+                    scanned.append(_with_headers(record, ahead))
+                else:
+                    scanned.append(Scanned(record.offset, record.key))
+        return WindowRead(ask.group, ask.offset, next_offset, scanned, size)
+
+    def records(self, hosted: HostedReplica, offsets: list[int]) -> list[DecodedRecord]:
+        """The records at these offsets, in ascending order. An offset that is not there (retained away) is left out."""
+        found: list[DecodedRecord] = []
+        batch: _Batch | None = None
+        for offset in offsets:
+            if batch is None or not batch.header.base_offset <= offset < batch.header.next_offset:
+                batch = self._batch(hosted, offset)
+            if batch is not None and batch.records:
+                found.append(batch.records[offset - batch.header.base_offset])
+        return found
+
+    def forget(self, key: Key) -> None:
+        """The replica is gone, or was cut: another record may come to stand where one stood."""
+        for base in self._bases.pop(key, ()):
+            self._bytes -= self._batches.pop((key, base)).cost
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _batch(self, hosted: HostedReplica, offset: int) -> _Batch | None:
+        bases = self._bases.get(hosted.key)
+        if bases:
+            at = bisect_right(bases, offset) - 1
+            if at >= 0:
+                key = (hosted.key, bases[at])
+                batch = self._batches[key]
+                if offset < batch.header.next_offset:
+                    self._batches.move_to_end(key)
+                    return batch
+        for batch in self._read(hosted, offset, hosted.core.high_watermark[RECORDS], 1):
+            if batch.header.base_offset <= offset < batch.header.next_offset:
+                return batch
+        return None
+
+    def _read(self, hosted: HostedReplica, offset: int, below: int, bytes_max: int) -> list[_Batch]:
+        log = hosted.logs[RECORDS]
+        if offset < log.log_start or offset >= below:
+            return []
+        data = log.read(offset, min(bytes_max, _READ_BYTES), below)
+        view = memoryview(data)
+        found: list[_Batch] = []
+        for at, header in checked_batches(log.path, data, offset):
+            known = self._batches.get((hosted.key, header.base_offset))
+            if known is None or known.header != header:
+                try:
+                    records = [] if header.is_control else list(decode_batch(view[at : at + header.size], header))
+                except CorruptBatch as error:
+                    why = f"{log.path}: undecodable at offset {header.base_offset}: {error.message}"
+                    raise LogDamaged(why, offset=header.base_offset) from error
+                known = _Batch(header, records)
+                self._keep(hosted.key, known)
+            found.append(known)
+        return found
+
+    def _keep(self, key: Key, batch: _Batch) -> None:
+        base = batch.header.base_offset
+        old = self._batches.pop((key, base), None)
+        if old is not None:
+            self._bytes -= old.cost
+        else:
+            insort(self._bases.setdefault(key, []), base)
+        self._batches[key, base] = batch
+        self._bytes += batch.cost
+        while self._bytes > self._bytes_max and len(self._batches) > 1:
+            (owner, first), oldest = self._batches.popitem(last=False)
+            self._bytes -= oldest.cost
+            self._bases[owner].remove(first)
+            if not self._bases[owner]:
+                del self._bases[owner]
+
+
+def _with_headers(record: DecodedRecord, ahead_ms: int) -> Scanned:
+    """What headers say that queues know. A value that makes no sense counts as none: a record must not stop a queue."""
+    priority, due_ms, expires_ms, identity = PRIORITY_DEFAULT, 0, 0, b""
+    for name, value in record.headers:
+        if value is None or not name.startswith("fl-"):
+            continue
+        if name == HEADER_PRIORITY:
+            level = _number(value)
+            priority = level if 0 <= level < PRIORITIES else PRIORITY_DEFAULT
+        elif name == HEADER_DELIVER_AT:
+            due_ms = max(0, _number(value) + ahead_ms) if _number(value) > 0 else 0
+        elif name == HEADER_EXPIRES_AT:
+            expires_ms = max(1, _number(value) + ahead_ms) if _number(value) > 0 else 0
+        elif name == HEADER_ID:
+            identity = value
+    return Scanned(record.offset, record.key, priority, due_ms, expires_ms, identity)
+
+
+def _number(value: bytes) -> int:
+    """A moment or level in ASCII digits; -1 for anything else."""
+    if not value.isdigit() or len(value) > 15:
+        return -1
+    return min(int(value), _YEARS_MS)
