@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from ferryline.protocol.metadata import NO_BROKER, ClusterMetadata, MetadataAnswer, MetadataRequest, TopicMeta
+from ferryline.protocol.routing import RoutingTable
 
 PartitionKey = tuple[str, int]  # (topic_id, partition)
 
@@ -28,6 +29,7 @@ class Routing:
     def __init__(self) -> None:
         self.cluster = ClusterMetadata()
         self._hints: dict[PartitionKey, Route] = {}
+        self._table = RoutingTable(self.cluster.exchanges)
 
     @property
     def cluster_id(self) -> str:
@@ -54,6 +56,12 @@ class Routing:
 
     def topic(self, name: str) -> TopicMeta | None:
         return self.cluster.topic(name)
+
+    def table(self) -> RoutingTable:
+        """Routes through the exchanges as they are known now."""
+        if self._table.exchanges is not self.cluster.exchanges:
+            self._table = RoutingTable(self.cluster.exchanges, self._table)
+        return self._table
 
     def route(self, key: PartitionKey) -> Route:
         hint = self._hints.get(key)

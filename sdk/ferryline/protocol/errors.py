@@ -14,9 +14,10 @@ Behaviour sits on the class, so that nobody compares codes by hand:
     ├─ InvalidRequest            MalformedRequest UnsupportedVersion UnknownKind InvalidName InvalidArgument
     │                            RecordTooLarge CorruptBatch SerializationFailed
     ├─ Unauthorized              BadCredentials Forbidden
-    ├─ NotFound                  UnknownTopic UnknownPartition UnknownGroup UnknownBroker OffsetOutOfRange
-    │                            LogTruncated
-    ├─ Conflict                  TopicExists StalePartitioning OutOfOrderSequence UnknownProducer ClusterMismatch
+    ├─ NotFound                  UnknownTopic UnknownPartition UnknownGroup UnknownBroker UnknownExchange Unroutable
+    │                            OffsetOutOfRange LogTruncated
+    ├─ Conflict                  TopicExists ExchangeExists StalePartitioning OutOfOrderSequence UnknownProducer
+    │                            ClusterMismatch
     ├─ Fenced                    StaleEpoch StaleBrokerEpoch StaleCoordinator StaleMember UnknownMember ProducerFenced
     │                            VersionConflict
     ├─ NotPrimary                carries the primary's id when known
@@ -27,6 +28,7 @@ Behaviour sits on the class, so that nobody compares codes by hand:
     ├─ CommitUnknown             appended, but this primaryship cannot say whether it committed
     ├─ InternalError             StorageFailed
     └─ client side only          ConnectionFailed ConnectionLost ClientClosed OutcomeUnknown DeadlineExceeded
+                                 PartlyPublished
 """
 
 from __future__ import annotations
@@ -150,6 +152,20 @@ class UnknownBroker(NotFound):
     code = "UNKNOWN_BROKER"
 
 
+class UnknownExchange(NotFound):
+    code = "UNKNOWN_EXCHANGE"
+    refresh_metadata = True
+    remedy = "Create it: ferryline exchange create NAME --type topic."
+
+
+class Unroutable(NotFound):
+    """A mandatory record that no binding takes, and no alternate exchange either. It was sent nowhere."""
+
+    code = "UNROUTABLE"
+    refresh_metadata = True
+    remedy = "Bind a topic to the exchange: ferryline binding add EXCHANGE --topic NAME."
+
+
 class OffsetOutOfRange(NotFound):
     """``details``: log_start, high_watermark."""
 
@@ -171,6 +187,12 @@ class Conflict(FerrylineError):
 
 class TopicExists(Conflict):
     code = "TOPIC_EXISTS"
+
+
+class ExchangeExists(Conflict):
+    """``details``: type and alternate of the one that is there."""
+
+    code = "EXCHANGE_EXISTS"
 
 
 class StalePartitioning(Conflict):
@@ -373,6 +395,19 @@ class DeadlineExceeded(FerrylineError):
 
     code = "DEADLINE_EXCEEDED"
     http_status = 504
+
+
+class PartlyPublished(FerrylineError):
+    """Not all topics that an exchange names have the record. ``results``: by topic, where it stands, or its error."""
+
+    code = "PARTLY_PUBLISHED"
+    http_status = 502
+    definite = False
+    remedy = "Send it again to the topics in `results` that failed, not to the exchange."
+
+    def __init__(self, message: str = "", results: dict[str, Any] | None = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.results = results or {}
 
 
 def _tree(cls: type[FerrylineError]) -> dict[str, type[FerrylineError]]:

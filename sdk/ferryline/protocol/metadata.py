@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from ferryline.protocol.exchanges import ExchangeMeta
+
 NO_BROKER = 0  # broker ids begin at 1
 FLUSH_FSYNC = "fsync"  # an acknowledgement means fsynced on every in-sync replica
 FLUSH_REPLICATED = "replicated"  # ... in the page cache of every in-sync replica; a power cut of all may lose it
@@ -28,6 +30,9 @@ class BrokerMeta(msgspec.Struct, array_like=True, frozen=True):
     draining: bool = False  # asked by an operator; outlives restarts until cancelled
 
 
+ON_DEAD_SKIP, ON_DEAD_PARK = "skip", "park"  # what becomes of a record whose attempts are used up
+
+
 class RetryPolicy(msgspec.Struct, array_like=True, frozen=True):
     """How a topic retries what its queues could not process. ``attempts``: leases of a record, all together.
 
@@ -39,7 +44,7 @@ class RetryPolicy(msgspec.Struct, array_like=True, frozen=True):
     attempts: int = 5
     backoff_ms: int = 1_000
     backoff_max_ms: int = 60_000
-    on_dead: str = "skip"
+    on_dead: str = ON_DEAD_SKIP
     dead_letters: str = ""
 
 
@@ -123,6 +128,8 @@ class MetadataAnswer(msgspec.Struct, array_like=True):
     feature_level: int = 1
     coordinators: list[str] = []  # URLs
     deleted_brokers: list[int] = []
+    exchanges: list[ExchangeMeta] = []  # with all their bindings
+    deleted_exchanges: list[str] = []  # names
 
 
 class ClusterMetadata:
@@ -138,6 +145,7 @@ class ClusterMetadata:
         self.topics: dict[str, TopicMeta] = {}  # by id
         self.topic_ids: dict[str, str] = {}  # name -> id
         self.partitions: dict[tuple[str, int], PartitionMeta] = {}
+        self.exchanges: dict[str, ExchangeMeta] = {}  # by name; another object whenever one of them changes
 
     def request(self, wait_ms: int) -> MetadataRequest:
         return MetadataRequest(self.cluster_id, self.coord_epoch, self.revision, wait_ms)
@@ -175,6 +183,8 @@ class ClusterMetadata:
                 self.partitions[part.key] = part
         for topic_id in answer.deleted_topics:
             self._forget(topic_id)
+        if answer.full or answer.exchanges or answer.deleted_exchanges:
+            self._take_exchanges(answer)
         return True
 
     def topic(self, name: str) -> TopicMeta | None:
@@ -204,7 +214,17 @@ class ClusterMetadata:
             [],
             self.feature_level,
             list(self.coordinators),
+            [],
+            list(self.exchanges.values()),
         )
+
+    def _take_exchanges(self, answer: MetadataAnswer) -> None:
+        kept = {} if answer.full else self.exchanges
+        changed = {**kept, **{exchange.name: exchange for exchange in answer.exchanges}}
+        for name in answer.deleted_exchanges:
+            changed.pop(name, None)
+        if changed != self.exchanges:
+            self.exchanges = changed
 
     def _forget(self, topic_id: str) -> None:
         topic = self.topics.pop(topic_id, None)
