@@ -11,6 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ferryline.protocol.errors import FerrylineError
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import PartitionMeta, TopicMeta
 from ferryline_coordinator.core.events import Decision, Effect, Note, Refuse, Reply
 from ferryline_coordinator.core.records import (
@@ -22,6 +23,7 @@ from ferryline_coordinator.core.records import (
     PartRecord,
     Record,
     TopicGone,
+    exchange_key,
     group_key,
     owners_key,
     part_key,
@@ -30,7 +32,7 @@ from ferryline_coordinator.core.records import (
 )
 from ferryline_coordinator.core.state import CoordinatorState, Key
 
-_VISIBLE = (BrokerRecord, TopicMeta, TopicGone)
+_VISIBLE = (BrokerRecord, TopicMeta, TopicGone, ExchangeMeta)
 
 
 class Change:
@@ -102,6 +104,17 @@ class Change:
             return None
         record = self._puts.get(topic_key(known.id))
         return record if isinstance(record, TopicMeta) else known
+
+    def exchange(self, name: str) -> ExchangeMeta | None:
+        if exchange_key(name) in self._deletes:
+            return None
+        record = self._puts.get(exchange_key(name))
+        return record if isinstance(record, ExchangeMeta) else self.state.exchanges.get(name)
+
+    def exchanges(self) -> list[ExchangeMeta]:
+        """All exchanges by name."""
+        names = {*self.state.exchanges, *(r.name for r in self._puts.values() if isinstance(r, ExchangeMeta))}
+        return [record for name in sorted(names) if (record := self.exchange(name)) is not None]
 
     def group(self, name: str) -> GroupRecord | None:
         if group_key(name) in self._deletes:
@@ -206,7 +219,7 @@ class Change:
             bool(self._parts)
             or self.cluster_moved
             or any(isinstance(record, _VISIBLE) for record in self._puts.values())
-            or any(key.startswith("broker/") for key in self._deletes)
+            or any(key.startswith(("broker/", "exchange/")) for key in self._deletes)
         )
 
     @property

@@ -30,6 +30,9 @@ class CoreConfig:
     groups_max: int = 10_000
     brokers_max: int = 1_000
     topics_max: int = 10_000
+    exchanges_max: int = 1_000
+    bindings_max: int = 1_000  # of one exchange
+    exchange_bytes_max: int = 1024 * 1024  # all exchanges with their bindings, encoded: one answer tells all of them
     partitions_max: int = 100_000  # of the cluster, times replication
 
     def __post_init__(self) -> None:

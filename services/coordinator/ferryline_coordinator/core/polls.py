@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 from ferryline.protocol.errors import ClusterMismatch, Throttled
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.limits import WAIT_MS_MAX
 from ferryline.protocol.metadata import BrokerMeta, MetadataAnswer, PartitionMeta, TopicMeta
 from ferryline_coordinator.core.config import CoreConfig
@@ -69,7 +70,7 @@ class Polls:
         self._full.clear()
         if not self._parked:
             return []
-        brokers, topics, parts, gone = [], [], [], []
+        brokers, topics, parts, gone, exchanges = [], [], [], [], []
         coordinators: tuple[str, ...] = ()
         revision = self._state.revision + 1
         for record in decision.puts:
@@ -82,9 +83,12 @@ class Polls:
                     parts.append(record.meta)
                 case TopicGone():
                     gone.append(record.topic_id)
+                case ExchangeMeta():
+                    exchanges.append(record)
                 case ClusterRecord():
                     coordinators = record.coordinators
         forgotten = [int(key.partition("/")[2]) for key in decision.deletes if key.startswith("broker/")]
+        dropped = [key.partition("/")[2] for key in decision.deletes if key.startswith("exchange/")]
         answer = self._answer(
             full=False,
             revision=revision,
@@ -94,6 +98,8 @@ class Polls:
             deleted_topics=gone,
             deleted_brokers=forgotten,
             coordinators=coordinators,
+            exchanges=exchanges,
+            deleted_exchanges=dropped,
         )
         effects: list[Effect] = [Reply(reply, answer) for reply in self._parked]
         self._parked.clear()
@@ -124,6 +130,8 @@ class Polls:
         topics: list[TopicMeta] = []
         gone: list[str] = []
         forgotten: list[int] = []
+        exchanges: list[ExchangeMeta] = []
+        dropped: list[str] = []
         state = self._state
         parts = [
             state.parts[key].meta for key in sorted(key for key in changed if type(key) is tuple) if key in state.parts
@@ -140,6 +148,10 @@ class Polls:
                 topics.append(state.topics[rest])
             elif kind == "gone":
                 gone.append(rest)
+            elif kind == "exchange" and rest in state.exchanges:
+                exchanges.append(state.exchanges[rest])
+            elif kind == "exchange":
+                dropped.append(rest)
         return self._answer(
             full=False,
             brokers=brokers,
@@ -147,6 +159,8 @@ class Polls:
             partitions=parts,
             deleted_topics=gone,
             deleted_brokers=forgotten,
+            exchanges=exchanges,
+            deleted_exchanges=dropped,
         )
 
     def _everything(self, for_broker: bool) -> MetadataAnswer:
@@ -160,6 +174,7 @@ class Polls:
                 partitions=[state.parts[key].meta for key in state.part_keys()],
                 # A broker that was away while a topic was deleted still gets the explicit command to remove its data.
                 deleted_topics=sorted(state.gone) if for_broker else [],
+                exchanges=[state.exchanges[name] for name in sorted(state.exchanges)],
             )
         return answer
 
@@ -174,6 +189,8 @@ class Polls:
         deleted_topics: list[str] | None = None,
         deleted_brokers: list[int] | None = None,
         coordinators: tuple[str, ...] = (),
+        exchanges: list[ExchangeMeta] | None = None,
+        deleted_exchanges: list[str] | None = None,
     ) -> MetadataAnswer:
         cluster = self._state.cluster
         assert cluster is not None
@@ -189,4 +206,6 @@ class Polls:
             cluster.feature_level,
             list(coordinators or cluster.coordinators or self._config.coordinators),
             deleted_brokers or [],
+            exchanges or [],
+            deleted_exchanges or [],
         )

@@ -3,6 +3,7 @@
     cluster                      ClusterRecord
     broker/<id>                  BrokerRecord
     topic/<topic id>             TopicMeta
+    exchange/<name>              ExchangeMeta
     part/<topic id>/<number>     PartRecord
     gone/<topic id>              TopicGone
     group/<name>                 GroupRecord
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import BrokerMeta, PartitionMeta, TopicMeta
 
 
@@ -92,7 +94,9 @@ class GroupOwners(msgspec.Struct, array_like=True, frozen=True):
     generations: tuple[int, ...]
 
 
-Record: TypeAlias = ClusterRecord | BrokerRecord | TopicMeta | PartRecord | TopicGone | GroupRecord | GroupOwners
+Record: TypeAlias = (
+    ClusterRecord | BrokerRecord | TopicMeta | PartRecord | TopicGone | GroupRecord | GroupOwners | ExchangeMeta
+)
 
 CLUSTER_KEY = "cluster"
 _TYPES: dict[str, type[Record]] = {
@@ -103,6 +107,7 @@ _TYPES: dict[str, type[Record]] = {
     "gone": TopicGone,
     "group": GroupRecord,
     "owners": GroupOwners,
+    "exchange": ExchangeMeta,
 }
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
@@ -134,6 +139,10 @@ def owners_key(group: str, topic_id: str) -> str:
     return f"owners/{group}/{topic_id}"
 
 
+def exchange_key(name: str) -> str:
+    return f"exchange/{name}"
+
+
 def cluster_id_of(value: bytes) -> str:
     """Of an encoded ClusterRecord."""
     record: ClusterRecord = _decoders["cluster"].decode(value)
@@ -157,6 +166,8 @@ def record_key(record: Record) -> str:
             return group_key(record.group)
         case GroupOwners():
             return owners_key(record.group, record.topic_id)
+        case ExchangeMeta():
+            return exchange_key(record.name)
 
 
 def encode_record(record: Record) -> bytes:

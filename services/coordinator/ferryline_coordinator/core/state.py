@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import NO_BROKER, BrokerMeta, PartitionMeta, TopicMeta, check_partition
 from ferryline_coordinator.core.events import Decision
 from ferryline_coordinator.core.records import (
@@ -40,6 +41,7 @@ class CoordinatorState:
         self.topic_ids: dict[str, str] = {}  # name -> id
         self.parts: dict[Key, PartRecord] = {}
         self.gone: dict[str, TopicGone] = {}
+        self.exchanges: dict[str, ExchangeMeta] = {}
         self.groups: dict[str, GroupRecord] = {}
         self.owners: dict[tuple[str, str], GroupOwners] = {}
         self.group_topics: dict[str, set[str]] = {}  # group -> topics that have owners
@@ -128,6 +130,8 @@ class CoordinatorState:
             case GroupOwners():
                 self.owners[(record.group, record.topic_id)] = record
                 self.group_topics.setdefault(record.group, set()).add(record.topic_id)
+            case ExchangeMeta():
+                self.exchanges[record.name] = record
 
     def _put_part(self, record: PartRecord) -> None:
         meta = record.meta
@@ -213,6 +217,8 @@ class CoordinatorState:
                 group, _, topic_id = rest.partition("/")
                 self.owners.pop((group, topic_id), None)
                 self.group_topics.get(group, set()).discard(topic_id)
+            case "exchange":
+                self.exchanges.pop(rest, None)
             case _:
                 raise AssertionError(key)
 
@@ -221,10 +227,10 @@ class CoordinatorState:
         for record in decision.puts:
             if isinstance(record, PartRecord):
                 self.changes.append((revision, record.meta.key))
-            elif isinstance(record, BrokerRecord | TopicMeta | TopicGone):
+            elif isinstance(record, BrokerRecord | TopicMeta | TopicGone | ExchangeMeta):
                 self.changes.append((revision, record_key(record)))
         for key in decision.deletes:
-            if key.startswith("broker/"):
+            if key.startswith(("broker/", "exchange/")):
                 self.changes.append((revision, key))
         while len(self.changes) > self._changes_max:
             self.changes_floor = max(self.changes_floor, self.changes.popleft()[0])
