@@ -400,3 +400,24 @@ def test_runs_join_and_are_cut() -> None:
     assert list(runs) == [(6, 12)]
     runs.cut_below(12)
     assert list(runs) == []
+
+
+def test_an_id_that_comes_again_is_delivered_once() -> None:
+    world = World()
+    world.add("a", id=b"one")
+    world.add("a", id=b"one")
+    world.add("a", id=b"two")
+    assert world.lease() == [0]
+    world.settle(ACK, 0)
+    assert world.lease() == [2], "1 is settled as a duplicate"
+    world.now += 300_000
+    world.add("b", id=b"one")
+    assert world.lease() == [3], "after the dedupe window it is a new one"
+
+
+def test_records_that_were_ready_before_priorities_differed_count_as_waiting_too() -> None:
+    world = World(None)
+    world.now += 9_000
+    world.add(*[None] * 3, priority=9)
+    world.now += 1_000
+    assert world.lease(1) == [0]

@@ -43,12 +43,11 @@ Pairs = list[tuple[str, bytes | None]]
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Where a dead record stands. ``codec``: of its batch."""
+    """Where a dead record stands."""
 
     topic_id: str
     topic: str
     partition: int
-    codec: str = "none"
 
 
 def config_of(source: TopicConfig) -> TopicConfig:
@@ -72,49 +71,42 @@ def producer_of(topic_id: str, partition: int, group: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def copy_of(origin: Origin, record: DecodedRecord | None, move: MoveDead, now_ms: int) -> bytes:
-    """The batch to produce. ``record`` None: it does not decode, and only its story can be told.
+def copy_of(origin: Origin, record: DecodedRecord, move: MoveDead, now_ms: int) -> bytes:
+    """The batch to produce: the same bytes for the same arguments.
 
     ``now_ms`` becomes its time stamp: retention of the dead letters counts from the death.
     """
-    key, value, headers = None, None, _story(origin, record, move)
-    if record is not None:
-        key, value = record.key, record.value
-        headers = [(name, held) for name, held in record.headers if name not in (*ADDED, *DROPPED)] + headers
-    producer = (
-        producer_of(origin.topic_id, origin.partition, move.group),
-        move.producer_epoch,
-        move.sequence,
-    )
-    data = encode_batch([(key, value, headers)], timestamp_ms=now_ms, codec=origin.codec, producer=producer)
-    if len(data) > BATCH_BYTES_MAX:  # decoded, a record may be far larger than any batch
-        row = _cut(key, value, headers[-len(_story(origin, record, move)) :], BATCH_BYTES_MAX - STORY_BYTES)
+    story = _story(origin, record, move)
+    own = [(name, held) for name, held in record.headers if name not in ADDED and name not in DROPPED]
+    producer = (producer_of(origin.topic_id, origin.partition, move.group), move.producer_epoch, move.sequence)
+    row = (record.key, record.value, own + story)
+    data = encode_batch([row], timestamp_ms=now_ms, producer=producer)
+    if len(data) > BATCH_BYTES_MAX:  # it came in a compressed batch
+        data = encode_batch([row], timestamp_ms=now_ms, codec="zstd", producer=producer)
+    if len(data) > BATCH_BYTES_MAX:
+        row = _cut(record.key, record.value, own, story, BATCH_BYTES_MAX - STORY_BYTES)
         data = encode_batch([row], timestamp_ms=now_ms, producer=producer)
     return bytes(data)
 
 
-def _story(origin: Origin, record: DecodedRecord | None, move: MoveDead) -> Pairs:
+def _story(origin: Origin, record: DecodedRecord, move: MoveDead) -> Pairs:
     """The headers that say where the record comes from and why it is here."""
     history = move.history
-    detail = history[-1][2] if history else ""
-    if record is None:
-        detail = "the record does not decode"
     found: Pairs = [
         (HEADER_ORIGIN_TOPIC, origin.topic.encode()),
         (HEADER_ORIGIN_PARTITION, b"%d" % origin.partition),
         (HEADER_ORIGIN_OFFSET, b"%d" % move.offset),
+        (HEADER_ORIGIN_TIMESTAMP, b"%d" % record.timestamp),
         (HEADER_GROUP, move.group.encode()),
         (HEADER_REASON, shortened(move.reason, REASON_BYTES)),
         (HEADER_ATTEMPTS, b"%d" % move.attempts),
         (HEADER_HISTORY, history_json(history, HISTORY_BYTES)),
     ]
-    if detail:
-        found.append((HEADER_EXCEPTION, shortened(detail, EXCEPTION_BYTES)))
-    if record is not None:
-        found.append((HEADER_ORIGIN_TIMESTAMP, b"%d" % record.timestamp))
-        ids = [value for name, value in record.headers if name == HEADER_ID]
-        if ids:
-            found.append((HEADER_ORIGIN_ID, ids[-1]))
+    if history and history[-1][2]:
+        found.append((HEADER_EXCEPTION, shortened(history[-1][2], EXCEPTION_BYTES)))
+    ids = [value for name, value in record.headers if name == HEADER_ID]
+    if ids:
+        found.append((HEADER_ORIGIN_ID, ids[-1]))
     return found
 
 
@@ -146,10 +138,23 @@ def shortened(text: str, bytes_max: int) -> bytes:
     return (encoded[: bytes_max - len(_CUT)].decode(errors="ignore") + _CUT).encode()
 
 
-def _cut(key: bytes | None, value: bytes | None, story: Pairs, bytes_max: int) -> tuple[bytes | None, bytes | None, Pairs]:
-    """The key, and as much of the value as fits; own headers, which may be as large, are left out with their bytes."""
-    given = len(key or b"") + len(value or b"")
+def _cut(
+    key: bytes | None, value: bytes | None, own: Pairs, story: Pairs, bytes_max: int
+) -> tuple[bytes | None, bytes | None, Pairs]:
+    """The key, the record's own headers if they fit, and as much of the value as does."""
+    whole = _size(key, value, own)
     key = key[:bytes_max] if key is not None else None
-    value = value[: bytes_max - len(key or b"")] if value is not None else None
-    left_out = given - len(key or b"") - len(value or b"")
-    return key, value, [*story, (HEADER_TRUNCATED, b"%d" % left_out)]
+    if _size(key, None, own) > bytes_max:
+        own = []
+    value = value[: bytes_max - _size(key, None, own)] if value is not None else None
+    return key, value, [*own, *story, (HEADER_TRUNCATED, b"%d" % (whole - _size(key, value, own)))]
+
+
+def _size(key: bytes | None, value: bytes | None, headers: Pairs) -> int:
+    """Bytes of a record, as limits count them, with room for its framing."""
+    framing = 10  # two lengths of at most 5 bytes
+    return (
+        len(key or b"")
+        + len(value or b"")
+        + sum(len(name.encode()) + len(held or b"") + framing for name, held in headers)
+    )

@@ -24,6 +24,7 @@ from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, ORDER_KEY, ORDE
 from ferryline_broker.core.queue_entries import (
     ACKED,
     COPIED,
+    DUPLICATE,
     EXPIRED,
     GIVEN_BACK,
     LEASE_ENDED,
@@ -52,6 +53,8 @@ class QueueConfig(msgspec.Struct, frozen=True):
     waiting: int = 1_000_000  # records in lanes behind them, 8 bytes each
     read_bytes: int = 1024 * 1024  # of log, at a time
     overdue_ms: int = 10_000  # ready for this long: before everything of a higher priority that is not
+    dedupe_ms: int = 300_000  # an id that comes again within this time is a duplicate
+    ids: int = 100_000  # that are remembered, the newest ones
     idle_ms: int = 7 * 86_400_000  # nobody asked: it holds back retention no longer
 
 
@@ -71,6 +74,7 @@ class Queue:
         self._epoch_at = epoch_at
         self._deadlines: list[tuple[int, LeaseId]] = []
         self.moving: int | None = None  # offset that is being copied to the dead letters
+        self._ids: dict[bytes, tuple[int, int]] = {}  # id -> (offset, when it was seen), oldest first
         self.restart(now_ms)
 
     @property
@@ -112,6 +116,7 @@ class Queue:
         whole = table.ordering == ORDER_PARTITION
         lanes = table.ordering != ORDER_NONE
         at = window.scanned
+        duplicates: list[int] = []
         for record in records:
             offset = record.offset
             if offset < at:
@@ -119,7 +124,11 @@ class Queue:
             if offset > at:
                 table.skip(at, offset)
             at = offset + 1
+            again = bool(record.id) and self._seen(record, now_ms)
             if table.is_settled(offset):
+                continue
+            if again and offset not in table.stories:
+                duplicates.append(offset)
                 continue
             if whole:
                 record = msgspec.structs.replace(record, lane=_WHOLE)
@@ -133,6 +142,20 @@ class Queue:
         if next_offset > at:
             table.skip(at, next_offset)
         window.scanned = max(window.scanned, next_offset)
+        if duplicates:
+            self._put(Settled(self.group, DUPLICATE, packed(duplicates), self._epoch_at(duplicates[-1])))
+
+    def _seen(self, record: Scanned, now_ms: int) -> bool:
+        """Has this id come by within the dedupe window, on an earlier record?"""
+        ids = self._ids
+        found = ids.get(record.id)
+        if found is not None and now_ms - found[1] < self.config.dedupe_ms:
+            return found[0] < record.offset
+        ids.pop(record.id, None)
+        ids[record.id] = (record.offset, now_ms)
+        if len(ids) > self.config.ids:
+            del ids[next(iter(ids))]
+        return False
 
     def _enter_with_past(self, record: Scanned, story: Story, now_ms: int) -> None:
         self.window.scan_out(record)

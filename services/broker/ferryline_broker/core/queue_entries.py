@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-ACKED, EXPIRED, COPIED = "acked", "expired", "copied"
+ACKED, EXPIRED, COPIED, DUPLICATE = "acked", "expired", "copied", "duplicate"
 NACKED, LEASE_ENDED, GIVEN_BACK = "nacked", "lease ended", "given back"
 
 
@@ -41,7 +41,7 @@ class Leased(QueueEntry, frozen=True, tag=11):
 
 
 class Settled(QueueEntry, frozen=True, tag=12):
-    """Terminal. ``why``: ACKED, EXPIRED, or COPIED (to the dead letters)."""
+    """Terminal. ``why``: ACKED, EXPIRED, COPIED (to the dead letters), or DUPLICATE (its id was there before)."""
 
     group: str
     why: str

@@ -88,9 +88,7 @@ class Window:
     def scan(self, record: Scanned, now_ms: int) -> None:
         """A record that nobody has leased yet."""
         offset = record.offset
-        if record.priority != PRIORITY_DEFAULT:
-            self._priority[offset] = record.priority
-            self._mixed = True
+        self._prioritize(record)
         if record.expires_ms:
             self._expires[offset] = record.expires_ms
         if record.due_ms > now_ms:
@@ -101,9 +99,7 @@ class Window:
 
     def scan_out(self, record: Scanned) -> None:
         """A record with a past: it is out already. Whoever in its lane only became ready by this rebuilding waits."""
-        if record.priority != PRIORITY_DEFAULT:
-            self._priority[record.offset] = record.priority
-            self._mixed = True
+        self._prioritize(record)
         if record.lane is None:
             self.lane_of[record.offset] = None
             return
@@ -115,6 +111,14 @@ class Window:
             self.waiting += 1
         lane.out.add(record.offset)
         self.lane_of[record.offset] = lane
+
+    def _prioritize(self, record: Scanned) -> None:
+        if record.priority == PRIORITY_DEFAULT:
+            return
+        self._priority[record.offset] = record.priority
+        if not self._mixed:  # from now on somebody can wait behind others: whoever is ready already, too
+            self._mixed = True
+            self._line.extend((since, offset) for offset, since in self.ready.items())
 
     def _lane(self, key: bytes) -> Lane:
         lane = self.lanes.get(key)
