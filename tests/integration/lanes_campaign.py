@@ -7,8 +7,8 @@ with -9 every so often. From the journals of all processes, at the end:
 * again: nothing is handed out after its acknowledgement had succeeded;
 * apart: no two receivers have records of one key at the same time (a killed process has none from its death on);
 * lost: everything whose send was acknowledged is acknowledged by a receiver in the end;
-* idle: how long a record whose turn had come lay there while some receiver waited, outside of nack delays, fail-overs and
-  the leases of killed receivers.
+* idle: how long a record whose turn had come lay there while some receiver waited, outside of nack delays, fail-overs
+  and the leases of killed receivers.
 
 Prints a JSON line, and exits 1 unless order, again, apart and lost are all 0 and nothing was idle for a second.
 """

@@ -1,6 +1,6 @@
 """A process with some receivers of the lanes campaign: works on records, and writes down what it did and when.
 
-A line of the journal is ``ns what member key sequence``; ns is the machine's monotonic clock, which all processes share.
+A line of the journal is ``ns what member key sequence``; ns is the monotonic clock, which all processes share.
 ``got`` when a record was handed out; ``ack?`` and ``ack!`` around an acknowledgement, ``ack-`` if it failed; ``nack?``
 before a nack and ``nack!`` behind it; ``wait`` and ``took`` around a request for records.
 """

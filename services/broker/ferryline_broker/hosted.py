@@ -148,6 +148,8 @@ class HostedReplica:
             shown.secondary_lags = core.primary.sync.lags()
             if core.primary.groups is not None:
                 shown.groups = {group: state.offset for group, state in core.primary.groups.items()}
+            if core.primary.queues is not None:
+                shown.queues = core.primary.queues.counts()
         return shown
 
 

@@ -44,6 +44,7 @@ class PartitionGauges:
         "log_start",
         "partition",
         "producers",
+        "queues",
         "replicas",
         "role",
         "secondary_lags",
@@ -62,6 +63,7 @@ class PartitionGauges:
         self.secondary_lags: dict[int, int] = {}
         self.groups: dict[str, int] = {}  # committed offset, -1 none
         self.summed_lags: dict[str, int] | None = None  # of several partitions
+        self.queues: dict[str, dict[str, int]] = {}  # group -> state -> records
 
     def group_lags(self) -> dict[str, int]:
         """Records that each group has not committed."""
@@ -165,6 +167,11 @@ class _BrokerCollector(Collector):
         group_lag = GaugeMetricFamily(
             "ferryline_group_lag_records", "High watermark minus committed offset", labels=["group", *labels]
         )
+        queues = GaugeMetricFamily(
+            "ferryline_queue_records",
+            "Records of a queue group by state; unsettled: all that are committed and not terminal",
+            labels=["group", *labels, "state"],
+        )
         for part in partitions if len(partitions) <= SERIES_MAX else by_topic(partitions):
             where = [part.topic, str(part.partition)]
             size.add_metric(where, part.log_bytes)
@@ -178,6 +185,9 @@ class _BrokerCollector(Collector):
                 lags.add_metric([*where, str(broker)], lag)
             for group, lag in part.group_lags().items():
                 group_lag.add_metric([group, *where], lag)
+            for group, states in part.queues.items():
+                for state, records in states.items():
+                    queues.add_metric([group, *where, state], records)
         by_role = GaugeMetricFamily("ferryline_partitions", "Partitions on this broker, by role", labels=["role"])
         for role, count in roles.items():
             by_role.add_metric([role], count)
@@ -185,7 +195,7 @@ class _BrokerCollector(Collector):
             "ferryline_under_replicated_partitions", "Primaries whose in-sync set is not complete"
         )
         missing.add_metric([], under)
-        yield from (by_role, missing, size, marks, queued, in_sync, producers, lags, group_lag)
+        yield from (by_role, missing, size, marks, queued, in_sync, producers, lags, group_lag, queues)
 
 
 def by_topic(partitions: list[PartitionGauges]) -> list[PartitionGauges]:
@@ -209,4 +219,8 @@ def by_topic(partitions: list[PartitionGauges]) -> list[PartitionGauges]:
         assert lags is not None
         for group, lag in part.group_lags().items():
             lags[group] = lags.get(group, 0) + lag
+        for group, states in part.queues.items():
+            summed = row.queues.setdefault(group, {})
+            for state, records in states.items():
+                summed[state] = summed.get(state, 0) + records
     return [rows[key] for key in sorted(rows)]

@@ -418,21 +418,29 @@ class Queue:
         members: dict[str, int] = {}
         for lease in table.leases.values():
             members[lease.member] = members.get(lease.member, 0) + len(lease.offsets)
-        stories = table.stories.values()
         return {
             "start": table.start,
             "high_watermark": high_watermark,
             "ordering": table.ordering,
             "paused": table.paused,
             "scanned": window.scanned,
+            "settled_above_start": table.settled.total,
+            "members": members,
+            **self.counts(high_watermark),
+        }
+
+    def counts(self, high_watermark: int) -> dict[str, int]:
+        """Records by state. ``unsettled`` counts offsets that hold no record (control batches) until they are seen."""
+        table, window = self.table, self.window
+        stories = table.stories.values()
+        return {
+            "unsettled": max(0, high_watermark - table.start - table.settled.total),
             "ready": len(window.ready),
             "waiting": window.waiting,
             "delayed": len(window.scheduled) + len(window.backing_off),
             "leased": len(table.holder),
             "parked": sum(story.parked for story in stories),
             "dying": sum(story.dying is not None for story in stories),
-            "settled_above_start": table.settled.total,
-            "members": members,
         }
 
     def explain(self, offset: int, high_watermark: int, now_ms: int) -> dict[str, Any]:

@@ -146,6 +146,8 @@ class Queues:
         return self._outcome(queue, None, now_ms)
 
     def _asked(self, event: QueueAsked, now_ms: int) -> Outcome:
+        if event.op == "groups":  # all there are, whatever group the question names
+            return Outcome(answer=AnswerQueue(event.token, {"groups": sorted(self._tables.queues)}), at_once=True)
         queue = self.queue(event.group, now_ms)
         if queue is None:
             return Outcome(refused=Refused("UNKNOWN_GROUP", f"no queue group {event.group!r} has received here"))
@@ -299,6 +301,11 @@ class Queues:
             queue.table.start for queue in self._queues.values() if now_ms - queue.asked_ms < self._config.idle_ms
         ]
         return min(starts, default=None)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Records of each queue by state, for metrics."""
+        high = self._replica.high_watermark[RECORDS]
+        return {group: queue.counts(high) for group, queue in sorted(self._queues.items())}
 
     def ready(self, group: str) -> int:
         queue = self._queues.get(group)
