@@ -38,6 +38,7 @@ from ferryline_broker.core.events import (
 from ferryline_broker.core.feeder import Feeder
 from ferryline_broker.core.groups import BarrierEntry, ForgetEntry, GroupTable, Refused, StateEntry, encode_entry
 from ferryline_broker.core.insync import InSyncSet
+from ferryline_broker.core.queue_events import DeadMoved, WindowRead
 from ferryline_broker.core.queues import QueueEvent, Queues
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
 from ferryline_broker.core.waiting import WaitList
@@ -158,6 +159,8 @@ class Primary:
         if refusal is not None:
             if token:
                 self._refuse(token, *refusal)
+            elif self.queues is not None and isinstance(event, WindowRead | DeadMoved):
+                self.queues.block(now_ms, event)
             return
         assert self.queues is not None
         outcome = self.queues.handle(event, now_ms)

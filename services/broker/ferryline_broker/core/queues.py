@@ -57,6 +57,7 @@ class Queues:
         self._config = config
         self._queues: dict[str, Queue] = {}
         self._moves: dict[str, int] = {}  # group -> state offset that must be committed before the next copy
+        self._postponed: list[WindowRead | DeadMoved] = []  # came while nothing could be appended
         self.blocked_ms = 0
 
     def queue(self, group: str, now_ms: int) -> Queue | None:
@@ -121,7 +122,7 @@ class Queues:
             return Outcome(refused=Refused("INVALID_ARGUMENT", message))
         self._follow_retention(queue)
         limit = max(1, min(event.records_max, int(event.bytes_max / queue.record_bytes)))
-        lease = queue.lease(event.member, event.lease_ms, limit, now_ms)
+        lease = queue.lease(event.member, event.lease_ms, limit, now_ms, event.strict)
         if lease is None:
             queue.hungry = True
             outcome = self._outcome(queue, AnswerLease(event.token), now_ms)
@@ -274,6 +275,9 @@ class Queues:
         """What ended by time. The caller made sure that it can be appended."""
         self.blocked_ms = 0
         entries: list[StateEntry] = []
+        postponed, self._postponed = self._postponed, []
+        for event in postponed:
+            entries += self.handle(event, now_ms).entries
         for queue in list(self._queues.values()):
             due = queue.next_deadline_ms()
             if due is not None and due <= now_ms:
@@ -281,12 +285,14 @@ class Queues:
                 entries += self._outcome(queue, None, now_ms).entries
         return entries
 
-    def block(self, now_ms: int) -> None:
-        """Nothing can be appended now."""
+    def block(self, now_ms: int, event: WindowRead | DeadMoved | None = None) -> None:
+        """Nothing can be appended now: what happened all the same is looked at later."""
         self.blocked_ms = now_ms + _BLOCKED_RETRY_MS
+        if event is not None:
+            self._postponed.append(event)
 
     def next_deadline_ms(self) -> int | None:
-        earliest = None
+        earliest = self.blocked_ms if self._postponed else None
         for queue in self._queues.values():
             due = queue.next_deadline_ms()
             if due is not None and (earliest is None or due < earliest):

@@ -1,0 +1,196 @@
+"""Queues in whole partitions: what is answered when, and what the next primary goes on with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ferryline.protocol.messages import RECORDS, STATE
+from ferryline.protocol.metadata import RetryPolicy
+from ferryline.protocol.queue_messages import ACK, EXTEND, REJECT
+from ferryline.protocol.records import decode_batch, encode_batch
+from ferryline_broker.core import events as ev
+from ferryline_broker.core import queue_events as qe
+from ferryline_broker.core.partition import ReplicaConfig
+from unit.core_pair import KEY, Pair, part
+
+
+class QueuePair(Pair):
+    """A pair whose driver reads windows. Dead letters are only noted."""
+
+    def __init__(self, config: ReplicaConfig | None = None) -> None:
+        super().__init__(config=config)
+        self.token = 0
+        self.meta(part(1, 1, 1, (1, 2)))
+        self.tick(10)
+
+    def _do(self, broker: int, effect: ev.Effect) -> None:
+        super()._do(broker, effect)
+        if isinstance(effect, qe.ReadWindow):
+            self.send(broker, self.window(broker, effect))
+
+    def window(self, broker: int, ask: qe.ReadWindow) -> qe.WindowRead:
+        scanned, end = [], ask.offset
+        for header, raw in self.disks[broker].logs[RECORDS]:
+            if header.next_offset <= ask.offset or header.base_offset >= ask.below:
+                continue
+            end = header.next_offset
+            if not header.is_control:
+                scanned += [qe.Scanned(record.offset, record.key) for record in decode_batch(raw)]
+        return qe.WindowRead(ask.group, ask.offset, end, scanned, 100)
+
+    def put(self, broker: int, *keys: str) -> None:
+        self.token += 1
+        self.produce(broker, self.token, encode_batch([(key.encode(), b"v", []) for key in keys]))
+
+    def ask(self, broker: int, kind: Any, **fields: Any) -> Any:
+        """The answer to a queue event, or None if it is not known yet."""
+        self.token += 1
+        self.tell(broker, kind(self.token, "g", **fields))
+        return self.answer_to(self.token)
+
+    def answer_to(self, token: int) -> Any:
+        found = [e for _, e in self.done if getattr(e, "token", 0) == token and not isinstance(e, ev.Append)]
+        assert len(found) < 2, found
+        return found[0] if found else None
+
+    def lease(self, broker: int, member: str = "m", limit: int = 100) -> Any:
+        fields: dict[str, Any] = {"ordering": "key", "start": "start", "lease_ms": 10_000, "bytes_max": 2**20}
+        answer = self.ask(broker, qe.LeaseAsked, member=member, records_max=limit, **fields)
+        if isinstance(answer, qe.AnswerLease) and not answer.offsets:  # the window has been read by now
+            answer = self.ask(broker, qe.LeaseAsked, member=member, records_max=limit, **fields)
+        return answer
+
+    def settle(self, broker: int, lease: qe.AnswerLease, action: str, *offsets: int, **fields: Any) -> Any:
+        item = qe.SettleItem(lease.epoch, lease.lease, action, list(offsets or lease.offsets), **fields)
+        return self.ask(broker, qe.SettleAsked, member="m", items=[item])
+
+    def fail_over(self, primary: int, epoch: int, isr: tuple[int, ...] = (1, 2)) -> None:
+        self.meta(part(primary, epoch, epoch, isr))
+        self.tick(10)
+
+
+def test_a_lease_is_answered_only_when_both_copies_have_it() -> None:
+    pair = QueuePair()
+    pair.put(1, "a", "b")
+    pair.lease(1, limit=1)
+    pair.hold_flush.add(2)
+    assert pair.lease(1) is None
+    token = pair.token
+    pair.hold_flush.clear()
+    pair.send(2, ev.Flushed(STATE, pair.disks[2].end(STATE)))
+    pair.run()
+    answer = pair.answer_to(token)
+    assert len(answer.offsets) == 1
+
+
+def test_an_ack_is_answered_only_when_both_copies_have_it() -> None:
+    pair = QueuePair()
+    pair.put(1, "a")
+    lease = pair.lease(1)
+    pair.hold_flush.add(2)
+    assert pair.settle(1, lease, ACK) is None
+    pair.hold_flush.clear()
+    token = pair.token
+    pair.send(2, ev.Flushed(STATE, pair.disks[2].end(STATE)))
+    pair.run()
+    assert pair.answer_to(token) == qe.AnswerSettle(token, [[]], [[]])
+
+
+def test_an_extension_is_promised_only_by_a_primary_that_can_commit() -> None:
+    pair = QueuePair()
+    pair.put(1, "a")
+    lease = pair.lease(1)
+    pair.hold_flush.add(2)
+    assert pair.settle(1, lease, EXTEND) is None, "it stands behind a barrier"
+
+
+def test_the_next_primary_repeats_the_copy_that_was_begun() -> None:
+    pair = QueuePair()
+    pair.put(1, "a")
+    lease = pair.lease(1)
+    pair.settle(1, lease, REJECT, reason="poison")
+    first = pair.effects(qe.MoveDead, 1)
+    assert [(move.offset, move.sequence, move.reason) for move in first] == [(lease.offsets[0], 0, "poison")]
+    pair.fail_over(2, 2)
+    again = pair.effects(qe.MoveDead, 2)
+    assert [(move.offset, move.producer_epoch, move.sequence) for move in again] == [(lease.offsets[0], 0, 0)]
+    pair.tell(2, qe.DeadMoved("g", lease.offsets[0], 0))
+    assert pair.lease(2).offsets == []
+    assert pair.ask(2, qe.QueueAsked, op="explain", offset=lease.offsets[0]).details["state"] == "settled"
+
+
+def test_no_copy_is_made_before_its_beginning_is_committed() -> None:
+    pair = QueuePair()
+    pair.put(1, "a")
+    lease = pair.lease(1)
+    pair.hold_flush.add(2)
+    pair.settle(1, lease, REJECT)
+    assert pair.effects(qe.MoveDead) == []
+    pair.hold_flush.clear()
+    pair.send(2, ev.Flushed(STATE, pair.disks[2].end(STATE)))
+    pair.run()
+    assert len(pair.effects(qe.MoveDead)) == 1
+
+
+def test_what_happens_while_nothing_can_be_appended_is_looked_at_later() -> None:
+    pair = QueuePair()
+    pair.put(1, "a", "b")
+    lease = pair.lease(1)
+    pair.settle(1, lease, REJECT)
+    assert len(pair.effects(qe.MoveDead)) == 1
+    pair.meta(part(1, 1, 2, (1,), min_isr=2))
+    pair.tell(1, qe.DeadMoved("g", lease.offsets[0], 0))
+    assert pair.ask(1, qe.QueueAsked, op="stats").code == "NOT_ENOUGH_REPLICAS"
+    pair.tick(200)
+    pair.meta(part(1, 1, 3, (1, 2), min_isr=2))
+    pair.tick(200)
+    pair.tick(200)
+    assert [move.offset for move in pair.effects(qe.MoveDead)] == lease.offsets, "the second follows the first"
+
+
+def test_a_queue_holds_back_retention_until_it_has_settled() -> None:
+    pair = QueuePair()
+    pair.put(1, "a", "b")
+    lease = pair.lease(1)
+    core = pair.cores[1]
+    first, second = lease.offsets
+    assert core.retention_limit(pair.now) == first
+    pair.settle(1, lease, ACK, first)
+    assert core.retention_limit(pair.now) == second
+    week = 7 * 86_400_000
+    assert core.retention_limit(pair.now + week) == core.high_watermark[RECORDS], "nobody has asked for so long"
+
+
+def test_a_snapshot_bounds_what_the_next_primary_reads() -> None:
+    pair = QueuePair(msgspec.structs.replace(ReplicaConfig(), snapshot_bytes=2_000))
+    for number in range(60):
+        pair.put(1, f"k{number}", f"k{number}")
+        lease = pair.lease(1)
+        pair.settle(1, lease, ACK, lease.offsets[0])
+    assert pair.cores[1].log_start[STATE] > 0
+    pair.tick(300)
+    before = pair.ask(1, qe.QueueAsked, op="stats").details
+    start = pair.cores[2].log_start[STATE]
+    assert start > 0
+    pair.disks[2].logs[STATE] = [one for one in pair.disks[2].logs[STATE] if one[0].base_offset >= start]
+    pair.fail_over(2, 2)
+    after = pair.ask(2, qe.QueueAsked, op="stats").details
+    assert [after[name] for name in ("leased", "start", "members")] == [
+        before[name] for name in ("leased", "start", "members")
+    ]
+    assert before["leased"] > 0
+    assert pair.settle(2, lease, ACK, lease.offsets[-1]).stale == [[]], "its receipt is still good"
+
+
+def test_the_retry_policy_of_the_topic_counts() -> None:
+    pair = QueuePair()
+    pair.put(1, "a", "a")
+    pair.tell(1, ev.RetryChanged(RetryPolicy(attempts=1, on_dead="park")))
+    lease = pair.lease(1)
+    pair.tick(10_001)  # the lease ends, and it was the only attempt
+    assert pair.ask(1, qe.QueueAsked, op="stats").details["parked"] == 1
+    assert pair.ask(1, qe.QueueAsked, op="redrive", count=0).details == {"offsets": lease.offsets}
+    assert pair.lease(1).offsets == lease.offsets
+    assert KEY == pair.cores[1].key
