@@ -13,7 +13,7 @@ from ferryline.protocol.records import decode_batch, encode_batch
 from ferryline_broker.core import events as ev
 from ferryline_broker.core import queue_events as qe
 from ferryline_broker.core.partition import ReplicaConfig
-from unit.core_pair import KEY, Pair, part
+from unit.core_pair import Pair, part
 
 
 class QueuePair(Pair):
@@ -193,4 +193,3 @@ def test_the_retry_policy_of_the_topic_counts() -> None:
     assert pair.ask(1, qe.QueueAsked, op="stats").details["parked"] == 1
     assert pair.ask(1, qe.QueueAsked, op="redrive", count=0).details == {"offsets": lease.offsets}
     assert pair.lease(1).offsets == lease.offsets
-    assert KEY == pair.cores[1].key
