@@ -276,6 +276,7 @@ class Connector:
     ) -> None:
         self.client = client
         self.connect_timeout = connect_timeout
+        self._ca, self._token = ca, token
         self._ssl = ssl_context(ca)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http: aiohttp.ClientSession | None = None
@@ -330,6 +331,10 @@ class Connector:
         hello = Hello(cluster_id=cluster_id, client=self.client)
         session.peer, _ = await session.request(Kind.HELLO, hello, HelloOk, timeout=timeout)
         return session
+
+    def sibling(self, client: str) -> Connector:
+        """Another one to the same cluster, for a loop of its own."""
+        return Connector(ca=self._ca, token=self._token, client=client)
 
     async def close(self) -> None:
         self._closed = True

@@ -53,6 +53,7 @@ class Upkeep:
     ) -> None:
         self.disk_full = False
         self.on_space: Callable[[], None] = _ignore
+        self.tick_ms = _TICK_MS  # how exactly chores are on time
         self._config = config
         self._store = store
         self._group = group
@@ -81,7 +82,7 @@ class Upkeep:
         config = self._config
         due = dict.fromkeys(("checkpoint", "disk", "retention", "scrub"), now_ms())
         while True:
-            await asyncio.sleep(_TICK_MS / 1000)
+            await asyncio.sleep(self.tick_ms / 1000)
             now = now_ms()
             try:
                 if now >= due["disk"]:
@@ -89,7 +90,7 @@ class Upkeep:
                     self.check_disk()
                     self._store.purge_step()
                 if now >= due["checkpoint"]:
-                    due["checkpoint"] = now + config.checkpoint_ms - 2 * _TICK_MS
+                    due["checkpoint"] = now + config.checkpoint_ms - 2 * self.tick_ms
                     await self._in_slices(self._checkpoints())
                 if now >= due["retention"]:
                     due["retention"] = now + config.retention_ms

@@ -38,13 +38,19 @@ async def refuses(url: str) -> bool:
 class Prober:
     """Runs probes as tasks; each ends in one `ProbeEnded`."""
 
-    def __init__(self, tls: ssl.SSLContext | None, report: Callable[[ProbeEnded], None]) -> None:
+    def __init__(
+        self,
+        tls: ssl.SSLContext | None,
+        report: Callable[[ProbeEnded], None],
+        connector: aiohttp.BaseConnector | None = None,
+    ) -> None:
         self._tls = tls
         self._report = report
         self._tasks: set[asyncio.Task[None]] = set()
         # A kept connection would answer for a process that does not take new ones.
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(force_close=True, limit=0), cookie_jar=aiohttp.DummyCookieJar()
+            connector=connector or aiohttp.TCPConnector(force_close=True, limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     def start(self, probe: Probe) -> None:
