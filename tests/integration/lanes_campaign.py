@@ -219,9 +219,7 @@ async def settled(client: fl.Client) -> bool:
     """Until the queue is empty, or nothing has happened for a long time."""
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
-        left = 0
-        for row in await client.queue(TOPIC, GROUP).stats():
-            left += row["high_watermark"] - row["start"] - row["settled_above_start"]
+        left = sum(part.unsettled for part in await client.queue(TOPIC, GROUP).stats())
         if left == 0:
             return True
         await asyncio.sleep(1.0)

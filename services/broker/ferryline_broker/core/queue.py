@@ -174,7 +174,7 @@ class Queue:
 
     # -- leasing ------------------------------------------------------------------------------------
 
-    def lease(self, member: str, lease_ms: int, limit: int, now_ms: int) -> Lease | None:
+    def lease(self, member: str, lease_ms: int, limit: int, now_ms: int, strict: bool = False) -> Lease | None:
         """Lease up to ``limit`` records to a member. None: nothing is ready."""
         self.asked_ms = now_ms
         table, window = self.table, self.window
@@ -184,7 +184,7 @@ class Queue:
         expired: list[int] = []
         run = LANE_RUN[table.ordering]
         while len(taken) < limit:
-            offset = window.pick(now_ms)
+            offset = window.pick(now_ms, strict)
             if offset is None:
                 break
             if window.expired(offset, now_ms):
@@ -207,10 +207,12 @@ class Queue:
             self._put(Settled(self.group, EXPIRED, packed(sorted(expired)), self._epoch_at(max(expired))))
         if not taken:
             return None
+        order = list(taken)
         taken.sort()
         number = table.next_lease
         self._put(Leased(self.group, self._epoch, number, member, lease_ms, packed(taken), self._epoch_at(taken[-1])))
         lease = table.leases[self._epoch, number]
+        lease.order = order
         lease.since_ms = now_ms
         self._set_deadline(lease, now_ms + lease_ms)
         return lease

@@ -35,13 +35,14 @@ NO_LEASE: LeaseId = (0, 0)
 class Lease:
     """Records given to one member together. ``deadline_ms`` is the queue's business and in no entry."""
 
-    __slots__ = ("deadline_ms", "id", "lease_ms", "member", "offsets", "since_ms")
+    __slots__ = ("deadline_ms", "id", "lease_ms", "member", "offsets", "order", "since_ms")
 
     def __init__(self, identity: LeaseId, member: str, lease_ms: int, offsets: list[int]) -> None:
         self.id = identity
         self.member = member
         self.lease_ms = lease_ms
         self.offsets = set(offsets)  # those that are not settled or released yet
+        self.order = offsets  # as they are to be worked on: by priority, not by offset
         self.deadline_ms = 0
         self.since_ms = 0
 

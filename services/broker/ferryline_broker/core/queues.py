@@ -128,7 +128,7 @@ class Queues:
             outcome = self._outcome(queue, AnswerLease(event.token), now_ms)
             outcome.at_once = True
         else:
-            offsets = sorted(lease.offsets)
+            offsets = lease.order
             attempts = [queue.table.stories[offset].attempts for offset in offsets]
             answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts)
             outcome = self._outcome(queue, answer, now_ms)
