@@ -30,7 +30,9 @@ class Receive(Message):
     """Lease up to ``records_max`` records of ``entries`` (topic_id, partition); parks up to ``wait_ms`` for the first.
 
     ``ordering`` is a property of the group in a partition: the first receiver sets it, others must say the same.
-    ``start`` ("start" or "end") is where a group begins that has never received here.
+    ``start`` ("start" or "end") is where a group begins that has never received here. ``strict``: the highest priority
+    first of all that is committed; otherwise a record that has waited for 10 s goes before higher ones that have not, and
+    what was committed last may not have been looked at yet.
     """
 
     group: str
@@ -42,6 +44,7 @@ class Receive(Message):
     wait_ms: int = 0
     ordering: str = ORDER_KEY
     start: str = "start"
+    strict: bool = False
 
 
 class Delivery(Message):
@@ -137,8 +140,9 @@ class Keep(Message):
 class QueueAsk(Message):
     """Look at, or change, a queue as a whole, in each of ``entries``.
 
-    ``op``: stats | peek | explain | pause | resume | purge | redrive | delete. ``offset`` and ``count`` bound peek,
-    explain and redrive; ``key`` and ``reason`` choose what redrive takes; with ``dry_run`` nothing is changed.
+    ``op``: stats | peek | explain | pause | resume | purge | redrive | delete, or groups: the names of all queue groups
+    here, whatever ``group`` says. ``offset`` and ``count`` bound peek, explain and redrive; ``key`` and ``reason``
+    choose what redrive takes; with ``dry_run`` nothing is changed.
     """
 
     group: str

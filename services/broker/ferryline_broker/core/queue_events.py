@@ -20,7 +20,8 @@ DONE, UNKNOWN_PRODUCER = "done", "unknown_producer"  # outcomes of a move to the
 class LeaseAsked(Event, frozen=True):
     """A receiver wants up to ``records_max`` records, now: what is not there is not waited for.
 
-    An answer without records is given at once; the effect WakeReceivers says when it is worth asking again.
+    An answer without records is given at once; the effect WakeReceivers says when it is worth asking again. ``strict``:
+    by priority alone, and nothing before every record below ``seen`` has been looked at.
     """
 
     token: int
@@ -32,6 +33,8 @@ class LeaseAsked(Event, frozen=True):
     records_max: int
     bytes_max: int
     timeout_ms: int = 30_000
+    strict: bool = False
+    seen: int = 0
 
 
 class SettleItem(msgspec.Struct, frozen=True, gc=False):

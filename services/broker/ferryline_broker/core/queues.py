@@ -122,7 +122,9 @@ class Queues:
             return Outcome(refused=Refused("INVALID_ARGUMENT", message))
         self._follow_retention(queue)
         limit = max(1, min(event.records_max, int(event.bytes_max / queue.record_bytes)))
-        lease = queue.lease(event.member, event.lease_ms, limit, now_ms, event.strict)
+        high = self._replica.high_watermark[RECORDS]
+        blind = queue.window.scanned < event.seen and queue.next_read(high) is not None
+        lease = None if blind else queue.lease(event.member, event.lease_ms, limit, now_ms, event.strict)
         if lease is None:
             queue.hungry = True
             outcome = self._outcome(queue, AnswerLease(event.token), now_ms)

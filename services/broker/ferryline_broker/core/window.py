@@ -19,6 +19,8 @@ from collections import deque
 from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
 from ferryline_broker.core.queue_events import Scanned
 
+_LINE_SLACK = 1_024  # a line is gone through only when it is longer than who is ready by so many
+
 
 class Lane:
     """Records of one key. ``out``: those that left the line; ``waiting[first:]``: the line, in order."""
@@ -187,9 +189,14 @@ class Window:
 
     # -- choosing -----------------------------------------------------------------------------------
 
-    def pick(self, now_ms: int) -> int | None:
-        """The record that should be leased next; it is out, and not ready any more. None: nothing is ready."""
-        if self._mixed:
+    def pick(self, now_ms: int, strict: bool = False) -> int | None:
+        """The record that should be leased next; it is out, and not ready any more. None: nothing is ready.
+
+        ``strict``: of the highest priority there is, however long others have been ready.
+        """
+        if strict:
+            self._shorten_line()
+        elif self._mixed:
             overdue = self._overdue(now_ms)
             if overdue is not None:
                 return overdue
@@ -212,6 +219,11 @@ class Window:
                 return offset
             line.popleft()
         return None
+
+    def _shorten_line(self) -> None:
+        """Who picks by priority alone never reaches the end of the line: forget those that have left it."""
+        if len(self._line) > 2 * len(self.ready) + _LINE_SLACK:
+            self._line = deque((since, offset) for since, offset in self._line if self.ready.get(offset) == since)
 
     def follow(self, offset: int) -> int | None:
         """The next record of the same lane joins a lease that ``offset`` is in. None: there is none."""
