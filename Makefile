@@ -6,7 +6,7 @@ BROKERS ?= 3
 ARGS   ?=
 
 BIN := .venv/bin
-DISTRIBUTIONS := sdk services/common services/coordinator services/broker
+DISTRIBUTIONS := sdk services/common services/coordinator services/broker testing
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -90,7 +90,7 @@ format: venv ## let ruff format and mend what it can
 
 # -- containers -------------------------------------------------------------------------------------
 
-wheels: venv ## the four distributions, in dist/
+wheels: venv ## the five distributions, in dist/
 	@rm -rf dist && mkdir dist
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist $(DISTRIBUTIONS:%=./%)
 	@ls dist

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ferryline import simple as simple
     from ferryline import sync as sync
+    from ferryline import testing as testing
     from ferryline.admin import Admin as Admin
     from ferryline.client import Client as Client
     from ferryline.client import connect as connect
@@ -57,7 +58,7 @@ _MODULES = {
     "connect": "ferryline.client",
     "tune_process": "ferryline.tuning",
 }
-_SUBMODULES = ("errors", "simple", "sync")
+_SUBMODULES = ("errors", "simple", "sync", "testing")
 
 __all__ = [*_MODULES, *_SUBMODULES]
 

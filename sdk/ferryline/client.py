@@ -69,14 +69,24 @@ def connect(
 class Client:
     """One connection to a cluster. Made by `connect`; use it with ``async with``. For one event loop."""
 
-    def __init__(self, urls: list[str], *, ca: str | None, token: str | None, timeout: float, name: str) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        ca: str | None,
+        token: str | None,
+        timeout: float,
+        name: str,
+        connector: Connector | None = None,
+    ) -> None:
+        """Use `connect`. ``connector``: in place of one made of ``ca`` and ``token``."""
         self.urls = urls
         self.ca = ca
         self.token = token
         self.timeout = timeout
         self.name = name or f"ferryline-py/{os.getpid()}"
         self.routing = Routing()
-        self.connector = Connector(ca=ca, token=token, client=self.name)
+        self.connector = connector or Connector(ca=ca, token=token, client=self.name)
         self.connections = Connections(self.connector, self.routing)
         self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client

@@ -173,7 +173,7 @@ class HeartbeatThread:
         self._stop = asyncio.Event()
         self._opening = asyncio.Lock()
         client = self._client
-        self._connector = Connector(ca=client.ca, token=client.token, client=f"{client.name}+heartbeats")
+        self._connector = client.connector.sibling(f"{client.name}+heartbeats")
         self._started.set_result(None)
         watchdog = self._loop.create_task(self._watch())
         try:

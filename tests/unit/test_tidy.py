@@ -24,6 +24,7 @@ PACKAGES = {
     "ferryline_service": ROOT / "services/common/ferryline_service",
     "ferryline_coordinator": ROOT / "services/coordinator/ferryline_coordinator",
     "ferryline_broker": ROOT / "services/broker/ferryline_broker",
+    "ferryline_testing": ROOT / "testing/ferryline_testing",
 }
 CORES = ["sdk/ferryline/core", "sdk/ferryline/protocol", "services/broker/ferryline_broker/core"]
 CORES += ["services/coordinator/ferryline_coordinator/core"]
@@ -50,6 +51,7 @@ PRINTING = {
 # module, or package with a dot at its end -> why nothing imports it
 ENTRY_POINTS: dict[str, str] = {
     "ferryline.cli.": "a command's module is loaded by the noun that was typed",
+    "ferryline_testing.plugin": "pytest loads it by its entry point",
 }
 BANNED_IN_CORES = {
     "time.time": "take now_ms as an argument",
@@ -355,7 +357,7 @@ def project(name: str) -> dict[str, object]:
 def test_distributions_ask_for_what_the_lock_holds() -> None:
     wanted: dict[str, set[str]] = {}
     versions = set()
-    for name in ("sdk", "services/common", "services/coordinator", "services/broker"):
+    for name in ("sdk", "services/common", "services/coordinator", "services/broker", "testing"):
         table = project(name)
         versions.add(table["version"])
         for line in table["dependencies"]:  # type: ignore[attr-defined]
@@ -364,7 +366,7 @@ def test_distributions_ask_for_what_the_lock_holds() -> None:
                 wanted.setdefault(re.split(r"[<>=~! ]", requirement)[0], set()).add(requirement)
     lines = (ROOT / "requirements/runtime.in").read_text(encoding="utf-8").splitlines()
     locked = {re.split(r"[<>=~! ]", line)[0]: line.split("#")[0].strip() for line in lines if line and line[0] != "#"}
-    assert len(versions) == 1, f"the four distributions are released together: {versions}"
+    assert len(versions) == 1, f"the five distributions are released together: {versions}"
     assert {name: {line} for name, line in locked.items()} == wanted, (
         "pyproject.toml files and requirements/runtime.in differ"
     )

@@ -207,8 +207,7 @@ class Broker:
         """Serve until asked to stop, or until the disk fails. Returns the exit status."""
         self.runner = runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
         await runner.setup()
-        site = web.SockSite(runner, self.address.listening, ssl_context=self.tls.server)
-        await site.start()
+        await self._listen(runner)
         self.link.start()
         self.upkeep.start()
         self.renewal.start(self.config.coordinator)
@@ -221,6 +220,9 @@ class Broker:
         await self.link.close()
         self.node_driver.close()
         return self._leave(ended)
+
+    async def _listen(self, runner: web.AppRunner) -> None:
+        await web.SockSite(runner, self.address.listening, ssl_context=self.tls.server).start()
 
     def _announce(self) -> None:
         """Registered, and the coordinator counts on this broker: whoever started it may go on."""
