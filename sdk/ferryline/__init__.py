@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ferryline.producer import Producer as Producer
     from ferryline.protocol import errors as errors
     from ferryline.protocol.errors import *  # noqa: F403  (fl.UnknownTopic and the like)
+    from ferryline.queues.message import QueueMessage as QueueMessage
+    from ferryline.queues.receiver import Receiver as Receiver
     from ferryline.serializers import Serializer as Serializer
     from ferryline.tuning import tune_process as tune_process
 
@@ -51,6 +53,8 @@ _MODULES = {
     "Message": "ferryline.message",
     "OutcomeUnknown": "ferryline.protocol.errors",
     "Producer": "ferryline.producer",
+    "QueueMessage": "ferryline.queues.message",
+    "Receiver": "ferryline.queues.receiver",
     "RecordMetadata": "ferryline.message",
     "Serializer": "ferryline.serializers",
     "TopicPartition": "ferryline.message",

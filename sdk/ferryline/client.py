@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ferryline.consumer import Consumer
     from ferryline.heartbeats import HeartbeatThread
     from ferryline.producer import Producer
+    from ferryline.queues.receiver import Receiver
 
 log = logging.getLogger("ferryline.client")
 
@@ -90,7 +91,7 @@ class Client:
         self.connections = Connections(self.connector, self.routing)
         self.watch = MetadataWatch(self.connections, urls, seed=secrets.randbits(63))
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client
-        self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group
+        self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group, or receiver
         self.silent: dict[str, float] = {}  # coordinators that did not answer -> when to ask again
         self._closed = False
 
@@ -149,6 +150,18 @@ class Client:
         from ferryline.consumer import Consumer
 
         return Consumer(self, topics, **options)
+
+    @overload
+    def receiver(self, topic: str, *, group: str, value: type[V], **options: Any) -> Receiver[V]: ...
+
+    @overload
+    def receiver(self, topic: str, *, group: str, **options: Any) -> Receiver[bytes]: ...
+
+    def receiver(self, topic: str, *, group: str, **options: Any) -> Receiver[Any]:
+        """A receiver, which reads a topic as a queue; options as of `Receiver`."""
+        from ferryline.queues.receiver import Receiver
+
+        return Receiver(self, topic, group=group, **options)
 
     @property
     def admin(self) -> Admin:

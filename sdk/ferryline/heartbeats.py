@@ -4,6 +4,8 @@ A handler that blocks the application's loop for minutes must not cost it its pa
 the member last declared, whatever the application does, and hands the answers over when the loop comes round. It ends
 the renewal when a record has been in the application's hands for ``max_processing``: a deadlock must not hold
 partitions for ever. A watchdog writes to the log where the application's loop is stuck.
+
+Receivers of queues have their leases renewed here for the same reason (`host`).
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -45,6 +47,9 @@ LEAVE_S = 2.0
 OPEN_S = 2.0  # a stopped coordinator takes connections and says nothing: try the next one
 STUCK_AFTER_S = 5.0  # the application's loop did not come round for this long: say where it is
 STUCK_AGAIN_S = 60.0
+HOSTED_END_S = 1.0  # how long the end of the thread waits for what it hosts
+
+Work = Callable[[Connector], Coroutine[Any, Any, None]]
 
 
 class Member:
@@ -81,6 +86,19 @@ class Member:
         return now - self._seen[1] > self.max_processing_s
 
 
+class Hosted:
+    """Other work on the thread's loop, until `stop`."""
+
+    def __init__(self, thread: HeartbeatThread, work: Work) -> None:
+        self.work = work
+        self.task: asyncio.Task[None] | None = None  # belongs to the thread's loop
+        self._thread = thread
+
+    def stop(self) -> None:
+        """End it, without waiting."""
+        self._thread.unhost(self)
+
+
 def thread_of(client: Client) -> HeartbeatThread:
     """The heartbeat thread of a client, made at the first call."""
     if client.heartbeats is None:
@@ -89,7 +107,7 @@ def thread_of(client: Client) -> HeartbeatThread:
 
 
 class HeartbeatThread:
-    """All memberships of one client. Starts with the first member, ends with `close`."""
+    """All memberships of one client, and what else it hosts. Starts with the first of them, ends with `close`."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -101,6 +119,7 @@ class HeartbeatThread:
         self._opening: asyncio.Lock | None = None
         self._connector: Connector | None = None
         self._members: list[Member] = []
+        self._hosted: list[Hosted] = []
         self._app_loop = asyncio.get_running_loop()
         self._app_thread = threading.get_ident()
         self._app_seen = time.monotonic()
@@ -109,11 +128,19 @@ class HeartbeatThread:
 
     async def join(self, member: Member) -> None:
         """Begin to send heartbeats for a member."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ferryline-heartbeats", daemon=True)
-            self._thread.start()
-        await asyncio.wrap_future(self._started)
+        await self._start()
         self._call(self._add, member)
+
+    async def host(self, work: Work) -> Hosted:
+        """Run ``work(connector)`` on the thread until it is stopped or the thread ends."""
+        await self._start()
+        hosted = Hosted(self, work)
+        self._call(self._begin, hosted)
+        return hosted
+
+    def unhost(self, hosted: Hosted) -> None:
+        """End what `host` began."""
+        self._call(self._end, hosted)
 
     def declare(self, member: Member, heartbeat: GroupHeartbeat) -> None:
         """What the heartbeats say from now on; the next one is sent at once."""
@@ -153,6 +180,12 @@ class HeartbeatThread:
                 return
             await asyncio.sleep(0.01)
 
+    async def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ferryline-heartbeats", daemon=True)
+            self._thread.start()
+        await asyncio.wrap_future(self._started)
+
     def _call(self, function: Callable[..., object], *args: object) -> None:
         if self._loop is not None:
             try:
@@ -183,9 +216,29 @@ class HeartbeatThread:
             for member in self._members:
                 if member.task is not None:
                     member.task.cancel()
+            hosted = [item.task for item in self._hosted if item.task is not None]
+            for task in hosted:
+                task.cancel()
+            if hosted:
+                await asyncio.wait(hosted, timeout=HOSTED_END_S)
             if self._session is not None:
                 await self._session.close()
             await self._connector.close()
+
+    def _begin(self, hosted: Hosted) -> None:
+        assert self._connector is not None
+        self._hosted.append(hosted)
+        hosted.task = asyncio.get_running_loop().create_task(hosted.work(self._connector))
+        hosted.task.add_done_callback(lambda task: self._ended(hosted, task))
+
+    def _end(self, hosted: Hosted) -> None:
+        if hosted.task is not None:
+            hosted.task.cancel()
+
+    def _ended(self, hosted: Hosted, task: asyncio.Task[None]) -> None:
+        self._hosted.remove(hosted)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("work on the heartbeat thread failed", exc_info=error)
 
     def _add(self, member: Member) -> None:
         member.wake = asyncio.Event()

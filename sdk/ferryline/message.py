@@ -10,6 +10,7 @@ import msgspec
 
 from ferryline.protocol._codec import COMPILED, MessageBase, without_gc
 from ferryline.protocol.errors import SerializationFailed
+from ferryline.protocol.exchanges import HEADER_EXCHANGE, HEADER_ROUTING_KEY
 from ferryline.serializers import Decoder
 
 T = TypeVar("T")
@@ -90,22 +91,23 @@ class Source:
         self.decode = decode
 
 
-@without_gc
-class Message(MessageBase, Generic[T]):
-    """One record. Frozen; ``value`` is parsed at the first access, so iterating over bytes parses nothing.
+class Described:
+    """What every message tells of its record, whoever gets it; mixed into the structs that a codec makes."""
 
-    A consumer makes a million of them a second, so the codec makes them while it decodes; ``offset``, ``key``, ``raw``
-    (the value as it was sent), ``timestamp_ms`` and ``value`` are attributes of its own (`MessageBase`).
-    """
-
-    if COMPILED:
-        __slots__ = ()  # a struct of the codec in Python must not name its slots, and needs no such line
+    __slots__ = ()
 
     if TYPE_CHECKING:
 
         @property
-        def value(self) -> T:
-            """The value as the consumer's type. Raises SerializationFailed, naming topic, partition and offset."""
+        def offset(self) -> int: ...
+        @property
+        def timestamp_ms(self) -> int: ...
+        @property
+        def raw(self) -> bytes | None: ...
+        @property
+        def _source(self) -> Any: ...
+        @property
+        def _pairs(self) -> list[tuple[str, bytes | None]]: ...
 
     @property
     def topic(self) -> str:
@@ -146,6 +148,34 @@ class Message(MessageBase, Generic[T]):
     def priority(self) -> int:
         text = self.headers.text("fl-priority")
         return int(text) if text.isdigit() else _PRIORITY_DEFAULT
+
+    @property
+    def exchange(self) -> str:
+        """The exchange it was published to; "" when it was sent to the topic itself."""
+        return self.headers.text(HEADER_EXCHANGE)
+
+    @property
+    def routing_key(self) -> str:
+        """The routing key it was published with."""
+        return self.headers.text(HEADER_ROUTING_KEY)
+
+
+@without_gc
+class Message(Described, MessageBase, Generic[T]):
+    """One record. Frozen; ``value`` is parsed at the first access, so iterating over bytes parses nothing.
+
+    A consumer makes a million of them a second, so the codec makes them while it decodes; ``offset``, ``key``, ``raw``
+    (the value as it was sent), ``timestamp_ms`` and ``value`` are attributes of its own (`MessageBase`).
+    """
+
+    if COMPILED:
+        __slots__ = ()  # a struct of the codec in Python must not name its slots, and needs no such line
+
+    if TYPE_CHECKING:
+
+        @property
+        def value(self) -> T:
+            """The value as the consumer's type. Raises SerializationFailed, naming topic, partition and offset."""
 
     @property
     def delivery_count(self) -> int:

@@ -19,7 +19,7 @@ Behaviour sits on the class, so that nobody compares codes by hand:
     ├─ Conflict                  TopicExists ExchangeExists StalePartitioning OutOfOrderSequence UnknownProducer
     │                            ClusterMismatch
     ├─ Fenced                    StaleEpoch StaleBrokerEpoch StaleCoordinator StaleMember UnknownMember ProducerFenced
-    │                            VersionConflict
+    │                            LeaseLost VersionConflict
     ├─ NotPrimary                carries the primary's id when known
     ├─ Throttled                 BufferFull
     ├─ Unavailable               PrimaryNotAvailable NotEnoughReplicas CoordinatorUnavailable CoordinatorLoading
@@ -250,6 +250,14 @@ class UnknownMember(Fenced):
 
 class ProducerFenced(Fenced):
     code = "PRODUCER_FENCED"
+
+
+class LeaseLost(Fenced):
+    """The record was leased to somebody else since, or given up: nothing was done. ``details``: topic, partition,
+    offset."""
+
+    code = "LEASE_LOST"
+    remedy = "Expect that somebody works on it again; a longer lease, or extend(), prevents it."
 
 
 class VersionConflict(Fenced):

@@ -1,0 +1,1 @@
+"""Queues, from the receivers' side: leases, renewal, settling. See docs/queues.md."""
