@@ -53,7 +53,7 @@ def free_port(taken: set[int]) -> int:
     raise ProcessFailed("no free port between 20000 and 32000")
 
 
-def _die_with_parent(number: int) -> Callable[[], None]:
+def die_with_parent(number: int) -> Callable[[], None]:
     """What a child does before exec: ask the kernel for a signal when the thread that started it ends."""
     parent = os.getpid()
     libc = _libc
@@ -117,7 +117,7 @@ class Service:
                 env=dict(env),
                 cwd=self.folder,
                 start_new_session=True,  # Ctrl-C in the terminal reaches only us; we stop the children in order
-                preexec_fn=_die_with_parent(death_signal),
+                preexec_fn=die_with_parent(death_signal),
             )
 
     def read_ready(self) -> bool:

@@ -1,0 +1,215 @@
+"""One topic that a worker takes records from: the receiver, who is called, and what becomes of each record."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ferryline.app.context import Context, Stop
+from ferryline.app.handler import Call, Handler, Threads
+from ferryline.app.reports import Reports
+from ferryline.app.verdicts import Verdict, judge
+from ferryline.protocol.errors import (
+    ClientClosed,
+    CorruptBatch,
+    FerrylineError,
+    InternalError,
+    RecordTooLarge,
+    SerializationFailed,
+)
+from ferryline.protocol.queue_messages import ACK, NACK, ORDER_PARTITION, REJECT
+from ferryline.queues.message import described, detailed
+from ferryline.tasks import Tasks
+
+if TYPE_CHECKING:
+    from ferryline.app.app import App
+    from ferryline.queues.message import QueueMessage
+    from ferryline.queues.receiver import Receiver
+
+log = logging.getLogger("ferryline.app")
+
+TAKE_MAX = 500  # records that are taken from the receiver in one pass
+WAIT_S = 5.0
+CLOSE_S = 3.0  # after the grace, for cancelled handlers to end
+AGAIN_S = 1.0  # after an error that may pass
+UNREADABLE = (SerializationFailed, RecordTooLarge)  # of a result, too: the next attempt would end alike
+
+
+class Line:
+    """Takes records and calls handlers, at most ``concurrency`` at once. ``find(message)`` says whom to call.
+
+    Every record that was taken is settled: acknowledged, failed, rejected, or given back when the worker ends.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        receiver: Receiver[Any],
+        name: str,
+        find: Callable[[QueueMessage[Any]], Handler | None],
+        *,
+        concurrency: int,
+        ordering: str,
+        attempts: Callable[[], int],
+        stop: Stop,
+        reports: Reports | None = None,
+    ) -> None:
+        self.name = name
+        self.receiver = receiver
+        self._app = app
+        self._find = find
+        self._concurrency = concurrency
+        self._attempts = attempts  # what the topic allows
+        self._stop = stop
+        self._reports = reports
+        self._threads = Threads(concurrency, name)
+        self._running: set[asyncio.Task[None]] = set()
+        self._handling = Tasks()
+        self._room = asyncio.Event()
+        # Where a whole partition is one lane, its records may be here together; they are worked on in order.
+        self._lanes: dict[int, asyncio.Lock] | None = defaultdict(asyncio.Lock) if ordering == ORDER_PARTITION else None
+
+    # -- taking ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take records until `stop`. Raises a FerrylineError that will not pass by itself."""
+        while not self._stop.asked:
+            room = self._concurrency - len(self._running)
+            if room <= 0:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            try:
+                batch = await self.receiver.receive(min(room, TAKE_MAX), WAIT_S)
+            except ClientClosed:
+                if self._stopping():
+                    return
+                raise
+            except FerrylineError as error:
+                if not (error.retriable or isinstance(error, CorruptBatch)) or isinstance(error, InternalError):
+                    raise
+                log.warning("%s: %s", self.name, error)
+                await asyncio.sleep(AGAIN_S)
+                continue
+            for message in batch:
+                self._begin(message)
+
+    def _stopping(self) -> bool:
+        return self._stop.asked
+
+    def _begin(self, message: QueueMessage[Any]) -> None:
+        task = self._handling.spawn(self._work(message))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._room.set()
+
+    async def stop(self, grace: float) -> None:
+        """Give back what waits, let the work in hand end for ``grace`` seconds, cancel what is left and give it back.
+
+        The caller has set `Stop`.
+        """
+        self._room.set()
+        closing = asyncio.create_task(self.receiver.close(grace + CLOSE_S))
+        if self._running:
+            await asyncio.wait(self._running, timeout=grace)
+        left = list(self._running)
+        if left:
+            log.warning("%s: %d records are not done after %g s; they are given back", self.name, len(left), grace)
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=CLOSE_S)
+        await closing
+        self._threads.close()
+
+    # -- one record --------------------------------------------------------------------------------
+
+    async def _work(self, message: QueueMessage[Any]) -> None:
+        if self._lanes is None:
+            await self._process(message)
+            return
+        async with self._lanes[message.partition]:
+            if message.is_held:  # else one before it failed, and both come again, in order
+                await self._process(message)
+
+    async def _process(self, message: QueueMessage[Any]) -> None:
+        lingering: list[asyncio.Future[Any]] = []
+        # `processing` makes the end of the receiver wait, and gives the record back if this is cancelled.
+        async with message.processing():
+            handler = self._find(message)
+            if handler is None:
+                await self._settle(message, Verdict(NACK, reason="no task of its name is known to this worker"), "")
+                return
+            lingering = await self._attempt(handler, message)
+        if lingering and not self._stop.asked:
+            await asyncio.wait(lingering)  # the place in `concurrency` is taken until its thread ends
+
+    async def _attempt(self, handler: Handler, message: QueueMessage[Any]) -> list[asyncio.Future[Any]]:
+        attempt, retry = message.delivery_count, handler.retry
+        attempts = retry.attempts if retry is not None else self._attempts()
+        context = Context(
+            self._app, message, name=handler.name, attempt=attempt, attempts=attempts,
+            job_id=message.id if self._reports is not None else "", stop=self._stop,
+        )  # fmt: skip
+        call = Call(handler, message, context)
+        error: Exception | None = None
+        if retry is not None and attempt > attempts:
+            error = RuntimeError(f"{attempts} attempts ended without a word: their workers died, or lost it")
+            call.hopeless = True
+        else:
+            if self._reports is not None:
+                self._reports.began(call)
+            error = await self._run(call)
+        reason = described(error) if error is not None else ""
+        verdict = judge(
+            error, reason, hopeless=call.hopeless, attempt=attempt, attempts=attempts, retry=retry, draw=random.random()
+        )
+        detail = ""
+        if error is not None:
+            detail = detailed(error)
+            log.warning("%s: %r failed, attempt %d of %d", handler.what, message, attempt, attempts, exc_info=error)
+        if not message.is_held:
+            log.debug("%r was settled by its handler, or lost", message)
+            return call.lingering
+        if error is not None and self._reports is not None:
+            await self._reports.failed(call, verdict, detail)
+        await self._settle(message, verdict, detail)
+        return call.lingering
+
+    async def _run(self, call: Call) -> Exception | None:
+        """What went wrong, if anything did; a result is stored by then."""
+        app = self._app
+        try:
+            result = await call.run(app.providers, app.middleware, self._threads)
+            if self._reports is not None and call.message.is_held:
+                try:
+                    await self._reports.done(call, result)
+                except UNREADABLE:
+                    call.hopeless = True
+                    raise
+        except Exception as error:
+            return error
+        return None
+
+    async def _settle(self, message: QueueMessage[Any], verdict: Verdict, detail: str) -> None:
+        if verdict.action == ACK:
+            message.ack_nowait().add_done_callback(_told)
+            return
+        try:
+            if verdict.action == REJECT:
+                await message.reject(verdict.reason, detail)
+            else:
+                await message.nack(verdict.delay, verdict.reason, detail)
+        except FerrylineError as error:
+            log.warning("%r: %s", message, error)
+
+
+def _told(settled: asyncio.Future[None]) -> None:
+    if not settled.cancelled() and (error := settled.exception()) is not None:
+        log.warning("an acknowledged record was not settled: %s", error)
