@@ -33,11 +33,13 @@ from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
+from ferryline_broker.openapi import openapi_handler
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
 from ferryline_broker.queue_port import Queues
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
+from ferryline_broker.rest_queues import QueueApi
 from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
@@ -125,6 +127,7 @@ class Broker:
         self.frames = FrameRouter(config, partitions, view, metrics, peers)
         partitions.queues = self.queues = Queues(partitions, self.frames.queues, self.frames.records)
         self.rest = RestApi(partitions, view)
+        self.rest_queues = QueueApi(partitions, view, self.frames.queues)
         self.audit = AuditApi(partitions, view, store.broker_id)
         partitions.on_damaged = self._on_damaged
         partitions.on_unwritable = self._leave_soon
@@ -174,7 +177,9 @@ class Broker:
         app.router.add_routes(health_routes(self._not_ready, self._about))
         app.router.add_routes(self.metrics.routes())
         app.router.add_routes(self.rest.routes())
+        app.router.add_routes(self.rest_queues.routes())
         app.router.add_routes(self.audit.routes())
+        app.router.add_get("/openapi.json", openapi_handler(app.router))
         app.on_shutdown.append(self._shut_down)
         return app
 
@@ -201,6 +206,7 @@ class Broker:
         self.partitions.settle_everything("COMMIT_UNKNOWN", "this broker stopped before the outcome was known")
         self.frames.close()
         self.rest.close()
+        self.rest_queues.close()
         await self.endpoint.close()
 
     async def serve(self, stop: asyncio.Event) -> int:

@@ -30,9 +30,8 @@ from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.opening import rebuild_producers, replay_state
-from ferryline_broker.ports import Answer, Emitter, LinkPort, PeerPort, QueuePort, Request
+from ferryline_broker.ports import Answer, Asker, Emitter, LinkPort, PeerPort, QueuePort, Request
 from ferryline_service.logs import get_logger
-from ferryline_service.server_session import ServerSession
 
 _POSTPONED_MAX = 6  # passes of the loop; each reads at most 256 KiB from a session
 _log = get_logger()
@@ -62,7 +61,7 @@ class PartitionDriver:
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
         self._token = self._timer_ms = 0
         self._emitters: dict[Emitter, None] = {}
-        self._answered: dict[ServerSession, None] = {}
+        self._answered: dict[Asker, None] = {}
         self._pass_due = self._sync_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
         self._appends = self._appends_seen = self._postponed = 0
@@ -276,9 +275,9 @@ class PartitionDriver:
         self._emitters[emitter] = None
         self.end_pass_soon()
 
-    def answered(self, session: ServerSession) -> None:
-        """Answers were queued on ``session``: write them at the end of this pass, all in one go."""
-        self._answered[session] = None
+    def answered(self, asker: Asker) -> None:
+        """Answers were queued for ``asker``: write them at the end of this pass, all in one go."""
+        self._answered[asker] = None
         self.end_pass_soon()
 
     def end_pass_soon(self) -> None:
@@ -296,8 +295,8 @@ class PartitionDriver:
         for emitter in emitters:
             self._guarded(emitter.emit)
         answered, self._answered = self._answered, {}
-        for session in answered:
-            self._guarded(session.flush)
+        for asker in answered:
+            self._guarded(asker.flush)
         self._guarded(self.peers.emit)
         self._guarded(self.link.emit)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ferryline.protocol.messages import AlterIsr, ReplicaData, ReplicaFetch, ReplicaProgress, ReplicaReport, ResignEntry
 from ferryline_broker.core import events as ev
@@ -22,6 +23,20 @@ class Request(Protocol):
     def settle(self, index: int, answer: Answer) -> None: ...
 
     def emit(self) -> None: ...
+
+
+class Asker(Protocol):
+    """Who asked, and is answered when it is decided: a session, or a request over REST. ``closed``: nobody listens."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def close_callbacks(self) -> list[Callable[[Any], None]]: ...
+
+    def answer(self, kind: int, correlation: int, header: Any, parts: Sequence[ev.Bytes] = ()) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class Emitter(Protocol):

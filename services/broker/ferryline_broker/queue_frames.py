@@ -1,4 +1,4 @@
-"""RECEIVE, SETTLE, KEEP and QUEUE: queues, as receivers see them.
+"""RECEIVE, SETTLE, KEEP and QUEUE: queues, as receivers see them, on sessions and over REST.
 
 The core leases what is ready; here is who waits. A receiver asks for records of many partitions; it is parked when none
 has any, and asks the core again when one of them wakes. What was leased for a receiver that has left goes back at once.
@@ -7,11 +7,8 @@ has any, and asks the core again when one of them wakes. What was leased for a r
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 
 from ferryline.protocol.errors import (
-    ErrorInfo,
     FerrylineError,
     Forbidden,
     InvalidArgument,
@@ -19,7 +16,7 @@ from ferryline.protocol.errors import (
     NotReady,
     StorageFailed,
 )
-from ferryline.protocol.frames import Frame, Kind, decode_header, encode_value
+from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_name, check_range
 from ferryline.protocol.messages import RECORDS
 from ferryline.protocol.queue_messages import (
@@ -28,24 +25,16 @@ from ferryline.protocol.queue_messages import (
     RELEASE,
     Delivery,
     Keep,
-    QueueAnswer,
     QueueAsk,
-    QueueResult,
     Receive,
-    ReceiveAnswer,
     Settle,
-    SettleAnswer,
     SettleEntry,
-    SettleResult,
 )
 from ferryline.protocol.records import BatchBuilder, DecodedRecord
-from ferryline_broker.core.events import Bytes, Key, Refuse
+from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.queue_events import (
     AnswerLease,
-    AnswerQueue,
-    AnswerSettle,
     KeepAsked,
-    LeaseAsked,
     QueueAsked,
     SettleAsked,
     SettleItem,
@@ -54,189 +43,18 @@ from ferryline_broker.core.queue_events import (
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
-from ferryline_broker.ports import Answer
-from ferryline_broker.produce import refusal_info
+from ferryline_broker.ports import Asker
 from ferryline_broker.queue_records import QueueRecords
+from ferryline_broker.queue_requests import BYTES_MAX, RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
+from ferryline_broker.receipts import receipt
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
 
-RECORDS_MAX = 10_000  # of one lease
-BYTES_MAX = 8 * 1024 * 1024  # of one answer, about; a single record may be larger
 LEASE_MS_MIN, LEASE_MS_MAX = 1_000, 12 * 3_600_000
 DELAY_MS_MAX = 366 * 86_400_000
 REASON_CHARS_MAX, DETAIL_CHARS_MAX = 256, 4_096
-_MEMBER_CHARS_MAX = 256
-_RECEIPT_BYTES = 16
+MEMBER_CHARS_MAX = 256
 _PARKED_MAX = 20_000
-
-
-class ParkedReceive:
-    """One RECEIVE that has not been answered yet. ``left``: records that it may still be given."""
-
-    __slots__ = ("_correlation", "_deliveries", "_handler", "_leasing", "_parts", "ask", "done", "expired", "hosted",
-                 "left", "session", "timer")  # fmt: skip
-
-    def __init__(self, handler: QueueHandler, session: ServerSession, ask: Receive, correlation: int) -> None:
-        self._handler = handler
-        self.session = session
-        self.ask = ask
-        self._correlation = correlation
-        self.left = min(ask.records_max, RECORDS_MAX)
-        self.hosted: list[HostedReplica] = []
-        self.timer: asyncio.TimerHandle | None = None
-        self.done = self.expired = False
-        self._leasing = 0  # leases that are asked for and not committed
-        self._deliveries: list[Delivery] = []
-        self._parts: list[Bytes] = []
-
-    def lease(self, index: int, limit: int) -> None:
-        """Ask one partition for up to ``limit`` records."""
-        handler, ask, hosted = self._handler, self.ask, self.hosted[index]
-        self._leasing += 1
-        self.left -= limit
-        token = handler.driver.token(self, index * (RECORDS_MAX + 1) + limit, hosted)
-        handler.driver.feed(
-            hosted,
-            LeaseAsked(
-                token, ask.group, ask.member, ask.ordering, ask.start, ask.lease_ms, limit, min(ask.bytes_max, BYTES_MAX)
-            ),
-        )  # fmt: skip
-
-    def settle(self, index: int, answer: Answer) -> None:
-        at, limit = divmod(index, RECORDS_MAX + 1)
-        hosted = self.hosted[at]
-        self._leasing -= 1
-        if isinstance(answer, AnswerLease):
-            self.left += limit - len(answer.offsets)
-            if answer.offsets:
-                self._handler.deliver(self, hosted, answer)
-        else:
-            assert isinstance(answer, Refuse), answer
-            self.left += limit
-            self.refuse(hosted.key, refusal_info(answer))
-
-    def refuse(self, key: Key, error: ErrorInfo) -> None:
-        self._deliveries.append(Delivery(*key, error=error))
-
-    def add(self, delivery: Delivery, payload: Bytes) -> None:
-        self._deliveries.append(delivery)
-        self._parts.append(payload)
-
-    def emit(self) -> None:
-        """Answer once nothing is on its way and there is something to say."""
-        if not self.done and not self._leasing and (self._deliveries or self.expired):
-            self.answer()
-
-    def answer(self) -> None:
-        self.close()
-        self.session.answer(Kind.RECEIVE, self._correlation, ReceiveAnswer(self._deliveries), self._parts)
-        self._handler.driver.answered(self.session)
-
-    @property
-    def waits(self) -> bool:
-        """It is parked, and nothing is on its way to it."""
-        return not self.done and not self._leasing and not self._deliveries
-
-    def expire(self) -> None:
-        self.expired = True
-        self.emit()
-
-    def close(self) -> None:
-        self.done = True
-        if self.timer is not None:
-            self.timer.cancel()
-        self._handler.unpark(self)
-
-
-class SettleRequest:
-    """One SETTLE or KEEP; results keep the numbers of its entries."""
-
-    __slots__ = ("_correlation", "_driver", "_kind", "_left", "_parts", "_results", "_session")
-
-    def __init__(self, driver: PartitionDriver, session: ServerSession | None, kind: Kind, correlation: int) -> None:
-        self._driver = driver
-        self._session = session
-        self._kind = kind
-        self._correlation = correlation
-        self._left = 0
-        self._parts: list[list[int]] = []  # numbers of the entries in each part
-        self._results: list[SettleResult] = []
-
-    def refuse(self, index: int, error: ErrorInfo) -> None:
-        self._results.append(SettleResult(index, error=error))
-
-    def part(self, entries: list[int]) -> int:
-        """The number under which the entries of one partition are settled."""
-        self._left += 1
-        self._parts.append(entries)
-        return len(self._parts) - 1
-
-    def settle(self, index: int, answer: Answer) -> None:
-        self._left -= 1
-        entries = self._parts[index]
-        if isinstance(answer, AnswerSettle):
-            for number, entry in enumerate(entries):
-                stale, settled = (answer.stale[number], answer.settled[number]) if answer.stale else ([], [])
-                self._results.append(SettleResult(entry, stale, settled))
-        else:
-            assert isinstance(answer, Refuse), answer
-            for entry in entries:
-                self.refuse(entry, refusal_info(answer))
-
-    def emit(self) -> None:
-        if self._left == 0 and self._session is not None:
-            self._left = -1
-            self._session.answer(self._kind, self._correlation, SettleAnswer(self._results))
-            self._driver.answered(self._session)
-
-
-class QueueRequest:
-    """One QUEUE frame: a question about, or a change of, whole queues."""
-
-    __slots__ = ("_correlation", "_handler", "_hosted", "_left", "_parts", "_results", "_session", "ask")
-
-    def __init__(self, handler: QueueHandler, session: ServerSession, correlation: int, ask: QueueAsk) -> None:
-        self._handler = handler
-        self._session = session
-        self._correlation = correlation
-        self.ask = ask
-        self._left = len(ask.entries)
-        self._hosted: dict[int, HostedReplica] = {}
-        self._results: dict[int, QueueResult] = {}
-        self._parts: dict[int, Bytes] = {}
-
-    def expect(self, index: int, hosted: HostedReplica) -> None:
-        self._hosted[index] = hosted
-
-    def refuse(self, index: int, error: ErrorInfo) -> None:
-        self._left -= 1
-        self._results[index] = QueueResult(*self.ask.entries[index], error=error)
-
-    def settle(self, index: int, answer: Answer) -> None:
-        if isinstance(answer, Refuse):
-            self.refuse(index, refusal_info(answer))
-            return
-        assert isinstance(answer, AnswerQueue), answer
-        key, details = self.ask.entries[index], answer.details
-        payload: Bytes = b""
-        if self.ask.op == "peek":
-            try:
-                details, payload = self._handler.peeked(self._hosted[index], details["offsets"])
-            except StorageFailed as failure:
-                self.refuse(index, failure.info())
-                return
-        self._left -= 1
-        self._parts[index] = payload
-        self._results[index] = QueueResult(*key, details, len(payload))
-
-    def emit(self) -> None:
-        if self._left == 0:
-            self._left = -1
-            order = sorted(self._results)
-            answer = QueueAnswer([self._results[index] for index in order])
-            parts = [self._parts[index] for index in order if self._parts.get(index)]
-            self._session.answer(Kind.QUEUE, self._correlation, answer, parts)
-            self._handler.driver.answered(self._session)
 
 
 class QueueHandler:
@@ -251,13 +69,27 @@ class QueueHandler:
         self._records = records
         self._loop = asyncio.get_running_loop()
         self._parked: dict[tuple[Key, str], dict[ParkedReceive, int]] = {}  # (partition, group) -> in order of arrival
-        self._sessions: dict[ServerSession, set[ParkedReceive]] = {}
+        self._askers: dict[Asker, set[ParkedReceive]] = {}
         self._count = 0
 
     # -- frames -------------------------------------------------------------------------------------
 
     def receive(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, Receive)
+        self.ask_receive(session, frame.correlation, decode_header(frame.header, Receive))
+
+    def settle(self, session: ServerSession, frame: Frame) -> None:
+        self.ask_settle(session, frame.correlation, decode_header(frame.header, Settle))
+
+    def keep(self, session: ServerSession, frame: Frame) -> None:
+        self.ask_keep(session, frame.correlation, decode_header(frame.header, Keep))
+
+    def queue(self, session: ServerSession, frame: Frame) -> None:
+        self.ask_queue(session, frame.correlation, decode_header(frame.header, QueueAsk))
+
+    # -- requests, from whoever asks ----------------------------------------------------------------
+
+    def ask_receive(self, asker: Asker, correlation: int, ask: Receive) -> None:
+        """The answer, like that of the others, comes by ``asker.answer``. Raises what is wrong with the request."""
         _check_group(ask.group, ask.member, len(ask.entries))
         check_range(ask.records_max, "records_max", 1, RECORDS_MAX)
         check_range(ask.bytes_max, "bytes_max", 1, 2**31)
@@ -266,12 +98,14 @@ class QueueHandler:
         _check_one_of(ask.ordering, "ordering", ORDERINGS)
         _check_one_of(ask.start, "start", ("start", "end"))
         self._key()
-        parked = ParkedReceive(self, session, ask, frame.correlation)
+        parked = ParkedReceive(self, asker, ask, correlation)
         for topic_id, partition in ask.entries:
             hosted = self.driver.replicas.get((topic_id, partition))
             if hosted is None:
                 parked.refuse((topic_id, partition), self._view.not_here(topic_id, partition).info())
             else:
+                if ask.strict:
+                    parked.seen[len(parked.hosted)] = hosted.core.high_watermark[RECORDS]
                 parked.hosted.append(hosted)
         order = range(len(parked.hosted))
         first = self._count % len(order) if order else 0
@@ -285,11 +119,10 @@ class QueueHandler:
         self._park(parked)
         self.driver.at_end(parked)
 
-    def settle(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, Settle)
+    def ask_settle(self, asker: Asker, correlation: int, ask: Settle) -> None:
         _check_group(ask.group, ask.member, len(ask.entries))
         key = self._key()
-        request = SettleRequest(self.driver, session, Kind.SETTLE, frame.correlation)
+        request = SettleRequest(self.driver, asker, Kind.SETTLE, correlation)
         items: dict[Key, tuple[list[int], list[SettleItem]]] = {}
         for index, entry in enumerate(ask.entries):
             try:
@@ -317,10 +150,9 @@ class QueueHandler:
             self.driver.feed(hosted, SettleAsked(token, ask.group, ask.member, told))
         self.driver.at_end(request)
 
-    def keep(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, Keep)
+    def ask_keep(self, asker: Asker, correlation: int, ask: Keep) -> None:
         _check_group(ask.group, ask.member, len(ask.entries))
-        request = SettleRequest(self.driver, session, Kind.KEEP, frame.correlation)
+        request = SettleRequest(self.driver, asker, Kind.KEEP, correlation)
         for index, entry in enumerate(ask.entries):
             hosted = self.driver.replicas.get((entry.topic_id, entry.partition))
             if hosted is None:
@@ -330,11 +162,10 @@ class QueueHandler:
             self.driver.feed(hosted, KeepAsked(token, ask.group, ask.member, entry.leases))
         self.driver.at_end(request)
 
-    def queue(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, QueueAsk)
+    def ask_queue(self, asker: Asker, correlation: int, ask: QueueAsk) -> None:
         _check_group(ask.group, "", len(ask.entries))
         check_range(ask.count, "count", 0, RECORDS_MAX)
-        request = QueueRequest(self, session, frame.correlation, ask)
+        request = QueueRequest(self, asker, correlation, ask)
         for index, (topic_id, partition) in enumerate(ask.entries):
             hosted = self.driver.replicas.get((topic_id, partition))
             if hosted is None:
@@ -351,8 +182,9 @@ class QueueHandler:
     def deliver(self, parked: ParkedReceive, hosted: HostedReplica, answer: AnswerLease) -> None:
         """A lease is committed: its records go to the receiver, or back if it has left."""
         ask = parked.ask
-        if parked.session.closed or parked.done:
+        if parked.asker.closed or parked.done:
             self._give_back(hosted, ask, answer)
+            parked.expired = True  # nobody hears the answer, but it waits no longer, in the way of others
             return
         try:
             records = self._records.records(hosted, answer.offsets)
@@ -378,9 +210,18 @@ class QueueHandler:
         item = SettleItem(answer.epoch, answer.lease, RELEASE, answer.offsets)
         event = SettleAsked(token, ask.group, ask.member, [item])
         self._loop.call_soon(self.driver.feed, hosted, event)  # not while the core's effects are carried out
+        self._loop.call_soon(self._ask_again, hosted, ask.group)
 
     def peeked(self, hosted: HostedReplica, offsets: list[int]) -> tuple[dict[str, object], Bytes]:
-        records = self._records.records(hosted, offsets)
+        """The records at these offsets; the first ones, if all of them are too much for one answer."""
+        records: list[DecodedRecord] = []
+        size = 0
+        for offset in offsets:
+            for record in self._records.records(hosted, [offset]):
+                size += len(record.key or b"") + len(record.value or b"")
+                records.append(record)
+            if size >= BYTES_MAX:
+                break
         return {"offsets": [record.offset for record in records]}, _payload(records) if records else b""
 
     # -- waiting ------------------------------------------------------------------------------------
@@ -415,14 +256,14 @@ class QueueHandler:
 
     def _park(self, parked: ParkedReceive) -> None:
         wait_ms = parked.ask.wait_ms
-        if len(self._sessions) > _PARKED_MAX:
+        if len(self._askers) > _PARKED_MAX:
             wait_ms = 0
         for index, hosted in enumerate(parked.hosted):
             self._parked.setdefault((hosted.key, parked.ask.group), {})[parked] = index
-        known = self._sessions.get(parked.session)
+        known = self._askers.get(parked.asker)
         if known is None:
-            known = self._sessions[parked.session] = set()
-            parked.session.close_callbacks.append(self._session_closed)
+            known = self._askers[parked.asker] = set()
+            parked.asker.close_callbacks.append(self._asker_closed)
         known.add(parked)
         if wait_ms:
             parked.timer = self._loop.call_later(wait_ms / 1000, parked.expire)
@@ -437,17 +278,17 @@ class QueueHandler:
                 waiting.pop(parked, None)
                 if not waiting:
                     del self._parked[where]
-        known = self._sessions.get(parked.session)
+        known = self._askers.get(parked.asker)
         if known is not None:
             known.discard(parked)
 
-    def _session_closed(self, session: ServerSession) -> None:
-        for parked in list(self._sessions.pop(session, ())):
+    def _asker_closed(self, asker: Asker) -> None:
+        for parked in list(self._askers.pop(asker, ())):
             parked.close()
 
     def close(self) -> None:
         """Answer everybody who waits: a stop must not take as long as the longest wait."""
-        for known in list(self._sessions.values()):
+        for known in list(self._askers.values()):
             for parked in list(known):
                 if parked.waits:
                     parked.expire()
@@ -456,12 +297,6 @@ class QueueHandler:
         if not self._view.claim_key:
             raise NotReady("this broker has no key for receipts yet; it is not registered")
         return self._view.claim_key
-
-
-def receipt(key: bytes, group: str, member: str, lease: Delivery | SettleEntry) -> bytes:
-    """The MAC that names a lease of a member. MessagePack is injective here: no field can leak into another."""
-    named = encode_value(("lease", group, member, lease.topic_id, lease.partition, lease.epoch, lease.lease))
-    return hmac.digest(key, named, hashlib.sha256)[:_RECEIPT_BYTES]
 
 
 def _with_receipt(delivery: Delivery, mac: bytes) -> Delivery:
@@ -480,8 +315,8 @@ def _payload(records: list[DecodedRecord]) -> bytearray:
 
 def _check_group(group: str, member: str, entries: int) -> None:
     check_name(group, "group")
-    if len(member) > _MEMBER_CHARS_MAX:
-        raise InvalidArgument(f"member: {len(member)} characters, limit {_MEMBER_CHARS_MAX}", field="member")
+    if len(member) > MEMBER_CHARS_MAX:
+        raise InvalidArgument(f"member: {len(member)} characters, limit {MEMBER_CHARS_MAX}", field="member")
     if not 0 < entries <= FRAME_ENTRIES_MAX:
         raise MalformedRequest(f"entries: {entries} is outside 1..{FRAME_ENTRIES_MAX}")
 

@@ -11,8 +11,6 @@ primary's URL in ``details.primary_url``.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +24,6 @@ from ferryline.protocol.errors import (
     FerrylineError,
     InternalError,
     InvalidArgument,
-    NotPrimary,
     StorageFailed,
     from_info,
 )
@@ -43,14 +40,13 @@ from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.ports import Answer
 from ferryline_broker.produce import check_batch, refusal_info
 from ferryline_broker.proof import Proof
+from ferryline_broker.rest_shared import Bytes64, elsewhere, leads, query_int, raw_bytes, shown_bytes, whole
 from ferryline_broker.view import ClusterView
 from ferryline_service.errors import read_json
 
 _PRODUCE_TIMEOUT_MS = 30_000
 _RECORDS_MAX = 10_000
 _READ_BYTES = 1024 * 1024
-
-Bytes64 = dict[str, str]
 
 
 class RecordIn(BaseModel):
@@ -126,7 +122,7 @@ class RestApi:
     # -- handlers -----------------------------------------------------------------------------------
 
     async def metadata(self, request: web.Request) -> web.Response:
-        known = _int(request, "revision", -1, -1, OFFSET_MAX)
+        known = query_int(request, "revision", -1, -1, OFFSET_MAX)
         answer = self._view.metadata.answer()
         fields: dict[str, Any] = {name: getattr(answer, name) for name in answer.__struct_fields__}
         if known >= answer.revision:
@@ -164,10 +160,10 @@ class RestApi:
 
     async def read(self, request: web.Request) -> web.StreamResponse:
         topic = self._view.topic_named(request.match_info["topic"])
-        partition = _whole(request.match_info["partition"], "partition", 0, topic.config.partitions - 1)
-        offset = _int(request, "offset", 0, 0, OFFSET_MAX)
-        wait_ms = _int(request, "wait_ms", 0, 0, WAIT_MS_MAX)
-        limit = _int(request, "limit", 100, 1, _RECORDS_MAX)
+        partition = whole(request.match_info["partition"], "partition", 0, topic.config.partitions - 1)
+        offset = query_int(request, "offset", 0, 0, OFFSET_MAX)
+        wait_ms = query_int(request, "wait_ms", 0, 0, WAIT_MS_MAX)
+        limit = query_int(request, "limit", 100, 1, _RECORDS_MAX)
         secondary = request.query.get("secondary", "") in ("1", "true")
         hosted = self._hosted(topic, partition)
         records = await self._records(hosted, topic, offset, wait_ms, limit, secondary)
@@ -198,7 +194,7 @@ class RestApi:
                 proved = True
                 continue
             if verdict.code == "NOT_PRIMARY":
-                raise self._elsewhere(topic, hosted.key[1])
+                raise elsewhere(self._view, topic.id, hosted.key[1])
             if verdict.code:
                 cls = BY_CODE.get(verdict.code, InternalError)
                 raise cls(verdict.message, log_start=hosted.core.log_start[RECORDS], high_watermark=verdict.below)
@@ -238,32 +234,19 @@ class RestApi:
             return check_range(record.partition, f"records.{index}.partition", 0, count - 1)
         if key is not None:
             return partition_of(key, count)
-        mine = [part.partition for part in self._view.metadata.partitions_of(topic.id) if self._is_primary(part.key)]
+        mine = [part.partition for part in self._view.metadata.partitions_of(topic.id) if leads(self._driver, part.key)]
         return mine[index % len(mine)] if mine else index % count
-
-    def _is_primary(self, key: tuple[str, int]) -> bool:
-        hosted = self._driver.replicas.get(key)
-        return hosted is not None and not hosted.broken and hosted.core.primary is not None
 
     def _hosted(self, topic: TopicMeta, partition: int) -> HostedReplica:
         hosted = self._driver.replicas.get((topic.id, partition))
         if hosted is None:
-            raise self._elsewhere(topic, partition)
+            raise elsewhere(self._view, topic.id, partition)
         return hosted
 
     def _primary(self, topic: TopicMeta, partition: int) -> HostedReplica:
-        if not self._is_primary((topic.id, partition)):
-            raise self._elsewhere(topic, partition)
+        if not leads(self._driver, (topic.id, partition)):
+            raise elsewhere(self._view, topic.id, partition)
         return self._hosted(topic, partition)
-
-    def _elsewhere(self, topic: TopicMeta, partition: int) -> FerrylineError:
-        """The refusal that names the primary and where it is."""
-        error = self._view.not_here(topic.id, partition)
-        if isinstance(error, NotPrimary):
-            broker = self._view.broker(error.details.get("primary", 0))
-            if broker is not None:
-                error.details["primary_url"] = broker.external
-        return error
 
 
 def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[list[dict[str, Any]], int]:
@@ -281,9 +264,9 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
                 {
                     "offset": record.offset,
                     "timestamp_ms": record.timestamp,
-                    "key": _text(record.key),
-                    "value": _text(record.value),
-                    "headers": {name: _text(value) for name, value in record.headers},
+                    "key": shown_bytes(record.key),
+                    "value": shown_bytes(record.value),
+                    "headers": {name: shown_bytes(value) for name, value in record.headers},
                 }
             )
             offset = record.offset + 1
@@ -292,38 +275,13 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
     return found, offset
 
 
-def _text(value: bytes | None) -> str | Bytes64 | None:
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(value).decode()}
-
-
-def _raw(value: str | Bytes64 | None, field: str) -> bytes | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            return value.encode()
-        except UnicodeEncodeError:
-            raise InvalidArgument(f"{field}: not valid UTF-8", field=field) from None
-    if set(value) != {"base64"}:
-        raise InvalidArgument(f'{field}: expected text or {{"base64": "..."}}', field=field)
-    try:
-        return base64.b64decode(value["base64"], validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidArgument(f"{field}.base64: not base64", field=field) from None
-
-
 def _encoded(record: RecordIn, index: int) -> tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]:
     headers: list[tuple[str, bytes | None]] = []
     for name, value in record.headers.items():
         if len(name.encode(errors="replace")) > HEADER_NAME_BYTES_MAX:
             raise InvalidArgument(f"records.{index}.headers: name over {HEADER_NAME_BYTES_MAX} bytes", field="headers")
-        headers.append((name, _raw(value, f"records.{index}.headers.{name[:40]}")))
-    return _raw(record.key, f"records.{index}.key"), _raw(record.value, f"records.{index}.value"), headers
+        headers.append((name, raw_bytes(value, f"records.{index}.headers.{name[:40]}")))
+    return raw_bytes(record.key, f"records.{index}.key"), raw_bytes(record.value, f"records.{index}.value"), headers
 
 
 def _outcome(outcome: AnswerProduce | BaseException, step: int) -> dict[str, Any]:
@@ -340,18 +298,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
-
-
-def _int(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    text = request.query.get(name)
-    return default if text is None else _whole(text, name, low, high)
-
-
-def _whole(text: str, name: str, low: int, high: int) -> int:
-    try:
-        value = int(text) if len(text) <= 20 and text.isascii() else None
-    except ValueError:
-        value = None
-    if value is None:
-        raise InvalidArgument(f"{name}: {text[:40]!r} is not an integer", field=name)
-    return check_range(value, name, low, high)

@@ -125,7 +125,11 @@ class Queues:
         high = self._replica.high_watermark[RECORDS]
         blind = queue.window.scanned < event.seen and queue.next_read(high) is not None
         lease = None if blind else queue.lease(event.member, event.lease_ms, limit, now_ms, event.strict)
-        if lease is None:
+        if blind:
+            queue.asked_ms = now_ms
+            outcome = self._outcome(queue, AnswerLease(event.token), now_ms)
+            outcome.at_once = queue.hungry = True  # hungry from now on: worth asking again once it has been read
+        elif lease is None:
             queue.hungry = True
             outcome = self._outcome(queue, AnswerLease(event.token), now_ms)
             outcome.at_once = True

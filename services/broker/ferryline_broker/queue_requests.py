@@ -1,0 +1,205 @@
+"""Requests about queues that wait for answers of cores: one to receive, one to settle, one about whole queues.
+
+Who asked may be a session or a request over REST: an `Asker` either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ferryline.protocol.errors import ErrorInfo, StorageFailed
+from ferryline.protocol.frames import Kind
+from ferryline.protocol.queue_messages import (
+    Delivery,
+    QueueAnswer,
+    QueueAsk,
+    QueueResult,
+    Receive,
+    ReceiveAnswer,
+    SettleAnswer,
+    SettleResult,
+)
+from ferryline_broker.core.events import Bytes, Key, Refuse
+from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked
+from ferryline_broker.driver import PartitionDriver
+from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.ports import Answer, Asker
+from ferryline_broker.produce import refusal_info
+
+if TYPE_CHECKING:
+    from ferryline_broker.queue_frames import QueueHandler
+
+RECORDS_MAX = 10_000  # of one lease
+BYTES_MAX = 8 * 1024 * 1024  # of one answer, about; a single record may be larger
+
+
+class ParkedReceive:
+    """One RECEIVE that has not been answered yet. ``left``: records that it may still be given."""
+
+    __slots__ = ("_correlation", "_deliveries", "_handler", "_leasing", "_parts", "ask", "asker", "done", "expired",
+                 "hosted", "left", "seen", "timer")  # fmt: skip
+
+    def __init__(self, handler: QueueHandler, asker: Asker, ask: Receive, correlation: int) -> None:
+        self._handler = handler
+        self.asker = asker
+        self.ask = ask
+        self._correlation = correlation
+        self.left = min(ask.records_max, RECORDS_MAX)
+        self.hosted: list[HostedReplica] = []
+        self.seen: dict[int, int] = {}  # of a strict one: what was there when it asked
+        self.timer: asyncio.TimerHandle | None = None
+        self.done = self.expired = False
+        self._leasing = 0  # leases that are asked for and not committed
+        self._deliveries: list[Delivery] = []
+        self._parts: list[Bytes] = []
+
+    def lease(self, index: int, limit: int) -> None:
+        """Ask one partition for up to ``limit`` records."""
+        handler, ask, hosted = self._handler, self.ask, self.hosted[index]
+        self._leasing += 1
+        self.left -= limit
+        token = handler.driver.token(self, index * (RECORDS_MAX + 1) + limit, hosted)
+        handler.driver.feed(
+            hosted,
+            LeaseAsked(
+                token, ask.group, ask.member, ask.ordering, ask.start, ask.lease_ms, limit,
+                min(ask.bytes_max, BYTES_MAX), strict=ask.strict, seen=self.seen.get(index, 0),
+            ),
+        )  # fmt: skip
+
+    def settle(self, index: int, answer: Answer) -> None:
+        at, limit = divmod(index, RECORDS_MAX + 1)
+        hosted = self.hosted[at]
+        self._leasing -= 1
+        if isinstance(answer, AnswerLease):
+            self.left += limit - len(answer.offsets)
+            if answer.offsets:
+                self._handler.deliver(self, hosted, answer)
+        else:
+            assert isinstance(answer, Refuse), answer
+            self.left += limit
+            self.refuse(hosted.key, refusal_info(answer))
+
+    def refuse(self, key: Key, error: ErrorInfo) -> None:
+        self._deliveries.append(Delivery(*key, error=error))
+
+    def add(self, delivery: Delivery, payload: Bytes) -> None:
+        self._deliveries.append(delivery)
+        self._parts.append(payload)
+
+    def emit(self) -> None:
+        """Answer once nothing is on its way and there is something to say."""
+        if not self.done and not self._leasing and (self._deliveries or self.expired):
+            self.answer()
+
+    def answer(self) -> None:
+        self.close()
+        self.asker.answer(Kind.RECEIVE, self._correlation, ReceiveAnswer(self._deliveries), self._parts)
+        self._handler.driver.answered(self.asker)
+
+    @property
+    def waits(self) -> bool:
+        """It is parked, and nothing is on its way to it."""
+        return not self.done and not self.expired and not self._leasing and not self._deliveries
+
+    def expire(self) -> None:
+        self.expired = True
+        self.emit()
+
+    def close(self) -> None:
+        self.done = True
+        if self.timer is not None:
+            self.timer.cancel()
+        self._handler.unpark(self)
+
+
+class SettleRequest:
+    """One SETTLE or KEEP; results keep the numbers of its entries."""
+
+    __slots__ = ("_asker", "_correlation", "_driver", "_kind", "_left", "_parts", "_results")
+
+    def __init__(self, driver: PartitionDriver, asker: Asker | None, kind: Kind, correlation: int) -> None:
+        self._driver = driver
+        self._asker = asker
+        self._kind = kind
+        self._correlation = correlation
+        self._left = 0
+        self._parts: list[list[int]] = []  # numbers of the entries in each part
+        self._results: list[SettleResult] = []
+
+    def refuse(self, index: int, error: ErrorInfo) -> None:
+        self._results.append(SettleResult(index, error=error))
+
+    def part(self, entries: list[int]) -> int:
+        """The number under which the entries of one partition are settled."""
+        self._left += 1
+        self._parts.append(entries)
+        return len(self._parts) - 1
+
+    def settle(self, index: int, answer: Answer) -> None:
+        self._left -= 1
+        entries = self._parts[index]
+        if isinstance(answer, AnswerSettle):
+            for number, entry in enumerate(entries):
+                stale, settled = (answer.stale[number], answer.settled[number]) if answer.stale else ([], [])
+                self._results.append(SettleResult(entry, stale, settled))
+        else:
+            assert isinstance(answer, Refuse), answer
+            for entry in entries:
+                self.refuse(entry, refusal_info(answer))
+
+    def emit(self) -> None:
+        if self._left == 0 and self._asker is not None:
+            self._left = -1
+            self._asker.answer(self._kind, self._correlation, SettleAnswer(self._results))
+            self._driver.answered(self._asker)
+
+
+class QueueRequest:
+    """One QUEUE frame: a question about, or a change of, whole queues."""
+
+    __slots__ = ("_asker", "_correlation", "_handler", "_hosted", "_left", "_parts", "_results", "ask")
+
+    def __init__(self, handler: QueueHandler, asker: Asker, correlation: int, ask: QueueAsk) -> None:
+        self._handler = handler
+        self._asker = asker
+        self._correlation = correlation
+        self.ask = ask
+        self._left = len(ask.entries)
+        self._hosted: dict[int, HostedReplica] = {}
+        self._results: dict[int, QueueResult] = {}
+        self._parts: dict[int, Bytes] = {}
+
+    def expect(self, index: int, hosted: HostedReplica) -> None:
+        self._hosted[index] = hosted
+
+    def refuse(self, index: int, error: ErrorInfo) -> None:
+        self._left -= 1
+        self._results[index] = QueueResult(*self.ask.entries[index], error=error)
+
+    def settle(self, index: int, answer: Answer) -> None:
+        if isinstance(answer, Refuse):
+            self.refuse(index, refusal_info(answer))
+            return
+        assert isinstance(answer, AnswerQueue), answer
+        key, details = self.ask.entries[index], answer.details
+        payload: Bytes = b""
+        if self.ask.op == "peek":
+            try:
+                details, payload = self._handler.peeked(self._hosted[index], details["offsets"])
+            except StorageFailed as failure:
+                self.refuse(index, failure.info())
+                return
+        self._left -= 1
+        self._parts[index] = payload
+        self._results[index] = QueueResult(*key, details, len(payload))
+
+    def emit(self) -> None:
+        if self._left == 0:
+            self._left = -1
+            order = sorted(self._results)
+            answer = QueueAnswer([self._results[index] for index in order])
+            parts = [self._parts[index] for index in order if self._parts.get(index)]
+            self._asker.answer(Kind.QUEUE, self._correlation, answer, parts)
+            self._handler.driver.answered(self._asker)
