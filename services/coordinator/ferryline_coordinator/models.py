@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from ferryline.protocol.exchanges import MATCH_ALL, BindingMeta, binding_to
 from ferryline.protocol.limits import HTTP_BODY_BYTES_MAX
 from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat, GroupPartition
 
@@ -61,6 +62,33 @@ class Recover(Body):
 
 class Join(Body):
     """A broker's first request. ``csr`` is PEM; of it, key and host names are taken."""
+
+class CreateExchange(Body):
+    """``alternate``: the exchange that gets what no binding takes."""
+
+    name: str
+    type: str = Field(description="direct, topic, fanout or headers")
+    alternate: str | None = None
+
+
+class Bind(Body):
+    """Where the binding leads (``topic`` or ``exchange``), and what it takes."""
+
+    topic: str | None = None
+    exchange: str | None = None
+    routing_key: str = Field("", description="of a topic exchange: a pattern with * and #")
+    headers: dict[str, str | None] = Field({}, description="null: the header is there, with any value")
+    match: str = Field(MATCH_ALL, description="all or any of the headers")
+
+    def binding(self) -> BindingMeta:
+        return binding_to(
+            topic=self.topic,
+            exchange=self.exchange,
+            routing_key=self.routing_key,
+            headers=self.headers,
+            match=self.match,
+        )
+
 
     token: str = Field(max_length=200)
     csr: str = Field(max_length=16_384)

@@ -13,6 +13,8 @@ from pydantic.json_schema import models_json_schema
 from ferryline_coordinator.models import (
     AddPartitions,
     AlterTopic,
+    Bind,
+    CreateExchange,
     CreateTopic,
     Join,
     MemberHeartbeat,
@@ -25,6 +27,8 @@ _BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/topics"): CreateTopic,
     ("PATCH", "/v1/topics/{topic}"): AlterTopic,
     ("POST", "/v1/topics/{topic}/partitions"): AddPartitions,
+    ("POST", "/v1/exchanges"): CreateExchange,
+    ("POST", "/v1/exchanges/{exchange}/bindings"): Bind,
     ("POST", "/v1/partitions/recover"): Recover,
     ("POST", "/v1/groups/{group}/heartbeat"): MemberHeartbeat,
     ("POST", "/v1/join"): Join,
@@ -32,6 +36,10 @@ _BODIES: dict[tuple[str, str], type[BaseModel]] = {
 }
 _QUERIES: dict[str, dict[str, str]] = {
     "/v1/topics/{topic}/route": {"key": "The key, as UTF-8 text. Required."},
+    "/v1/exchanges/{exchange}/route": {
+        "routing_key": "Of the record; empty if left out.",
+        "header": "name=value, of the record; may stand several times.",
+    },
     "/v1/partitions": {"topic": "Of this topic only.", "state": "offline, under_replicated or moving."},
     "/v1/metadata": {
         "since": "Revision that is known; -1 for everything.",

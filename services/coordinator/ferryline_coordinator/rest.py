@@ -44,6 +44,16 @@ def number(request: web.Request, name: str, low: int, high: int, default: int) -
     return check_range(int(text), name, low, high)
 
 
+async def durable_state(driver: Driver) -> Any:
+    """The state, with everything in it durable."""
+    if not driver.serving:
+        raise driver.not_serving()
+    await driver.settled()
+    if not driver.serving:  # what was waited for was given up
+        raise driver.not_serving()
+    return driver.state
+
+
 class Rest:
     """Handlers by name of what they do; `routes` is the table of contents."""
 
@@ -74,13 +84,7 @@ class Rest:
         ]
 
     async def _state(self) -> Any:
-        """The state, with everything in it durable."""
-        if not self._driver.serving:
-            raise self._driver.not_serving()
-        await self._driver.settled()
-        if not self._driver.serving:  # what was waited for was given up
-            raise self._driver.not_serving()
-        return self._driver.state
+        return await durable_state(self._driver)
 
     # -- topics -------------------------------------------------------------------------------------
 

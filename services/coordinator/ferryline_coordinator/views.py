@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import NO_BROKER, BrokerMeta, PartitionMeta, TopicMeta
 from ferryline_coordinator.core.coordinator import CoordinatorCore
 from ferryline_coordinator.core.records import GroupRecord
@@ -22,6 +23,27 @@ def topic_json(state: CoordinatorState, topic: TopicMeta) -> dict[str, Any]:
         "config": as_json(topic.config),
         "offline": sum(part.primary == NO_BROKER for part in parts),
         "under_replicated": sum(under_replicated(part) for part in parts),
+    }
+
+
+def exchange_json(exchange: ExchangeMeta) -> dict[str, Any]:
+    """An exchange; each binding with the id by which it is removed."""
+    return {
+        "name": exchange.name,
+        "type": exchange.type,
+        "alternate": exchange.alternate or None,
+        "version": exchange.version,
+        "bindings": [
+            {
+                "id": binding.id,
+                "topic": None if binding.to_exchange else binding.target,
+                "exchange": binding.target if binding.to_exchange else None,
+                "routing_key": binding.routing_key,
+                "headers": dict(binding.headers),
+                "match": binding.match,
+            }
+            for binding in exchange.bindings
+        ],
     }
 
 
@@ -79,6 +101,7 @@ def cluster_json(core: CoordinatorCore) -> dict[str, Any]:
         "balancing": core.moves.unbalanced,
         "brokers": {"registered": len(brokers), "running": sum(not broker.fenced for broker in brokers)},
         "topics": len(state.topics),
+        "exchanges": len(state.exchanges),
         "partitions": {
             "total": len(parts),
             "offline": offline,

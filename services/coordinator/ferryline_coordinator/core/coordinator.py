@@ -13,12 +13,16 @@ from ferryline_coordinator.core.elections import can_elect, elect
 from ferryline_coordinator.core.events import (
     Abandoned,
     AlterIsrsReceived,
+    BindingAdded,
+    BindingRemoved,
     BrokerAdmitted,
     BrokerForgotten,
     CoordinatorsKnown,
     Decision,
     DrainSet,
     Event,
+    ExchangeCreated,
+    ExchangeDeleted,
     Founded,
     GroupDeleted,
     GroupHeartbeatReceived,
@@ -39,6 +43,7 @@ from ferryline_coordinator.core.events import (
     TopicDeleted,
 )
 from ferryline_coordinator.core.fencing import Fencing, is_draining, note_elected
+from ferryline_coordinator.core.exchanges import Exchanges
 from ferryline_coordinator.core.groups import Groups
 from ferryline_coordinator.core.membership import Membership
 from ferryline_coordinator.core.moves import Moves
@@ -81,6 +86,7 @@ class CoordinatorCore:
         self.partitions = Partitions(self.sessions, self.registration)
         self.topics = Topics(self.config)
         self.recovery = Recovery(self.config, self.reports)
+        self.exchanges = Exchanges(self.config)
         self.moves = Moves(self.config)
         self.groups = Groups(self.config, self.state)
         self.polls = Polls(self.config, self.state, 0)
@@ -236,6 +242,15 @@ class CoordinatorCore:
                 self.membership.drain(change, event)
             case BrokerAdmitted():
                 self.registration.admit(change, event)
+                self.exchanges.topic_deleted(change, event.name)
+            case ExchangeCreated():
+                self.exchanges.create(change, event)
+            case ExchangeDeleted():
+                self.exchanges.delete(change, event)
+            case BindingAdded():
+                self.exchanges.bind(change, event)
+            case BindingRemoved():
+                self.exchanges.unbind(change, event)
             case BrokerForgotten():
                 self.membership.forget(change, event)
             case RecoveryAsked():

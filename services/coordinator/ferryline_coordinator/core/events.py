@@ -21,6 +21,7 @@ import msgspec
 
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.messages import AlterIsrs, GroupHeartbeat, Heartbeat, Register, Report, Resign
+from ferryline.protocol.exchanges import BindingMeta
 from ferryline.protocol.metadata import MetadataRequest
 from ferryline_coordinator.core.records import Record
 
@@ -193,6 +194,38 @@ class DrainSet(Event):
 
 class BrokerForgotten(Event):
     """Remove a fenced broker without replicas from the records. Answer: BrokerMeta."""
+class ExchangeCreated(Event):
+    """Create an exchange without bindings. ``alternate``: "" for none. Answer: ExchangeMeta."""
+
+    reply: int
+    name: str
+    type: str
+    alternate: str = ""
+
+
+class ExchangeDeleted(Event):
+    """Bindings that lead to it go with it, and it is nobody's alternate any more. Answer: the deleted ExchangeMeta."""
+
+    reply: int
+    name: str
+
+
+class BindingAdded(Event):
+    """Answer: the exchange's ExchangeMeta."""
+
+    reply: int
+    exchange: str
+    binding: BindingMeta
+
+
+class BindingRemoved(Event):
+    """``binding_id`` as of `BindingMeta`. Answer: the exchange's ExchangeMeta."""
+
+    reply: int
+    exchange: str
+    binding_id: str
+
+
 
     reply: int
     broker_id: int
