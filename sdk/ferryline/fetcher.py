@@ -75,22 +75,32 @@ class Asked:
 
     def on_answer(self, frame: Frame | None, error: FerrylineError | None) -> None:
         self._close()
+        told = False
         try:
             if frame is not None:
-                self.fetcher.take(self.ticket, decode_header(frame.header, FetchAnswer), frame.payload)
+                answer = decode_header(frame.header, FetchAnswer)
+                self.fetcher.take(self.ticket, answer, frame.payload)
+                told = bool(answer.results)
         except FerrylineError as malformed:
             error = malformed
         except Exception:  # not foreseen; it must not end the session, which others use too
             log.exception("a fetch answer could not be taken")
         if error is not None:
             self.fetcher.refresh()
-        self.settle(error)
+        self.settle(error, told=told)
 
-    def settle(self, error: FerrylineError | None = None) -> None:
-        """Whatever happened, no partition waits for a fetch that has ended."""
+    def settle(self, error: FerrylineError | None = None, *, told: bool = False) -> None:
+        """Whatever happened, no partition waits for a fetch that has ended.
+
+        ``told``: it was answered. An answer names only partitions that have something; the others are asked for again
+        at once, and are not failures.
+        """
         for partition in self.partitions:
             if partition.ticket == self.ticket:
-                self.fetcher.lost(partition, error)
+                if told:
+                    partition.ticket = 0
+                else:
+                    self.fetcher.lost(partition, error)
         self.fetcher.schedule()
 
     def forget(self) -> None:

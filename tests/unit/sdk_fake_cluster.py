@@ -11,11 +11,13 @@ import hashlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 
 from ferryline.protocol.errors import ErrorInfo, FerrylineError, NotPrimary, StaleMember, UnknownTopic
+from ferryline.protocol.exchanges import BindingMeta, ExchangeMeta
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.messages import (
     Claim,
@@ -47,6 +49,7 @@ from ferryline.protocol.metadata import (
 from ferryline.protocol.records import check_crc, decode_batch, read_header, stamp
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.session import ServerSession, SessionEndpoint
+from unit.sdk_fake_queue import FakeQueues
 
 Key = tuple[str, int]
 COORDINATOR = 0
@@ -119,6 +122,9 @@ class Node:
             Kind.COMMIT: self.commit,
             Kind.COMMITTED: self.committed,
             Kind.GROUP_HEARTBEAT: self.heartbeat,
+            Kind.RECEIVE: partial(self.cluster.queues.receive, self),
+            Kind.SETTLE: partial(self.cluster.queues.settle, self),
+            Kind.KEEP: partial(self.cluster.queues.keep, self),
         }
         result = handlers[frame.kind](session, frame)
         return asyncio.ensure_future(result) if asyncio.iscoroutine(result) else None
@@ -167,13 +173,19 @@ class Node:
                     if self.cluster.on_fetch is not None:
                         self.cluster.on_fetch(key, entry.offset)
                     data = self.cluster.read(log, entry.offset, entry.bytes_max)
-                    results.append(FetchResult(*key, log.end, log.start, len(data)))
-                    parts.append(data)
+                    if data or not request.wait_ms:
+                        results.append(FetchResult(*key, log.end, log.start, len(data)))
+                        parts.append(data)
                     found = found or bool(data)
                 except FerrylineError as error:
                     results.append(FetchResult(*key, error=error.info()))
                     found = True
             left = deadline - asyncio.get_running_loop().time()
+            if left <= 0 and not found:  # like a broker: who has nothing is named only if nobody has anything
+                logs = [
+                    (entry, self.cluster.log(self.id, (entry.topic_id, entry.partition))) for entry in request.entries
+                ]
+                results = [FetchResult(e.topic_id, e.partition, log.end, log.start) for e, log in logs]
             if found or left <= 0:
                 break
             try:
@@ -258,9 +270,11 @@ class FakeCluster:
         self.coordinator = Node(self, COORDINATOR)
         self.brokers = {number: Node(self, number) for number in range(1, brokers + 1)}
         self.topics: dict[str, TopicMeta] = {}
+        self.exchanges: dict[str, ExchangeMeta] = {}
         self.primaries: dict[Key, int] = {}
         self.epochs: dict[Key, int] = {}
         self.logs: dict[Key, Log] = {}
+        self.queues = FakeQueues(self)
         self.revision = 0
         self.changed = asyncio.Event()
         self.appended = asyncio.Event()
@@ -298,6 +312,13 @@ class FakeCluster:
 
     def delete(self, name: str) -> None:
         del self.topics[name]
+        self.change()
+
+    def exchange(self, name: str, kind: str, *bindings: BindingMeta, alternate: str = "") -> None:
+        """An exchange as it shall be from now on."""
+        known = self.exchanges.get(name)
+        version = known.version + 1 if known is not None else 1
+        self.exchanges[name] = ExchangeMeta(name, kind, alternate, bindings, version)
         self.change()
 
     def _place(self, meta: TopicMeta) -> None:
@@ -348,6 +369,7 @@ class FakeCluster:
             list(self.topics.values()),
             partitions,
             coordinators=[self.coordinator.url],
+            exchanges=list(self.exchanges.values()),
         )
 
     # -- records -----------------------------------------------------------------------------------

@@ -42,6 +42,23 @@ async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
         yield client
 
 
+async def test_an_answer_without_a_partition_is_no_failure_of_that_partition(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    """A broker names only partitions that have something; the others were waited for in vain, and are asked again at once.
+    Taking them for lost made them wait for their back-off, and asked for the metadata each time."""
+    asked: list[int] = []
+    async with client.consumer("orders") as consumer:
+        fetcher = consumer._fetcher
+        assert fetcher is not None
+        fetcher.refresh = lambda: asked.append(1)  # type: ignore[method-assign]
+        for number in range(5):
+            await fill(client, 1, partition=0)
+            assert len(await read(consumer, 1)) == 1, number
+            await poll(lambda: all(partition.ticket for partition in fetcher.partitions.values()), within_s=2)
+            assert [partition.failures for partition in fetcher.partitions.values()] == [0, 0, 0, 0]
+
+
 async def fill(client: fl.Client, count: int, *, topic: str = "orders", partition: int | None = None) -> None:
     async with client.producer(linger=0, batch_bytes=2048) as producer:
         for number in range(count):
