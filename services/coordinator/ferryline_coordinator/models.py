@@ -52,17 +52,6 @@ class AddPartitions(Body):
     keys_move: bool = False
 
 
-class Recover(Body):
-    """``accept_data_loss``: go on without the replicas that do not report."""
-
-    topic: str
-    partition: int
-    accept_data_loss: bool = False
-
-
-class Join(Body):
-    """A broker's first request. ``csr`` is PEM; of it, key and host names are taken."""
-
 class CreateExchange(Body):
     """``alternate``: the exchange that gets what no binding takes."""
 
@@ -89,6 +78,17 @@ class Bind(Body):
             match=self.match,
         )
 
+
+class Recover(Body):
+    """``accept_data_loss``: go on without the replicas that do not report."""
+
+    topic: str
+    partition: int
+    accept_data_loss: bool = False
+
+
+class Join(Body):
+    """A broker's first request. ``csr`` is PEM; of it, key and host names are taken."""
 
     token: str = Field(max_length=200)
     csr: str = Field(max_length=16_384)

@@ -42,8 +42,8 @@ from ferryline_coordinator.core.events import (
     TopicCreated,
     TopicDeleted,
 )
-from ferryline_coordinator.core.fencing import Fencing, is_draining, note_elected
 from ferryline_coordinator.core.exchanges import Exchanges
+from ferryline_coordinator.core.fencing import Fencing, is_draining, note_elected
 from ferryline_coordinator.core.groups import Groups
 from ferryline_coordinator.core.membership import Membership
 from ferryline_coordinator.core.moves import Moves
@@ -85,8 +85,8 @@ class CoordinatorCore:
         self.membership = Membership(self.config, self.fencing, self.reports, self.sessions)
         self.partitions = Partitions(self.sessions, self.registration)
         self.topics = Topics(self.config)
-        self.recovery = Recovery(self.config, self.reports)
         self.exchanges = Exchanges(self.config)
+        self.recovery = Recovery(self.config, self.reports)
         self.moves = Moves(self.config)
         self.groups = Groups(self.config, self.state)
         self.polls = Polls(self.config, self.state, 0)
@@ -238,10 +238,6 @@ class CoordinatorCore:
                 self.topics.add_partitions(change, event)
             case TopicDeleted():
                 self.topics.delete(change, event)
-            case DrainSet():
-                self.membership.drain(change, event)
-            case BrokerAdmitted():
-                self.registration.admit(change, event)
                 self.exchanges.topic_deleted(change, event.name)
             case ExchangeCreated():
                 self.exchanges.create(change, event)
@@ -251,6 +247,10 @@ class CoordinatorCore:
                 self.exchanges.bind(change, event)
             case BindingRemoved():
                 self.exchanges.unbind(change, event)
+            case DrainSet():
+                self.membership.drain(change, event)
+            case BrokerAdmitted():
+                self.registration.admit(change, event)
             case BrokerForgotten():
                 self.membership.forget(change, event)
             case RecoveryAsked():

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 
 from ferryline.protocol.errors import ErrorInfo
-from ferryline.protocol.messages import AlterIsrs, GroupHeartbeat, Heartbeat, Register, Report, Resign
 from ferryline.protocol.exchanges import BindingMeta
+from ferryline.protocol.messages import AlterIsrs, GroupHeartbeat, Heartbeat, Register, Report, Resign
 from ferryline.protocol.metadata import MetadataRequest
 from ferryline_coordinator.core.records import Record
 
@@ -184,16 +184,6 @@ class TopicDeleted(Event):
     name: str
 
 
-class DrainSet(Event):
-    """Move everything off a broker (``draining``), or let it take part again. Answer: BrokerMeta."""
-
-    reply: int
-    broker_id: int
-    draining: bool
-
-
-class BrokerForgotten(Event):
-    """Remove a fenced broker without replicas from the records. Answer: BrokerMeta."""
 class ExchangeCreated(Event):
     """Create an exchange without bindings. ``alternate``: "" for none. Answer: ExchangeMeta."""
 
@@ -226,6 +216,16 @@ class BindingRemoved(Event):
     binding_id: str
 
 
+class DrainSet(Event):
+    """Move everything off a broker (``draining``), or let it take part again. Answer: BrokerMeta."""
+
+    reply: int
+    broker_id: int
+    draining: bool
+
+
+class BrokerForgotten(Event):
+    """Remove a fenced broker without replicas from the records. Answer: BrokerMeta."""
 
     reply: int
     broker_id: int
