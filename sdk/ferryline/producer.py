@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from ferryline.accumulator import RECORD_OVERHEAD, Pairs, RecordFuture, TopicBuffer
 from ferryline.batching import Batching
+from ferryline.delivery import with_delivery
 from ferryline.message import RecordMetadata
 from ferryline.options import check_seconds
 from ferryline.protocol.errors import (
@@ -22,19 +23,11 @@ from ferryline.protocol.errors import (
     ClientClosed,
     FerrylineError,
     InvalidArgument,
-    RecordTooLarge,
-    SerializationFailed,
-    UnknownPartition,
 )
-from ferryline.protocol.limits import (
-    BATCH_BYTES_DEFAULT,
-    HEADER_NAME_BYTES_MAX,
-    HEADERS_MAX,
-    OFFSET_MAX,
-    check_name,
-    check_range,
-)
+from ferryline.protocol.limits import BATCH_BYTES_DEFAULT, OFFSET_MAX, check_name, check_range
 from ferryline.protocol.records import CODECS
+from ferryline.publishing import Publisher
+from ferryline.record_checks import HeadersLike, check_partition, checked_serializer, pairs_of, too_large
 from ferryline.serializers import CONTENT_TYPE, Encoded, Serializer, encode
 
 if TYPE_CHECKING:
@@ -46,8 +39,6 @@ log = logging.getLogger("ferryline.producer")
 BATCH_BYTES_LIMIT = 8 * 1024 * 1024  # a full batch of empty records stays below BATCH_RECORDS_MAX
 BUFFER_BYTES_DEFAULT = 64 * 1024 * 1024
 _NO_HEADERS: Pairs = []
-
-HeadersLike = Mapping[str, str | bytes | None] | Sequence[tuple[str, str | bytes | None]]
 
 
 class Producer:
@@ -88,13 +79,14 @@ class Producer:
             "request_ms": int(check_seconds(request_timeout, "request_timeout", 0.001, 600.0) * 1000),
         }
         self._buffer_bytes = buffer_bytes
-        self._encode: Callable[[Any], Encoded] = encode if serializer is None else _checked(serializer)
+        self._encode: Callable[[Any], Encoded] = encode if serializer is None else checked_serializer(serializer)
         self._batching: Any = None  # Batching, once started; not Optional, for the common path
         self._topics: dict[str, TopicBuffer] = {}  # the dict of `Batching`
         self._new_future: Callable[[], RecordFuture] = _not_started
         self._closed = False
         self._receipts_to = receipts
         self._receipts: Receipts | None = None
+        self._publisher = Publisher(self, client, self._encode)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -150,12 +142,21 @@ class Producer:
         *,
         partition: int | None = None,
         timestamp_ms: int | None = None,
+        priority: int | None = None,
+        delay: float | None = None,
+        ttl: float | None = None,
+        id: str | None = None,
     ) -> RecordMetadata:
         """Send one record and wait until it is committed. Waits for room when the buffer is full.
+
+        For queues: ``priority`` 0 to 9, the highest first; not delivered before ``delay`` seconds from now, nor after
+        ``ttl`` seconds; a second record with the same ``id`` is not delivered again. They become headers.
 
         Raises before anything is sent: UnknownTopic, RecordTooLarge, SerializationFailed, InvalidArgument. Afterwards:
         DeadlineExceeded (surely not stored), OutcomeUnknown (perhaps stored), or the refusal of the broker.
         """
+        if priority is not None or delay is not None or ttl is not None or id is not None:
+            headers = with_delivery(headers, priority=priority, delay=delay, ttl=ttl, id=id)
         if topic not in self._topics:
             await self._learn(topic)
         if not self._running().turn.locked():
@@ -221,7 +222,7 @@ class Producer:
         timestamp_ms: int | None,
     ) -> RecordFuture:
         """Everything that `send_nowait` promises, step by step."""
-        pairs = _NO_HEADERS if headers is None else _pairs(headers)
+        pairs = _NO_HEADERS if headers is None else pairs_of(headers)
         if type(value) is bytes:
             size = len(value)
         else:
@@ -242,7 +243,7 @@ class Producer:
         if buffer is None:
             buffer = self._running().topic(topic)
         if size > buffer.max_record_bytes:
-            raise _too_large(buffer, value, key, size)
+            raise too_large(buffer, value, key, size)
         batching = self._running()
         size += RECORD_OVERHEAD
         if batching.buffered + size > self._buffer_bytes:
@@ -252,7 +253,7 @@ class Producer:
         elif timestamp_ms.__class__ is not int or not 0 <= timestamp_ms < OFFSET_MAX:
             raise InvalidArgument(f"timestamp_ms: {timestamp_ms!r} is not a time in ms", field="timestamp_ms")
         if partition is not None:
-            _check_partition(buffer, partition)
+            check_partition(buffer, partition)
         future = self._new_future()
         batching.buffered += size
         batching.place(buffer, (timestamp_ms, key, value, pairs, size, future), partition)
@@ -282,6 +283,39 @@ class Producer:
             except FerrylineError as error:
                 results.append(error)
         return results
+
+    async def publish(
+        self,
+        exchange: str,
+        value: Any,
+        routing_key: str = "",
+        headers: HeadersLike | None = None,
+        *,
+        key: str | bytes | None = None,
+        mandatory: bool = False,
+        timestamp_ms: int | None = None,
+        priority: int | None = None,
+        delay: float | None = None,
+        ttl: float | None = None,
+        id: str | None = None,
+    ) -> dict[str, RecordMetadata]:
+        """Send one record to every topic that the exchange names for it, and wait until it is committed in each.
+
+        Returns where it stands, by topic. ``key`` chooses the partition, and the lane of queues, in each topic; the
+        other arguments are as of `send`. What reaches no topic, not by an alternate exchange either, is counted
+        (`unroutable`), and refused if it is ``mandatory``: Unroutable.
+
+        Raises PartlyPublished when one of several topics failed: its ``results`` have each topic's outcome. Where there
+        is one topic, its error is raised. Raises UnknownExchange, InvalidArgument.
+        """
+        if priority is not None or delay is not None or ttl is not None or id is not None:
+            headers = with_delivery(headers, priority=priority, delay=delay, ttl=ttl, id=id)
+        return await self._publisher.publish(exchange, value, routing_key, headers, key, timestamp_ms, mandatory)
+
+    @property
+    def unroutable(self) -> dict[str, int]:
+        """How many records that were not mandatory reached no topic, by exchange."""
+        return dict(self._publisher.unroutable)
 
     async def flush(self, timeout: float = 120.0) -> None:
         """Send everything buffered now and wait until each of these records is settled, one way or the other.
@@ -336,59 +370,3 @@ def _not_started() -> RecordFuture:
 
 def _closed() -> RecordFuture:
     raise ClientClosed("the producer is closed")
-
-
-def _check_partition(buffer: TopicBuffer, partition: object) -> None:
-    if isinstance(partition, bool) or not isinstance(partition, int) or not 0 <= partition < buffer.partitions:
-        raise UnknownPartition(
-            f"partition: {partition!r} is not in 0..{buffer.partitions - 1} of topic {buffer.name}", field="partition"
-        )
-
-
-def _pairs(headers: HeadersLike) -> Pairs:
-    """Headers as the codec wants them. Raises InvalidArgument, naming the header and the limit."""
-    items = headers.items() if isinstance(headers, Mapping) else headers
-    pairs: Pairs = []
-    for name, value in items:
-        if type(name) is not str or not name or len(name.encode()) > HEADER_NAME_BYTES_MAX:
-            raise InvalidArgument(
-                f"headers: a name is text of 1..{HEADER_NAME_BYTES_MAX} bytes, not {name!r:.80}", field="headers"
-            )
-        if type(value) is str:
-            value = value.encode()
-        elif value is not None and type(value) is not bytes:
-            raise InvalidArgument(
-                f"headers: {name} is {type(value).__name__}, none of bytes, str, None", field="headers"
-            )
-        pairs.append((name, value))
-    if len(pairs) > HEADERS_MAX:
-        raise InvalidArgument(f"headers: {len(pairs)} is over the limit of {HEADERS_MAX}", field="headers")
-    return pairs
-
-
-def _too_large(buffer: TopicBuffer, value: bytes | None, key: bytes | None, size: int) -> RecordTooLarge:
-    parts = {"value": len(value or b""), "key": len(key or b"")}
-    parts["headers"] = size - sum(parts.values())
-    field = max(parts, key=lambda name: parts[name])
-    limit = buffer.max_record_bytes
-    return RecordTooLarge(
-        f"{field}: the record takes {size} bytes ({field} {parts[field]}), topic {buffer.name} allows {limit}",
-        field=field,
-        limit=limit,
-        size=size,
-    )
-
-
-def _checked(serializer: Serializer) -> Callable[[Any], Encoded]:
-    """A user's serializer: what it raises, and what it returns wrongly, is SerializationFailed."""
-
-    def encode_value(value: Any) -> Encoded:
-        try:
-            data, content_type = serializer.encode(value)
-        except Exception as error:
-            raise SerializationFailed(f"value: {str(error)[:300]}", field="value") from error
-        if data is not None and type(data) is not bytes:
-            raise SerializationFailed(f"value: the serializer returned {type(data).__name__}, not bytes", field="value")
-        return data, content_type
-
-    return encode_value
