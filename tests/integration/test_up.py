@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,32 @@ def test_a_cluster_comes_up_heals_stops_on_ctrl_c_and_keeps_its_data(
 
     _, found = up("--brokers", "2", "--port", "0")
     assert cli(found, "consume", "kept", "--from", "start", "--exit") == "hello\n"
+
+
+@pytest.mark.timeout(180)
+def test_falconq_is_served_when_it_is_asked_for_and_started_again(
+    up: Any, eventually_blocking: Any, tmp_path: Path
+) -> None:
+    process, found = up("--brokers", "1", "--port", "0", "--falconq")
+    (gateway,) = [service for service in found["services"] if service["service"] == "falconq"]
+
+    def ask(path: str, body: str | None = None) -> Any:
+        data = None if body is None else body.encode()
+        with urllib.request.urlopen(gateway["url"] + path, data=data, timeout=30) as response:
+            return json.loads(response.read())
+
+    for number in range(2):
+        ask("/topic/kept/publish", json.dumps({"message": number}))
+    assert [one["message"] for one in ask("/topic/kept/consume?consumerID=c&batch=1")["messages"]] == [0]
+    os.kill(gateway["pid"], signal.SIGKILL)
+    eventually_blocking(
+        lambda: "falconq is back" in (tmp_path / "stderr").read_text(), within_s=30, what="it is started again"
+    )
+    assert [one["message"] for one in ask("/topic/kept/consume?consumerID=c&batch=1")["messages"]] == [1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    _, found = up("--brokers", "1", "--port", "0")
+    assert "falconq" not in [service["service"] for service in found["services"]], "it is off by default"
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(up: Any, tmp_path: Path) -> None:

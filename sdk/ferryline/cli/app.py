@@ -27,6 +27,7 @@ LOCAL, DATA, CLUSTER, TOOLS = "This machine", "Records", "Cluster", "Tools"
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "up": ("up", LOCAL, "Start a coordinator and brokers here, over TLS."),
     "demo": ("demo", LOCAL, "Kill a broker under load and count what was lost: nothing."),
+    "falconq": ("falconq", LOCAL, "Serve FalconQ's HTTP here, in front of a cluster."),
     "topic": ("topic", CLUSTER, "Create, list, describe, alter and delete topics."),
     "group": ("group", CLUSTER, "Look at consumer groups and their lag; seek; delete."),
     "broker": ("broker", CLUSTER, "List brokers; drain one for maintenance."),

@@ -13,10 +13,11 @@ from ferryline.cli.etcd import REMEDY, etcd_program
 from ferryline.cli.failures import FAILED, USAGE, Failed
 from ferryline.cli.invocation import of
 from ferryline.cli.output import stderr, stdout, warn
-from ferryline.cli.processes import COORDINATOR, LocalCluster, Service, missing_services, port_is_free
+from ferryline.cli.processes import COORDINATOR, LocalCluster, Service, free_port, missing_services, port_is_free
 from ferryline.cli.settings import DEFAULT_PORT, local_data_dir
 
 BROKER_PORT = 9443
+FALCONQ, FALCONQ_PORT = "falconq", 8080
 RESTART_DELAY_S = 1.0
 _INSTALL = "pip install 'ferryline[server]'"
 
@@ -34,6 +35,8 @@ def app(
         int, typer.Option(help="How many coordinators; more than one needs --store etcd.", min=1, max=9)
     ] = 1,
     store: Annotated[str, typer.Option(help="Where coordinators keep records: sqlite or etcd.")] = "sqlite",
+    falconq: Annotated[bool, typer.Option("--falconq", help="Serve FalconQ's HTTP, too, on localhost.")] = False,
+    falconq_port: Annotated[int, typer.Option(help="Where; 0 picks a free port.", min=0, max=65_535)] = FALCONQ_PORT,
 ) -> None:
     """Start a coordinator and brokers on this machine, over TLS, and keep them running until Ctrl-C.
 
@@ -49,9 +52,12 @@ def app(
       ferryline up --data-dir /tmp/try --port 0           a second cluster beside the first
 
       ferryline up --coordinators 3 --store etcd --data-dir ~/ha   three etcd, three coordinators, three brokers
+
+      ferryline up --falconq                              FalconQ's HTTP on localhost:8080, too
     """
     _check_store(store, coordinators)
-    _check_machine(port, 0 if port == 0 else base_broker_port, brokers, coordinators)
+    falconq_port = 0 if port == 0 and falconq_port == FALCONQ_PORT else falconq_port
+    _check_machine(port, 0 if port == 0 else base_broker_port, brokers, coordinators, falconq_port if falconq else 0)
     root = (data_dir or local_data_dir()).expanduser().absolute()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     cluster = LocalCluster(
@@ -63,6 +69,8 @@ def app(
         coordinators=coordinators,
         store=store,
     )
+    if falconq:
+        add_falconq(cluster, falconq_port)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -70,10 +78,14 @@ def app(
     with stderr().status(f"starting {several} and {brokers} brokers"):
         cluster.start()
     try:
+        if falconq:
+            cluster.start_one(FALCONQ)
         _welcome(cluster, of(ctx).output.form)
         _watch(cluster, stop, restart)
     finally:
         with stderr().status("stopping"):
+            if falconq:
+                stop_falconq(cluster)
             cluster.stop()
     warn("stopped; the data stays in " + str(root))
 
@@ -93,7 +105,22 @@ def _check_store(store: str, coordinators: int) -> None:
         raise Failed("etcd: not installed", FAILED, code="NOT_INSTALLED", remedy=REMEDY)
 
 
-def _check_machine(port: int, broker_port: int, brokers: int, coordinators: int) -> None:
+def add_falconq(cluster: LocalCluster, port: int) -> None:
+    """One more service of ``cluster``: the gateway of `ferryline falconq`. `start_one` starts it."""
+    folder, port = cluster.root / FALCONQ, port or free_port(set())
+    args = ["falconq", "--port", str(port), "--data-dir", str(folder / "data")]
+    args += ["--url", _url(cluster), "--ca", str(cluster.ca)]
+    cluster.services[FALCONQ] = Service(FALCONQ, "ferryline.cli", folder, port, args)
+
+
+def stop_falconq(cluster: LocalCluster) -> None:
+    """Before the brokers: what it was asked for it can still do."""
+    cluster.terminate(FALCONQ)
+    if cluster.wait_ended(FALCONQ) is None:
+        cluster.kill(FALCONQ)
+
+
+def _check_machine(port: int, broker_port: int, brokers: int, coordinators: int, falconq_port: int) -> None:
     """Refuse before anything starts: missing programs, ports in use."""
     if missing := missing_services():
         raise Failed(
@@ -102,13 +129,14 @@ def _check_machine(port: int, broker_port: int, brokers: int, coordinators: int)
     wanted = [port + number for number in range(coordinators) if port] + [
         broker_port + number for number in range(brokers) if broker_port
     ]
+    wanted += [falconq_port] if falconq_port else []
     if busy := [str(number) for number in wanted if not port_is_free(number)]:
         raise Failed(
             f"port {', '.join(busy)}: in use",
             FAILED,
             code="PORT_IN_USE",
-            remedy="Is a cluster running already (ferryline doctor)? Otherwise: --port 0, or --port and "
-            "--base-broker-port with other numbers.",
+            remedy="Is a cluster running already (ferryline doctor)? Otherwise: --port 0, or --port, "
+            "--base-broker-port and --falconq-port with other numbers.",
         )
 
 
