@@ -165,6 +165,37 @@ async def test_what_was_leased_for_a_session_that_ended_goes_back_at_once(tmp_pa
         assert found[1] == ["a1"]
 
 
+async def test_a_later_request_of_a_member_takes_the_place_of_the_one_that_waits(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        client = await world.client(broker.url)
+        one, two = Receiver(client, topic, "one"), Receiver(client, topic, "two")
+        first = client.send(Kind.RECEIVE, one.ask(wait_ms=60_000))
+        other = client.send(Kind.RECEIVE, two.ask(wait_ms=60_000))
+        second = client.send(Kind.RECEIVE, one.ask(wait_ms=60_000))
+        assert one.read(await client.answer(first)) is None
+        await produce(client, topic, ("a", "a1"), ("b", "b1"))
+        found = [one.read(await client.answer(second)), two.read(await client.answer(other))]
+        assert sorted(value for told in found if told is not None for value in told[1]) == ["a1", "b1"]
+
+
+async def test_who_says_what_it_holds_waits_for_nothing_any_more(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        client, second = await world.client(broker.url), await world.client(broker.url)
+        leaving, other = Receiver(client, topic, "leaving"), Receiver(second, topic, "other")
+        waiting = client.send(Kind.RECEIVE, leaving.ask(wait_ms=60_000))
+        await eventually(lambda: broker.broker.frames.queues._parked, "it is parked")
+        assert (await Receiver(second, topic, "leaving").keep()).error is None
+        assert leaving.read(await client.answer(waiting)) is None
+        await produce(client, topic, ("a", "a1"))
+        found = await other.receive()
+        assert found is not None
+        assert found[1] == ["a1"]
+
+
 async def test_a_queue_can_be_looked_at_paused_and_purged(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         broker = await world.broker()

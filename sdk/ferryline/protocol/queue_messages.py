@@ -28,6 +28,7 @@ PRIORITY_DEFAULT = 4
 
 class Receive(Message):
     """Lease up to ``records_max`` records of ``entries`` (topic_id, partition); parks up to ``wait_ms`` for the first.
+    A later one of the same member on the same session takes its place.
 
     ``ordering`` is a property of the group in a partition: the first receiver sets it, others must say the same.
     ``start`` ("start" or "end") is where a group begins that has never received here. ``strict``: the highest priority
@@ -129,7 +130,8 @@ class Keep(Message):
     """What the member holds, all of it: everything else that is leased to it in these partitions is free at once.
 
     Sent when a receiver meets a new primary or a new session (what was leased to it and never arrived comes back), and
-    with no leases when it closes. Answered with a `SettleAnswer` when committed.
+    with no leases when it closes. What it asked there before and waits for is answered. Answered with a `SettleAnswer`
+    when committed.
     """
 
     group: str

@@ -7,6 +7,7 @@ has any, and asks the core again when one of them wakes. What was leased for a r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from ferryline.protocol.errors import (
     FerrylineError,
@@ -98,6 +99,7 @@ class QueueHandler:
         _check_one_of(ask.ordering, "ordering", ORDERINGS)
         _check_one_of(ask.start, "start", ("start", "end"))
         self._key()
+        self._replace(self._askers.get(asker, ()), ask)
         parked = ParkedReceive(self, asker, ask, correlation)
         for topic_id, partition in ask.entries:
             hosted = self.driver.replicas.get((topic_id, partition))
@@ -158,6 +160,8 @@ class QueueHandler:
             if hosted is None:
                 request.refuse(index, self._view.not_here(entry.topic_id, entry.partition).info())
                 continue
+            # What waits here would lease for somebody who has just said all that he has.
+            self._replace(self._parked.get((hosted.key, ask.group), ()), ask)
             token = self.driver.token(request, request.part([index]), hosted)
             self.driver.feed(hosted, KeepAsked(token, ask.group, ask.member, entry.leases))
         self.driver.at_end(request)
@@ -253,6 +257,12 @@ class QueueHandler:
                     if parked.waits and hosted.core.role != "primary":
                         parked.refuse(key, self._view.not_here(*key).info())
                         self.driver.at_end(parked)
+
+    def _replace(self, waiting: Iterable[ParkedReceive], ask: Receive | Keep) -> None:
+        """Answer the earlier requests of a member: this one takes their place."""
+        for parked in list(waiting):
+            if parked.ask.member == ask.member and parked.ask.group == ask.group:
+                parked.expire()
 
     def _park(self, parked: ParkedReceive) -> None:
         wait_ms = parked.ask.wait_ms
