@@ -242,8 +242,12 @@ class World:
         self.feed(SessionLost(broker))
 
     def move(self) -> None:
+        """A broker has handled what it read before it hears that it is a primary now."""
         part = self.parts[self.random.choice(KEYS)]
-        part.primary = self.random.choice([*BROKERS, part.primary])
+        chosen = self.random.choice([*BROKERS, part.primary])
+        while chosen != part.primary and self.lines[chosen]:
+            self.handle_next(chosen)
+        part.primary = chosen
         part.epoch += 1
         if self.random.random() < 0.7:
             self.feed(self.routes())

@@ -91,8 +91,6 @@ class Receiver(Generic[T]):
             return
         await self._client.start()
         meta = await self._client.learn_topic(self._options.topic)
-        if self._leasing is not None:
-            return
         leasing = self._leasing = Leasing(self._client, self._options, meta)
         self._client.closables.append(self)
         leasing.start()
