@@ -84,7 +84,7 @@ async def receive(options: argparse.Namespace) -> dict[str, Any]:
         await asyncio.gather(*(one() for _ in range(options.receivers)))
     latencies.sort()
     told = (
-        {name: round(percentile(latencies, share), 2) for name, share in (("p50", 50), ("p99", 99))}
+        {name: round(percentile(latencies, share), 2) for name, share in (("p50", 0.5), ("p99", 0.99))}
         if latencies
         else {}
     )

@@ -108,7 +108,7 @@ class Delays:
             "finished": len(self.finished),
             "again": self.again,
             "early": sum(one < 0 for one in late),
-            "late_ms": {f"p{share}": round(percentile(late, share), 1) for share in (50, 99)}
+            "late_ms": {f"p{share}": round(percentile(late, share / 100), 1) for share in (50, 99)}
             | {"max": round(late[-1])},
         }
 
