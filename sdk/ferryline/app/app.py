@@ -20,7 +20,8 @@ with ``async with app``. docs/workers.md tells the rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from ferryline.app.handler import Handler, Middleware
@@ -85,6 +86,7 @@ class App:
         self._connection: dict[str, Any] = {"urls": url, "ca": ca, "token": token, "timeout": timeout}
         self._client: Client | None = None
         self._producer: Producer | None = None
+        self._connection_end = AsyncExitStack()
 
     # -- declaring ---------------------------------------------------------------------------------
 
@@ -213,38 +215,47 @@ class App:
         chosen = name or str(getattr(function, "__name__", ""))
         if chosen in self.tasks:
             raise InvalidArgument(f"task {chosen}: there is one of this name already; say name=", field="name")
-        if queue not in self.queues:
-            self.queues[queue] = TaskQueue(self, queue)
-        task: Task[Any, Any] = Task(self.queues[queue], function, name=chosen, retry=retry, timeout=timeout)
-        self.queues[queue].tasks[chosen] = self.tasks[chosen] = task
+        held = self.queues.get(queue) or TaskQueue(self, queue)
+        task: Task[Any, Any] = Task(held, function, name=chosen, retry=retry, timeout=timeout)
+        self.queues[queue] = held
+        held.tasks[chosen] = self.tasks[chosen] = task
         return task
 
     # -- connecting --------------------------------------------------------------------------------
 
     async def __aenter__(self) -> App:
         """Connect: from now on tasks can be submitted and asked for. Works on nothing."""
-        if self._client is not None:
-            raise InvalidArgument(f"app {self.name}: it is connected already")
         from ferryline.client import connect
 
-        self.check()
-        client = connect(**self._connection, name=self.name)
-        try:
-            await client.start()
-            producer = client.producer()
-            await producer.start()
-        except BaseException:
-            await client.close()
-            raise
-        self._client, self._producer = client, producer
+        async with AsyncExitStack() as stack:
+            client = connect(**self._connection, name=self.name)
+            stack.push_async_callback(client.close)
+            await stack.enter_async_context(self.connected(client))
+            self._connection_end = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        client, self._client, self._producer = self._client, None, None
-        for queue in self.queues.values():
-            await queue.close()
-        if client is not None:
-            await client.close()
+        end, self._connection_end = self._connection_end, AsyncExitStack()
+        await end.aclose()
+
+    @asynccontextmanager
+    async def connected(self, client: Client) -> AsyncIterator[App]:
+        """``async with app.connected(client)``: over a client that is there already, and stays the caller's."""
+        if self._client is not None:
+            raise InvalidArgument(f"app {self.name}: it is connected already")
+        self.check()
+        self._client = client
+        try:
+            await client.start()
+            async with client.producer() as producer:
+                self._producer = producer
+                try:
+                    yield self
+                finally:
+                    for queue in self.queues.values():
+                        await queue.close()
+        finally:
+            self._client = self._producer = None
 
     @property
     def client(self) -> Client:

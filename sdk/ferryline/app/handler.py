@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ferryline.queues.message import QueueMessage
 
 TIMEOUT_S_MAX = 86_400.0
+_OURS = tuple(os.path.dirname(file) + os.sep for file in (__file__, asyncio.__file__, concurrent.futures.__file__))
 CallNext = Callable[[Any], Awaitable[Any]]
 Middleware = Callable[[Any, CallNext], Awaitable[Any]]
 
@@ -152,6 +155,14 @@ class Threads:
         """Take no more; what runs goes on."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def from_handler(error: Exception) -> Exception:
+    """The same error, whose traceback begins where ours ends: at the first middleware, or the handler."""
+    place, first = error.__traceback__, error.__traceback__
+    while place is not None and place.tb_frame.f_code.co_filename.startswith(_OURS):
+        place = place.tb_next
+    return error.with_traceback(place or first)
 
 
 def _heard(future: asyncio.Future[Any]) -> None:

@@ -76,8 +76,8 @@ class Job(Generic[R]):
             while not status.ended:
                 record = await watcher.next(CHECK_S)
                 following = status_of(record) if record is not None else await self._patiently(status)
-                if following != status:
-                    status = following
+                if following.step > status.step or (record is None and following.step != status.step):
+                    status = following  # a record may tell what the queue has told before
                     yield status
 
     async def _patiently(self, before: JobStatus | None) -> JobStatus:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ferryline.app.context import Context, Stop
-from ferryline.app.handler import Call, Handler, Threads
+from ferryline.app.errors import Reject
+from ferryline.app.handler import Call, Handler, Threads, from_handler
 from ferryline.app.reports import Reports
 from ferryline.app.verdicts import Verdict, judge
 from ferryline.protocol.errors import (
@@ -168,12 +169,21 @@ class Line:
             error = await self._run(call)
         reason = described(error) if error is not None else ""
         verdict = judge(
-            error, reason, hopeless=call.hopeless, attempt=attempt, attempts=attempts, retry=retry, draw=random.random()
+            error,
+            reason,
+            hopeless=call.hopeless,
+            attempt=attempt,
+            attempts=attempts,
+            retry=retry,
+            draw=random.uniform(0.0, 1.0),
         )
         detail = ""
         if error is not None:
             detail = detailed(error)
-            log.warning("%s: %r failed, attempt %d of %d", handler.what, message, attempt, attempts, exc_info=error)
+            trace = None if isinstance(error, Reject) else error
+            log.warning(
+                "%s: %r: %s (attempt %d of %d)", handler.what, message, reason, attempt, attempts, exc_info=trace
+            )
         if not message.is_held:
             log.debug("%r was settled by its handler, or lost", message)
             return call.lingering
@@ -194,7 +204,7 @@ class Line:
                     call.hopeless = True
                     raise
         except Exception as error:
-            return error
+            return from_handler(error)
         return None
 
     async def _settle(self, message: QueueMessage[Any], verdict: Verdict, detail: str) -> None:

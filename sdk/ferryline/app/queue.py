@@ -59,7 +59,7 @@ class TaskQueue:
         self._reader: ResultsReader | None = None
         self._there = False
         self._making = asyncio.Lock()
-        self._turn = itertools.count(secrets.randbelow(1_000))
+        self._turn = itertools.count(secrets.randbits(10))
 
     # -- topics ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from ferryline.positions import look_up
 if TYPE_CHECKING:
     from ferryline.client import Client
 
-_PULL_S = 1.0
+_PULL_S = 0.05  # offsets without a record bring no news, only another position
 
 
 async def read_back(

@@ -41,6 +41,7 @@ class JobState(StrEnum):
 
 
 ENDED = frozenset((JobState.DONE, JobState.DEAD, JobState.FORGOTTEN))
+_STEPS = {state: number for number, state in enumerate(JobState)}
 
 
 class StatusRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,6 +76,11 @@ class JobStatus(msgspec.Struct, frozen=True):
     error: str = ""
     traceback: str = ""
     due_in: float = 0.0
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """How far it has come; only the queue can put it back, when a worker hands back what it had begun."""
+        return (self.attempt, _STEPS[self.state])
 
     @property
     def ended(self) -> bool:
