@@ -56,6 +56,10 @@ class Falcon:
         body, _, status = done.stdout.rpartition("\n")
         return int(status), json.loads(body)
 
+    def unwritten(self) -> list[Path]:
+        """Positions whose answer perhaps never left."""
+        return list((self.service.folder / "data").glob("*.out"))
+
     def publish(self, topic: str, message: Any, priority: str = "low", **fields: Any) -> Any:
         body = json.dumps({"message": message, "priority": priority, **fields})
         status, answer = self.curl(f"/topic/{topic}/publish", "-d", body)
@@ -145,16 +149,33 @@ def test_with_a_token_a_call_can_be_repeated_until_its_answer_arrived(falcon: Fa
     assert second["ack"] in problem["detail"]
 
 
-def test_a_gateway_that_dies_repeats_nothing_and_skips_nothing(falcon: Falcon) -> None:
+def test_a_gateway_that_dies_repeats_nothing_and_skips_nothing(falcon: Falcon, eventually_blocking: Any) -> None:
     for number in range(9):
         falcon.publish("deaths", number)
     got: list[Any] = []
     for _ in range(3):
         got += falcon.messages("deaths", batch=3)
+        eventually_blocking(lambda: not falcon.unwritten(), what="the gateway knows that its answer left")
         falcon.kill()
         falcon.start()
     assert got == list(range(9))
     assert falcon.messages("deaths") == []
+
+
+def test_with_a_token_nothing_is_doubled_whenever_the_gateway_dies(falcon: Falcon) -> None:
+    for number in range(6):
+        falcon.publish("moments", number)
+    got: list[Any] = []
+    ack = ""
+    for _ in range(3):
+        answer = falcon.consume("moments", batch=2, ack=ack)
+        falcon.kill()  # perhaps before it knows that its answer left
+        falcon.start()
+        assert falcon.consume("moments", batch=2, ack=ack)["messages"] == answer["messages"]
+        got += [one["message"] for one in answer["messages"]]
+        ack = answer["ack"]
+    assert got == list(range(6))
+    assert falcon.messages("moments", ack=ack) == []
 
 
 def test_an_answer_that_its_caller_did_not_wait_for_comes_again(falcon: Falcon, eventually_blocking: Any) -> None:
@@ -162,8 +183,7 @@ def test_an_answer_that_its_caller_did_not_wait_for_comes_again(falcon: Falcon, 
     with socket.create_connection(("127.0.0.1", falcon.service.ready["port"])) as caller:
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing resets the connection
         caller.sendall(b"GET /topic/lost/consume?consumerID=c HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    folder = Path(falcon.service.folder) / "data"
-    eventually_blocking(lambda: list(folder.glob("*.out")), what="the answer is out, and not written")
+    eventually_blocking(falcon.unwritten, what="the answer is out, and not written")
     answer = falcon.consume("lost")
     assert ([one["message"] for one in answer["messages"]], answer["repeated"]) == (["once"], True)
     assert falcon.messages("lost") == []
@@ -310,7 +330,7 @@ def test_it_listens_on_the_loopback_only_and_says_what_is_wrong(shared: Falcon, 
     taken = run("--port", str(shared.service.ready["port"]), "--data-dir", str(tmp_path))
     assert taken.returncode == 1
     assert "PORT_IN_USE" in taken.stderr
-    both = run("--port", "0", "--data-dir", str(Path(shared.service.folder) / "data"))
+    both = run("--port", "0", "--data-dir", str(shared.service.folder / "data"))
     assert both.returncode == 1
     assert "another gateway" in both.stderr
 

@@ -116,11 +116,12 @@ class Turn:
         await self._give_back()
         return False
 
-    async def written(self) -> None:
-        """The answer left, as far as can be seen from here."""
+    def written(self) -> None:
+        """The answer left, as far as can be seen from here. A gateway that dies before this repeats it: so it is done at
+        once, for renaming a file takes less than handing it to a thread."""
         if not self._written:
             try:
-                await asyncio.to_thread(self._files.written, self.position)
+                self._files.written(self.position)
             except OSError as error:
                 log.warning("consumer %s: its answer will be repeated: %s", self.position.consumer, error)
 

@@ -122,7 +122,7 @@ class Gateway:
             }
             response = web.json_response(shown)
             if await _write(request, response):
-                await turn.written()
+                turn.written()
         return response
 
     async def peek(self, request: web.Request) -> web.Response:
