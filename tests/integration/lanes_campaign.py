@@ -6,7 +6,7 @@ with -9 every so often. From the journals of all processes, at the end:
 * order: record n of a key is handed out only after an acknowledgement of n - 1 was at least asked for;
 * again: nothing is handed out after its acknowledgement had succeeded;
 * apart: no two receivers have records of one key at the same time (a killed process has none from its death on);
-* lost: everything whose send was acknowledged is acknowledged by a receiver in the end;
+* lost: everything whose send was acknowledged is acknowledged by a receiver in the end, and the queue says so, too;
 * idle: how long a record whose turn had come lay there while some receiver waited, outside of nack delays, fail-overs
   and the leases of killed receivers.
 
@@ -105,10 +105,10 @@ class Account:
         self.found: Counter[str] = Counter()
         self.examples: list[str] = []
         self.asked: dict[str, int] = {}  # key -> highest sequence whose ack was asked for
+        self.perhaps: dict[str, int] = {}  # key -> highest sequence whose ack a process asked for that was killed
         self.done: dict[str, int] = {}  # key -> highest sequence whose ack succeeded
         self.holding: dict[str, tuple[str, int]] = {}  # key -> (member, sequence)
         self.free: dict[str, int] = {}  # key -> since when the next one could go out
-        self.waiting = 0
         self.worst_idle_ms = 0.0
 
     def bad(self, what: str, line: str) -> None:
@@ -117,16 +117,19 @@ class Account:
             self.examples.append(f"{what}: {line}")
 
     def read(self, lines: Iterator[tuple[int, str, str, str, int]]) -> None:
-        members: set[str] = set()
+        waiting: dict[str, int] = {}  # member -> since when it has been waiting for records
+        before: dict[str, int] = {}  # the same, of its last wait
         for ns, what, member, key, sequence in lines:
             if what == "wait":
-                members.add(member)
+                waiting[member] = before[member] = ns
             elif what == "took":
-                members.discard(member)
+                waiting.pop(member, None)
             elif what == "got":
-                self._got(ns, member, key, sequence, bool(members))
+                self._got(ns, member, key, sequence, min([before[member], *waiting.values()]))
             elif what == "ack?":
                 self.asked[key] = max(self.asked.get(key, -1), sequence)
+                if member.split(".")[0] in self.deaths:  # it may have died between the acknowledgement and this line
+                    self.perhaps[key] = max(self.perhaps.get(key, -1), sequence)
                 self._let_go(ns, member, key, sequence)
             elif what == "ack!":
                 self.done[key] = max(self.done.get(key, -1), sequence)
@@ -137,7 +140,8 @@ class Account:
             elif what.startswith("ack-"):
                 self.found[what] += 1
 
-    def _got(self, ns: int, member: str, key: str, sequence: int, somebody_waited: bool) -> None:
+    def _got(self, ns: int, member: str, key: str, sequence: int, free_since: int) -> None:
+        """``free_since``: somebody has been waiting for records ever since."""
         line = f"{ns} {member} {key} {sequence}"
         self.found["delivered"] += 1
         if sequence <= self.done.get(key, -1):
@@ -148,8 +152,8 @@ class Account:
         if holder is not None and holder[0] != member and not self._died(holder[0], ns):
             self.bad("apart", f"{line} while {holder}")
         self.holding[key] = (member, sequence)
-        since = max(self.free.pop(key, 0), self.sent.when(key, sequence))
-        if ns > since and somebody_waited and not self._excused(since, ns):
+        since = max(self.free.pop(key, 0), self.sent.when(key, sequence), free_since)
+        if ns > since and not self._excused(since, ns):
             idle_ms = (ns - since) / 1e6
             self.worst_idle_ms = max(self.worst_idle_ms, idle_ms)
             if idle_ms > 1_000:
@@ -172,7 +176,9 @@ class Account:
         )
 
     def verdict(self) -> dict[str, Any]:
-        self.found["lost"] = sum(max(0, count - 1 - self.done.get(key, -1)) for key, count in self.sent.count.items())
+        for key, count in self.sent.count.items():
+            last = max(self.done.get(key, -1), self.perhaps.get(key, -1))
+            self.found["lost"] += max(0, count - 1 - last)
         return {
             "order": self.found["order"],
             "again": self.found["again"],
@@ -259,6 +265,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 await producing
                 seconds = time.monotonic() - began
                 drained = await settled(client)
+                await asyncio.sleep(2.0)  # for the last answers to be written down
             workers.end()
             account = Account(sent, workers, kills, options.lease)
             account.read(journal_lines(folder))
