@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from ferryline.protocol.dead_letters import EnsureTopic, EnsureTopicOk
 from ferryline.protocol.errors import (
     ClusterMismatch,
     ConnectionFailed,
@@ -42,7 +43,7 @@ from ferryline.protocol.messages import (
     Register,
     RegisterOk,
 )
-from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
+from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest, TopicConfig
 from ferryline.protocol.partitioner import partition_of
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.authority import Authority
@@ -315,6 +316,8 @@ async def test_a_client_follows_metadata_and_heartbeats_for_a_group_on_one_sessi
         (Kind.HEARTBEAT, Heartbeat(1, 1, 1), Forbidden),
         (Kind.REGISTER, Register(1, "s", 1, "clean", "https://x", "https://x", 0), Forbidden),
         (Kind.ALTER_ISR, AlterIsrs([AlterIsr("t", 0, 1, 1, 1, 1, 1, 1, [])]), Forbidden),
+        (Kind.ENSURE_TOPIC, EnsureTopic(1, 1, "t.dlq", TopicConfig()), Forbidden),
+        (Kind.ENSURE_TOPIC, Done(), MalformedRequest),
     ],
 )
 async def test_what_a_client_may_not_say_is_refused_and_the_session_goes_on(
@@ -366,7 +369,38 @@ async def test_an_in_sync_set_is_changed_over_a_session_and_an_old_life_is_refus
     await two.close()
 
 
+async def test_a_broker_gets_the_topic_it_needs_and_may_not_ask_in_another_ones_name(here: Here) -> None:
+    broker = await here.broker("s-1")
+    epoch = here.coordinator.driver.state.brokers[1].meta.broker_epoch
+    asked = EnsureTopic(1, epoch, "t.dlq", TopicConfig(2, 1))
+    first, second = [(await broker.call(Kind.ENSURE_TOPIC, asked, EnsureTopicOk, timeout_s=5)).topic for _ in range(2)]
+    assert first == second
+    assert here.coordinator.driver.state.topic("t.dlq") == first
+    with pytest.raises(Forbidden):
+        await broker.request(Kind.ENSURE_TOPIC, EnsureTopic(2, epoch, "u.dlq", TopicConfig(2, 1)), timeout_s=5)
+    assert here.coordinator.driver.state.topic("u.dlq") is None
+    await broker.close()
+
+
 # -- REST -------------------------------------------------------------------------------------------
+
+
+async def test_retry_settings_travel_as_an_object_and_are_changed_field_by_field(here: Here) -> None:
+    broker = await here.broker("s-1")
+    config = {"replication": 1, "retry": {"attempts": 8, "on_dead": "park"}}
+    status, made = await here.rest("POST", "/v1/topics", {"name": "t", "config": config})
+    default = {"attempts": 5, "backoff_ms": 1_000, "backoff_max_ms": 60_000, "on_dead": "skip", "dead_letters": ""}
+    assert (status, made["config"]["retry"]) == (201, {**default, "attempts": 8, "on_dead": "park"})
+    await here.rest("PATCH", "/v1/topics/t", {"config": {"retry": {"on_dead": "skip", "dead_letters": "graveyard"}}})
+    _, shown = await here.rest("GET", "/v1/topics/t")
+    assert shown["config"]["retry"] == {**default, "attempts": 8, "dead_letters": "graveyard"}
+    for wrong, field in (({"attempts": 0}, "retry.attempts"), ({"dead_letters": "t"}, "retry.dead_letters")):
+        status, problem = await here.rest("PATCH", "/v1/topics/t", {"config": {"retry": wrong}})
+        assert (status, problem["code"], problem["details"]["field"]) == (400, "INVALID_ARGUMENT", field)
+    for odd in ({"tries": 3}, {"attempts": "3"}, 5):
+        status, problem = await here.rest("PATCH", "/v1/topics/t", {"config": {"retry": odd}})
+        assert (status, problem["code"]) == (400, "INVALID_ARGUMENT")
+    await broker.close()
 
 
 async def test_the_life_of_a_topic_over_rest(here: Here) -> None:

@@ -19,6 +19,16 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class RetrySettings(Body):
+    """How queues of a topic retry; what is left out keeps its default or its present value."""
+
+    attempts: int | None = Field(None, description="leases of a record, all together")
+    backoff_ms: int | None = None
+    backoff_max_ms: int | None = None
+    on_dead: str | None = Field(None, description="skip (copy to the dead letters) or park (stop the lane)")
+    dead_letters: str | None = Field(None, description='topic that takes the copies; "" means NAME.dlq')
+
+
 class TopicSettings(Body):
     """Settings of a topic; what is left out keeps its default or its present value. -1: no limit."""
 
@@ -31,9 +41,10 @@ class TopicSettings(Body):
     segment_bytes: int | None = None
     segment_ms: int | None = None
     max_record_bytes: int | None = None
+    retry: RetrySettings | None = None
 
     def given(self) -> dict[str, Any]:
-        return {name: value for name, value in self.model_dump().items() if value is not None}
+        return self.model_dump(exclude_none=True)
 
 
 class CreateTopic(Body):

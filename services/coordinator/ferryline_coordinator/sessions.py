@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Frame, Kind, decode_header, encode_value
 from ferryline.protocol.messages import (
@@ -49,6 +51,7 @@ class Sessions:
             Kind.REGISTER: self._register,
             Kind.RESIGN: self._resign,
             Kind.REPORT: self._report,
+            Kind.ENSURE_TOPIC: self._ensure_topic,
         }
 
     # -- what the endpoint calls --------------------------------------------------------------------
@@ -134,6 +137,11 @@ class Sessions:
         message = decode_header(frame.header, Report)
         number = self._number_of(session, message.broker_id)
         self._post(session, frame, lambda reply: ev.ReportReceived(reply, number, message))
+
+    def _ensure_topic(self, session: ServerSession, frame: Frame) -> None:
+        message = decode_header(frame.header, EnsureTopic)
+        number, topic_id = self._number_of(session, message.broker_id), uuid.uuid4().hex
+        self._post(session, frame, lambda reply: ev.TopicEnsured(reply, number, message, topic_id))
 
     def _number_of(self, session: ServerSession, broker_id: int) -> int:
         """Raises Forbidden unless the session is that broker's: its certificate was checked at HELLO."""

@@ -41,6 +41,7 @@ from ferryline_coordinator.core.events import (
     TopicAltered,
     TopicCreated,
     TopicDeleted,
+    TopicEnsured,
 )
 from ferryline_coordinator.core.exchanges import Exchanges
 from ferryline_coordinator.core.fencing import Fencing, is_draining, note_elected
@@ -234,6 +235,9 @@ class CoordinatorCore:
                 self.topics.create(change, event)
             case TopicAltered():
                 self.topics.alter(change, event)
+            case TopicEnsured(_, session, message):
+                self.sessions.checked(change, message.broker_id, message.broker_epoch, session)
+                self.topics.ensure(change, event)
             case PartitionsAdded():
                 self.topics.add_partitions(change, event)
             case TopicDeleted():

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.exchanges import BindingMeta
 from ferryline.protocol.messages import AlterIsrs, GroupHeartbeat, Heartbeat, Register, Report, Resign
@@ -109,6 +110,15 @@ class ReportReceived(Event):
     reply: int
     session: int
     message: Report
+
+
+class TopicEnsured(Event):
+    """A broker needs a topic. ``topic_id`` is for one that has to be made. Answer: `EnsureTopicOk`."""
+
+    reply: int
+    session: int
+    message: EnsureTopic
+    topic_id: str
 
 
 # -- events: messages of anybody --------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec.structs import fields, replace
+from msgspec.structs import asdict, fields, replace
 
+from ferryline.protocol.dead_letters import EnsureTopicOk
 from ferryline.protocol.errors import (
     Conflict,
     InvalidArgument,
@@ -15,11 +16,26 @@ from ferryline.protocol.errors import (
     UnknownTopic,
 )
 from ferryline.protocol.limits import PARTITIONS_MAX, RECORD_BYTES_CEILING, REPLICATION_MAX, check_name, check_range
-from ferryline.protocol.metadata import FLUSH_FSYNC, FLUSH_REPLICATED, PartitionMeta, TopicConfig, TopicMeta
+from ferryline.protocol.metadata import (
+    FLUSH_FSYNC,
+    FLUSH_REPLICATED,
+    ON_DEAD_PARK,
+    ON_DEAD_SKIP,
+    PartitionMeta,
+    RetryPolicy,
+    TopicConfig,
+    TopicMeta,
+)
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import settled
-from ferryline_coordinator.core.events import PartitionsAdded, TopicAltered, TopicCreated, TopicDeleted
+from ferryline_coordinator.core.events import (
+    PartitionsAdded,
+    TopicAltered,
+    TopicCreated,
+    TopicDeleted,
+    TopicEnsured,
+)
 from ferryline_coordinator.core.placement import placed
 from ferryline_coordinator.core.records import TopicGone, gone_key, topic_key
 
@@ -33,6 +49,11 @@ _LIMITS: dict[str, tuple[int, int]] = {
     "segment_bytes": (16 * 1024, 2**31 - 1),  # positions in the index are 32 bits wide
     "segment_ms": (1_000, _YEARS_MS),
     "max_record_bytes": (1, RECORD_BYTES_CEILING),
+}
+_RETRY_LIMITS: dict[str, tuple[int, int]] = {
+    "attempts": (1, 1_000),
+    "backoff_ms": (0, 86_400_000),
+    "backoff_max_ms": (0, 86_400_000),
 }
 _UNLIMITED = ("retention_ms", "retention_bytes")  # -1: no limit
 _FIXED = {
@@ -53,8 +74,10 @@ def checked_config(settings: dict[str, Any], base: TopicConfig) -> TopicConfig:
         if name == "flush":
             if value not in (FLUSH_FSYNC, FLUSH_REPLICATED):
                 raise InvalidArgument(f"flush: expected '{FLUSH_FSYNC}' or '{FLUSH_REPLICATED}'", field="flush")
-        elif not (name in _UNLIMITED and type(value) is int and value == -1):
+        elif name in _LIMITS and not (name in _UNLIMITED and type(value) is int and value == -1):
             check_range(value, name, *_LIMITS[name])
+    if "retry" in settings:
+        settings = {**settings, "retry": checked_retry(settings["retry"], base.retry)}
     config: TopicConfig = replace(base, **settings)
     if config.min_isr > config.replication:
         raise InvalidArgument(
@@ -64,6 +87,46 @@ def checked_config(settings: dict[str, Any], base: TopicConfig) -> TopicConfig:
             high=config.replication,
         )
     return config
+
+
+def checked_retry(settings: Any, base: RetryPolicy) -> RetryPolicy:
+    """``base`` with ``settings``, by name. Raises InvalidArgument naming the field, the value and the limits."""
+    if not isinstance(settings, dict):
+        raise InvalidArgument(f"retry: expected an object, got {type(settings).__name__}", field="retry")
+    known = [field.name for field in fields(RetryPolicy)]
+    for name, value in settings.items():
+        field = f"retry.{name[:64]}"
+        if name in _RETRY_LIMITS:
+            check_range(value, field, *_RETRY_LIMITS[name])
+        elif name == "on_dead":
+            if value not in (ON_DEAD_SKIP, ON_DEAD_PARK):
+                raise InvalidArgument(f"{field}: expected '{ON_DEAD_SKIP}' or '{ON_DEAD_PARK}'", field=field)
+        elif name != "dead_letters":
+            raise InvalidArgument(f"{field}: no such setting; there are {', '.join(known)}", field=field)
+        elif value != "":
+            check_name(value, field)
+    policy: RetryPolicy = replace(base, **settings)
+    if policy.backoff_max_ms < policy.backoff_ms:
+        raise InvalidArgument(
+            f"retry.backoff_max_ms: {policy.backoff_max_ms} is below backoff_ms, {policy.backoff_ms}",
+            field="retry.backoff_max_ms",
+            low=policy.backoff_ms,
+            high=_RETRY_LIMITS["backoff_max_ms"][1],
+        )
+    return policy
+
+
+def _as_settings(config: TopicConfig) -> dict[str, Any]:
+    """All settings of ``config``, as a request names them."""
+    return {**asdict(config), "retry": asdict(config.retry)}
+
+
+def _check_elsewhere(name: str, config: TopicConfig) -> None:
+    """A dead letter in its own topic would be read, and would die, for ever."""
+    if config.retry.dead_letters == name:
+        raise InvalidArgument(
+            f"retry.dead_letters: {name} cannot take its own dead letters", field="retry.dead_letters"
+        )
 
 
 class Topics:
@@ -76,13 +139,23 @@ class Topics:
         name = check_name(event.name)
         if change.topic(name) is not None:
             raise TopicExists(f"topic {name} exists", topic=name)
+        change.reply(event.reply, self._made(change, name, event.topic_id, event.settings))
+
+    def ensure(self, change: Change, event: TopicEnsured) -> None:
+        """Make a topic, or answer with the one that is there: a lost answer is asked for again."""
+        name, settings = check_name(event.message.name), _as_settings(event.message.config)
+        topic = change.topic(name) or self._made(change, name, event.topic_id, settings)
+        change.reply(event.reply, EnsureTopicOk(topic))
+
+    def _made(self, change: Change, name: str, topic_id: str, settings: dict[str, Any]) -> TopicMeta:
         if len(change.state.topics) >= self._config.topics_max:
             raise Throttled(f"the cluster has {self._config.topics_max} topics", limit=self._config.topics_max)
-        config = checked_config(event.settings, TopicConfig())
-        topic = TopicMeta(event.topic_id, name, config, 1)
+        config = checked_config(settings, TopicConfig())
+        _check_elsewhere(name, config)
+        topic = TopicMeta(topic_id, name, config, 1)
         self._add_partitions(change, topic, 0)
         change.put(topic)
-        change.reply(event.reply, topic)
+        return topic
 
     def alter(self, change: Change, event: TopicAltered) -> None:
         topic = self._existing(change, event.name)
@@ -90,6 +163,7 @@ class Topics:
             if name in event.settings and event.settings[name] != getattr(topic.config, name):
                 raise InvalidArgument(f"{name}: {why}", field=name)
         config = checked_config(event.settings, topic.config)
+        _check_elsewhere(topic.name, config)
         if config != topic.config:
             topic = replace(topic, config=config, version=topic.version + 1)
             change.put(topic)
