@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from ferryline.protocol.dead_letters import EnsureTopic, EnsureTopicOk
 from ferryline.protocol.frames import (
     FLAG_MORE,
     Frame,
@@ -171,6 +172,7 @@ class ScriptedCoordinator:
         self.resigned: list[Resign] = []
         self.reports: list[Any] = []
         self.proposals: list[Any] = []
+        self.ensured: list[EnsureTopic] = []
         self.answer_alter_isr = True
         self.tokens = {"token-1", "token-2", "token-3", "token-4"}
         self.ids: dict[str, int] = {}
@@ -330,10 +332,23 @@ class ScriptedCoordinator:
                 else:
                     self.change(part.key, primary=0, isr=(), elr=(resign.broker_id,), epoch=part.epoch + 1)
             answer = Done(self.coord_epoch)
+        elif kind is Kind.ENSURE_TOPIC:
+            answer = EnsureTopicOk(self._ensure(decode_header(frame.header, EnsureTopic)))
         else:
             self.reports.append(frame)
             answer = Done(self.coord_epoch)
         session.answer(kind, frame.correlation, answer)
+
+    def _ensure(self, asked: EnsureTopic) -> TopicMeta:
+        self.ensured.append(asked)
+        for topic in self.topics.values():
+            if topic.name == asked.name:
+                return topic
+        alive = [broker.id for broker in self.brokers.values() if not broker.fenced][: asked.config.replication]
+        made = self.create_topic(asked.name, [tuple(alive)] * asked.config.partitions)
+        self.topics[made.id] = made = msgspec.structs.replace(made, config=asked.config)
+        self.publish()
+        return made
 
     def _register(self, register: Register) -> RegisterOk:
         self.registered.append(register)
@@ -396,6 +411,7 @@ class RunningBroker:
         await asyncio.gather(self._task, return_exceptions=True)
         broker.upkeep.close()
         broker.renewal.close()
+        broker.dead_letters.close()
         broker.peers.close()
         broker.node_driver.close()
         for session in list(broker.endpoint.sessions):

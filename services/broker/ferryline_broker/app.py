@@ -24,6 +24,7 @@ from ferryline_broker.coordinator import CoordinatorLink
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.node import NodeConfig, NodeCore, NodeIdentity
 from ferryline_broker.core.partition import ReplicaConfig
+from ferryline_broker.dead_letters import DeadLetters
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.faulty import open_storage
 from ferryline_broker.hosted import HostedReplica
@@ -33,6 +34,7 @@ from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
+from ferryline_broker.node_sessions import NodeSessions
 from ferryline_broker.openapi import openapi_handler
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
@@ -126,6 +128,9 @@ class Broker:
         link.listener, link.count = self.node_driver, metrics.error
         self.frames = FrameRouter(config, partitions, view, metrics, peers)
         partitions.queues = self.queues = Queues(partitions, self.frames.queues, self.frames.records)
+        sessions = NodeSessions(node, http, files)
+        self.dead_letters = DeadLetters(partitions, view, self.frames.records, link, sessions, store.broker_id)
+        self.queues.move = self.dead_letters.move
         self.rest = RestApi(partitions, view)
         self.rest_queues = QueueApi(partitions, view, self.frames.queues)
         self.audit = AuditApi(partitions, view, store.broker_id)
@@ -147,6 +152,7 @@ class Broker:
     def _on_metadata(self) -> None:
         self.peers.reconcile()
         self.frames.metadata.changed()
+        self.dead_letters.metadata_changed()
 
     def _on_damaged(self, hosted: HostedReplica, damage: LogDamaged) -> None:
         """Remember it beyond a restart, which would trust bytes that it need not read; then fetch this copy again as
@@ -221,6 +227,7 @@ class Broker:
         ended = await self._until_ended(stop)
         self.upkeep.close()
         self.renewal.close()
+        self.dead_letters.close()
         self.peers.close()
         await runner.cleanup()
         await self.link.close()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from ferryline.protocol.dead_letters import EnsureTopic, EnsureTopicOk
 from ferryline.protocol.errors import (
     ConnectionFailed,
     CoordinatorStandby,
@@ -39,7 +40,7 @@ from ferryline.protocol.messages import (
     Resign,
     ResignEntry,
 )
-from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
+from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest, TopicConfig, TopicMeta
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.node import NodeCore
 from ferryline_broker.finding import find_active
@@ -247,6 +248,15 @@ class CoordinatorLink:
         _log.warning("leaving the coordinator", url=connection.url, reason=str(error))
         self.count(error.code)
         self._leave()
+
+    async def ensure_topic(self, name: str, config: TopicConfig) -> TopicMeta:
+        """The topic of this name, made with ``config`` if it is missing. Raises FerrylineError; ask again then."""
+        connection, node = self._connection, self._node
+        if connection is None:
+            raise ConnectionFailed("no session with a coordinator")
+        asked = EnsureTopic(node.broker_id, node.broker_epoch, name, config)
+        answer = await connection.call(Kind.ENSURE_TOPIC, asked, EnsureTopicOk, timeout_s=_REQUEST_TIMEOUT_S)
+        return answer.topic
 
     # -- messages of the partition cores ------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from ferryline_broker.ports import Answer
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
+from ferryline_service.tls import identity_broker_id
 
 
 def refusal_info(refuse: Refuse) -> ErrorInfo:
@@ -114,7 +115,7 @@ class ProduceHandler:
             raise MalformedRequest(f"entries: {len(entries)} is outside 1..{FRAME_ENTRIES_MAX}")
         if sum(entry.size for entry in entries) != len(payload) or any(entry.size < 0 for entry in entries):
             raise MalformedRequest(f"entries: their sizes do not add up to the {len(payload)} payload bytes")
-        state = state_of(session)
+        state, copied = state_of(session), identity_broker_id(session.identity) != 0
         self._account(state, len(payload))
         request = ProduceRequest(self, session, state, frame, len(entries))
         driver, at = self.driver, 0
@@ -123,7 +124,7 @@ class ProduceHandler:
             try:
                 hosted, topic = self._target(entry)
                 data = payload[at:end]
-                header = check_batch(data, topic)
+                header = check_batch(data, topic, copied)
             except FerrylineError as error:
                 request.refuse(index, error.info())
             else:
@@ -170,9 +171,13 @@ class ProduceHandler:
         return hosted, topic
 
 
-def check_batch(data: memoryview, topic: TopicMeta) -> BatchHeader:
+def check_batch(data: memoryview, topic: TopicMeta, copied: bool = False) -> BatchHeader:
     """Everything a broker can say about a batch without decoding it. Raises CorruptBatch, RecordTooLarge or
-    InvalidArgument, all definite."""
+    InvalidArgument, all definite.
+
+    ``copied``: a broker brings a record that was accepted before. It is not measured again, against another topic's
+    limit and with what was added to it: there is nobody left who could send it smaller.
+    """
     size = len(data)
     if size > BATCH_BYTES_MAX:
         raise RecordTooLarge(f"batch: {size} bytes is over the limit of {BATCH_BYTES_MAX}", limit=BATCH_BYTES_MAX)
@@ -190,7 +195,7 @@ def check_batch(data: memoryview, topic: TopicMeta) -> BatchHeader:
         )
     check_crc(data, header)
     limit = topic.config.max_record_bytes
-    if size > limit:
+    if size > limit and not copied:
         _check_records(data, header, limit)
     return header
 

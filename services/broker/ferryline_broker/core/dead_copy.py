@@ -39,6 +39,8 @@ HISTORY_BYTES = 32 * 1024
 STORY_BYTES = 64 * 1024  # all that is added to a record, names and framing included
 _OMITTED_BYTES = 24  # {"omitted":1000}, and a comma
 _CUT = "..."
+# The others are for a record that came in a compressed batch; two, because what one packs too well looks like a bomb.
+_CODECS = ("none", "zstd", "gzip")
 Pairs = list[tuple[str, bytes | None]]
 
 
@@ -80,13 +82,12 @@ def copy_of(origin: Origin, record: DecodedRecord, move: MoveDead, now_ms: int) 
     own = [(name, held) for name, held in record.headers if name not in ADDED and name not in DROPPED]
     producer = (producer_of(origin.topic_id, origin.partition, move.group), move.producer_epoch, move.sequence)
     row = (record.key, record.value, own + story)
-    data = encode_batch([row], timestamp_ms=now_ms, producer=producer)
-    if len(data) > BATCH_BYTES_MAX:  # it came in a compressed batch
-        data = encode_batch([row], timestamp_ms=now_ms, codec="zstd", producer=producer)
-    if len(data) > BATCH_BYTES_MAX:
-        row = _cut(record.key, record.value, own, story, BATCH_BYTES_MAX - STORY_BYTES)
-        data = encode_batch([row], timestamp_ms=now_ms, producer=producer)
-    return bytes(data)
+    for codec in _CODECS:
+        data = encode_batch([row], timestamp_ms=now_ms, codec=codec, producer=producer)
+        if len(data) <= BATCH_BYTES_MAX:
+            return bytes(data)
+    row = _cut(record.key, record.value, own, story, BATCH_BYTES_MAX - STORY_BYTES)
+    return bytes(encode_batch([row], timestamp_ms=now_ms, producer=producer))
 
 
 def _story(origin: Origin, record: DecodedRecord, move: MoveDead) -> Pairs:
@@ -104,7 +105,8 @@ def _story(origin: Origin, record: DecodedRecord, move: MoveDead) -> Pairs:
     ]
     if history and history[-1][2]:
         found.append((HEADER_EXCEPTION, shortened(history[-1][2], EXCEPTION_BYTES)))
-    ids = [value for name, value in record.headers if name == HEADER_ID]
+    # The first id is the sender's own; one that came with a redrive is ours.
+    ids = [held for wanted in (HEADER_ID, HEADER_ORIGIN_ID) for name, held in record.headers if name == wanted]
     if ids:
         found.append((HEADER_ORIGIN_ID, ids[-1]))
     return found
