@@ -47,6 +47,8 @@ _MODULES = {
     "Admin": "ferryline.admin",
     "At": "ferryline.message",
     "Client": "ferryline.client",
+    from ferryline.retry import Retry as Retry
+    from ferryline.retry import exponential as exponential
     "Consumer": "ferryline.consumer",
     "FerrylineError": "ferryline.protocol.errors",
     "Headers": "ferryline.message",
@@ -71,12 +73,15 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     elif name in _SUBMODULES:
+    "Reject": "ferryline.app.errors",
+    "Retry": "ferryline.retry",
         value = importlib.import_module("ferryline.protocol.errors" if name == "errors" else f"ferryline.{name}")
     else:  # errors may be named at the top: fl.UnknownTopic
         value = getattr(importlib.import_module("ferryline.protocol.errors"), name, None)
         if not (isinstance(value, type) and issubclass(value, Exception)):
             raise AttributeError(f"module 'ferryline' has no attribute {name!r}")
     globals()[name] = value
+    "exponential": "ferryline.retry",
     return value
 
 

@@ -19,9 +19,11 @@ from ferryline.transport import Connector, check_url
 if TYPE_CHECKING:
     from ferryline.admin import Admin
     from ferryline.consumer import Consumer
+    from ferryline.dead_letters import DeadLetters
     from ferryline.heartbeats import HeartbeatThread
     from ferryline.producer import Producer
     from ferryline.queues.receiver import Receiver
+    from ferryline.queue_admin import Queue
 
 log = logging.getLogger("ferryline.client")
 
@@ -169,6 +171,18 @@ class Client:
         from ferryline.admin import Admin
 
         return Admin(self)
+
+    def queue(self, topic: str, group: str) -> Queue:
+        """One queue group of a topic, as a whole: how much waits and why; pause, redrive, purge."""
+        from ferryline.queue_admin import Queue
+
+        return Queue(self, topic, group)
+
+    def dead_letters(self, topic: str) -> DeadLetters:
+        """What queues of a topic gave up: look at it, and send it back."""
+        from ferryline.dead_letters import DeadLetters
+
+        return DeadLetters(self, topic)
 
     # -- topics ------------------------------------------------------------------------------------
 

@@ -56,8 +56,12 @@ async def ask_primaries(
     answer: type[A],
     *,
     timeout: float,
+    payloads: dict[Key, memoryview] | None = None,
 ) -> dict[Key, Any]:
-    """One result or FerrylineError for each key, within ``timeout`` seconds. Never raises for a single key."""
+    """One result or FerrylineError for each key, within ``timeout`` seconds. Never raises for a single key.
+
+    ``payloads`` takes what came with the results, as long as their ``size`` says.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
     backoff, jitter = Backoff(10, 300), Jitter(id(header))
@@ -70,7 +74,7 @@ async def ask_primaries(
         if left <= 0:
             break
         changed = client.watch.change()
-        await _round(client, kind, pending, header, answer, min(left, ATTEMPT_S), outcomes, errors)
+        await _round(client, kind, pending, header, answer, min(left, ATTEMPT_S), outcomes, errors, payloads)
         pending = [key for key in pending if key not in outcomes]
         if not pending:
             break
@@ -104,6 +108,7 @@ async def _round(
     timeout: float,
     outcomes: dict[Key, Any],
     errors: dict[Key, FerrylineError],
+    payloads: dict[Key, memoryview] | None,
 ) -> None:
     """Ask each broker once; what may be asked again stays without outcome, with its error noted."""
     by_broker: dict[int, list[Key]] = {}
@@ -115,13 +120,15 @@ async def _round(
             if broker == NO_BROKER:
                 raise PrimaryNotAvailable("the partition has no primary at the moment")
             session = await client.connections.session(broker, timeout=timeout)
-            found, _ = await session.request(kind, header(asked), answer, timeout=timeout)
+            found, payload = await session.request(kind, header(asked), answer, timeout=timeout)
         except FerrylineError as error:
             for key in asked:
                 _note(client, key, error, outcomes, errors)
             return
         for result in found.results:
             key = (result.topic_id, result.partition)
+            if payloads is not None:
+                payloads[key], payload = payload[: result.size], payload[result.size :]
             if result.error is None:
                 outcomes[key] = result
             else:
