@@ -22,7 +22,13 @@ ASYNC_CLASSES: tuple[type, ...] = (
 
 
 def public_members(cls: type) -> Iterator[tuple[str, Any]]:
-    """What of an asynchronous class is mirrored: its public methods and properties, in the order of the source."""
-    for name, member in vars(cls).items():
+    """What of an asynchronous class is mirrored: its public methods and properties, in the order of the source.
+
+    Its own first, then those of its bases.
+    """
+    members: dict[str, Any] = {}
+    for part in cls.__mro__:
+        members = {**members, **{name: member for name, member in vars(part).items() if name not in members}}
+    for name, member in members.items():
         if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
             yield name, member

@@ -26,8 +26,9 @@ from ferryline.admin import BrokerInfo, ClusterInfo, TopicInfo
 from ferryline.consumer import Position
 from ferryline.message import Message, RecordMetadata, TopicPartition
 from ferryline.options import Where
-from ferryline.producer import HeadersLike
+from ferryline.record_checks import HeadersLike
 from ferryline.protocol.errors import FerrylineError
+from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.subscription import Handler
 

@@ -1,45 +1,22 @@
-"""Administration: topics, groups, brokers, the cluster. Changes go to the coordinator; what exists is read from the
-cluster's metadata, so that it can be asked during a coordinator outage, too.
+"""Administration: topics, groups, brokers, the cluster, exchanges.
+
+Changes go to the coordinator; what exists is read from the cluster's metadata, so that it can be asked during a
+coordinator outage, too.
 """
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
-import tenacity
 
-from ferryline.finding import hinted
+from ferryline.exchange_admin import ExchangeAdmin
 from ferryline.message import TopicPartition
-from ferryline.protocol.errors import (
-    BY_CODE,
-    ConnectionFailed,
-    ConnectionLost,
-    CoordinatorLoading,
-    CoordinatorStandby,
-    CoordinatorUnavailable,
-    DeadlineExceeded,
-    FerrylineError,
-    InternalError,
-    InvalidArgument,
-    RequestTimedOut,
-    TopicExists,
-    UnknownTopic,
-)
+from ferryline.protocol.errors import InvalidArgument, TopicExists, UnknownTopic
 from ferryline.protocol.limits import check_name
 from ferryline.protocol.metadata import NO_BROKER, BrokerMeta, TopicConfig, TopicMeta
-
-if TYPE_CHECKING:
-    from ferryline.client import Client
-
-T = TypeVar("T")
-BODY_BYTES_MAX = 64 * 1024 * 1024
-_ATTEMPT_S = 10.0
-_SILENT_S = 3.0  # a coordinator that did not answer is left alone for so long, if there are others
-_VISIBLE_S = 10.0  # how long a change may take to reach this client's own metadata
+from ferryline.retry import RetryLike, holds, with_retry
 
 
 class PartitionInfo(msgspec.Struct, frozen=True):
@@ -92,27 +69,32 @@ class ClusterInfo(msgspec.Struct, frozen=True):
     offline: list[TopicPartition]
 
 
-class Admin:
+class Admin(ExchangeAdmin):
     """Administration of the cluster that the client is connected to. Made by ``client.admin``.
 
     Every call ends within ``timeout`` seconds (default: the client's), with a value or a FerrylineError.
     """
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
     # -- topics ------------------------------------------------------------------------------------
 
     async def create_topic(
-        self, name: str, *, exist_ok: bool = False, timeout: float | None = None, **settings: Any
+        self,
+        name: str,
+        *,
+        exist_ok: bool = False,
+        retry: RetryLike | None = None,
+        timeout: float | None = None,
+        **settings: Any,
     ) -> TopicInfo:
         """Create a topic and wait until it can be used. Settings as of TopicConfig: partitions, replication, ...
 
-        Raises TopicExists unless ``exist_ok``, InvalidArgument, NotEnoughReplicas.
+        ``retry``: how its queues retry (`Retry`). Raises TopicExists unless ``exist_ok``, InvalidArgument,
+        NotEnoughReplicas.
         """
         check_name(name)
+        config = with_retry(settings, retry)
         try:
-            await self._change("POST", "/v1/topics", {"name": name, "config": settings}, timeout)
+            await self._change("POST", "/v1/topics", {"name": name, "config": config}, timeout)
         except TopicExists:
             if not exist_ok:
                 raise
@@ -134,18 +116,20 @@ class Admin:
             raise UnknownTopic(f"topic: {name!r} does not exist", field="topic", topic=name)
         return self._topic_info(meta)
 
-    async def alter_topic(self, name: str, *, timeout: float | None = None, **settings: Any) -> TopicInfo:
-        """Change settings of a topic. Raises UnknownTopic, InvalidArgument."""
-        if not settings:
+    async def alter_topic(
+        self, name: str, *, retry: RetryLike | None = None, timeout: float | None = None, **settings: Any
+    ) -> TopicInfo:
+        """Change settings of a topic. Raises UnknownTopic, InvalidArgument.
+
+        A `Retry` replaces the present one; a mapping of fields of RetryPolicy changes these.
+        """
+        config = with_retry(settings, retry)
+        if not config:
             raise InvalidArgument("settings: at least one is needed", field="settings")
         check_name(name)
-        await self._change("PATCH", f"/v1/topics/{quote(name)}", {"config": settings}, timeout)
+        await self._change("PATCH", f"/v1/topics/{quote(name)}", {"config": config}, timeout)
         await self._visible(
-            lambda: (
-                (meta := self._client.routing.topic(name)) is not None
-                and all(getattr(meta.config, key, value) == value for key, value in settings.items())
-            ),
-            timeout,
+            lambda: (meta := self._client.routing.topic(name)) is not None and holds(meta.config, config), timeout
         )
         return await self.describe_topic(name, timeout=timeout)
 
@@ -242,14 +226,6 @@ class Admin:
 
     # -- from metadata -----------------------------------------------------------------------------
 
-    async def _refresh(self, timeout: float | None) -> None:
-        limit = self._limit(timeout)
-        await self._client.start()
-        await self._client.watch.ask(timeout=limit)
-
-    def _limit(self, timeout: float | None) -> float:
-        return self._client.timeout if timeout is None else timeout
-
     def _topic_info(self, meta: TopicMeta) -> TopicInfo:
         parts = self._client.routing.cluster.partitions_of(meta.id)
         return TopicInfo(
@@ -277,104 +253,7 @@ class Admin:
         parts = self._client.routing.cluster.partitions_of(meta.id)
         return len(parts) == meta.config.partitions and all(part.primary != NO_BROKER for part in parts)
 
-    async def _visible(self, condition: Any, timeout: float | None) -> None:
-        """Wait until this client sees its own change; the change is made either way."""
-        await self._client.watch.until(condition, timeout=min(self._limit(timeout), _VISIBLE_S))
-
-    # -- the coordinator's REST --------------------------------------------------------------------
-
-    async def _change(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
-        """A change: sent again only when it surely did not reach a coordinator."""
-        return await self._request(method, path, body, self._limit(timeout), again=_surely_not_sent)
-
-    async def _ask(self, method: str, path: str, timeout: float | None) -> Any:
-        return await self._request(method, path, None, self._limit(timeout), again=_worth_another_try)
-
-    async def _request(self, method: str, path: str, body: Any, timeout: float, *, again: Any) -> Any:
-        await self._client.start()
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(again),
-            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
-            stop=tenacity.stop_before_delay(timeout),
-            reraise=True,
-        )
-        try:
-            async with asyncio.timeout(timeout):
-                return await retrying(self._once, method, path, body)
-        except TimeoutError:
-            if method == "GET":
-                raise DeadlineExceeded(f"{method} {path}: no answer within {timeout:g} s") from None
-            raise RequestTimedOut(f"{method} {path}: no answer within {timeout:g} s") from None
-
-    async def _once(self, method: str, path: str, body: Any) -> Any:
-        """One try at each address that may be a coordinator."""
-        routing = self._client.routing
-        brokers = {routing.address(broker) for broker in routing.cluster.brokers}
-        urls = [url for url in dict.fromkeys([*routing.coordinators, *self._client.urls]) if url not in brokers]
-        silent, now = self._client.silent, asyncio.get_running_loop().time()
-        urls = [url for url in urls if silent.get(url, 0.0) <= now] or urls
-        last: FerrylineError = CoordinatorUnavailable("no coordinator is known")
-        for url in urls:  # grows while it is gone through
-            silent[url] = now + _ATTEMPT_S + _SILENT_S  # unless it answers; the caller's patience may end before ours
-            try:
-                answer = await self._send(url, method, path, body)
-                silent.pop(url, None)
-                return answer
-            except FerrylineError as error:
-                if not isinstance(error, RequestTimedOut) and not error.details.get("silent"):
-                    silent.pop(url, None)
-                if not isinstance(error, (ConnectionFailed, CoordinatorStandby)):
-                    raise
-                last = error
-                if (active := hinted(error)) and active not in urls:
-                    urls.append(active)
-        if isinstance(last, CoordinatorStandby):
-            raise last
-        raise ConnectionFailed(f"no coordinator answers: {last.message}") from last
-
-    async def _send(self, url: str, method: str, path: str, body: Any) -> Any:
-        data = msgspec.json.encode(body) if body is not None else None
-        headers = {"Content-Type": "application/json"} if data is not None else {}
-        limits = aiohttp.ClientTimeout(total=_ATTEMPT_S, connect=self._client.connector.connect_timeout)
-        try:
-            async with self._client.connector.http.request(
-                method, url + path, data=data, headers=headers, timeout=limits, allow_redirects=False
-            ) as response:
-                raw = await response.content.read(BODY_BYTES_MAX)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ConnectionFailed(f"{url}: {error}", url=url, silent=isinstance(error, TimeoutError)) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionLost(f"{url}: {error or type(error).__name__}", url=url) from None
-        except TimeoutError:
-            raise RequestTimedOut(f"{url}{path}: no answer within {_ATTEMPT_S:g} s") from None
-        if response.status >= 400:
-            raise problem_of(response.status, raw)
-        return msgspec.json.decode(raw) if raw.strip() else {}
-
 
 def _listed(answer: Any, name: str) -> list[dict[str, Any]]:
     found = answer.get(name, []) if isinstance(answer, dict) else answer
     return list(found)
-
-
-def _surely_not_sent(error: BaseException) -> bool:
-    return isinstance(error, (ConnectionFailed, CoordinatorStandby, CoordinatorLoading))
-
-
-def _worth_another_try(error: BaseException) -> bool:
-    return isinstance(error, FerrylineError) and error.retriable
-
-
-def problem_of(status: int, raw: bytes) -> FerrylineError:
-    """Problem details (RFC 9457) back into the error they were made from."""
-    try:
-        body = msgspec.json.decode(raw)
-        code, text = str(body["code"]), str(body.get("detail") or body.get("title") or "")
-        details = {str(key): value for key, value in (body.get("details") or {}).items()}
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
-        return InternalError(f"HTTP {status}: {raw[:200]!r}", status=status)
-    kind = BY_CODE.get(code)
-    if kind is None:
-        return InternalError(f"{code}: {text}", **details)
-    details.pop("message", None)
-    return kind(text, **details, request_id=str(body.get("request_id", "")))

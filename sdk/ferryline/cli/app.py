@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("demo", LOCAL, "Kill a broker under load and count what was lost: nothing."),
     "falconq": ("falconq", LOCAL, "Serve FalconQ's HTTP here, in front of a cluster."),
     "topic": ("topic", CLUSTER, "Create, list, describe, alter and delete topics."),
+    "exchange": ("exchange", CLUSTER, "Create, list, show and delete exchanges; test where records go."),
+    "binding": ("binding", CLUSTER, "Bind topics to exchanges, by routing key or headers."),
     "group": ("group", CLUSTER, "Look at consumer groups and their lag; seek; delete."),
     "broker": ("broker", CLUSTER, "List brokers; drain one for maintenance."),
     "cluster": ("cluster", CLUSTER, "Health, partitions and in-sync sets."),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import msgspec
 
-from ferryline.admin import problem_of
+from ferryline.calls import problem_of
 from ferryline.protocol.errors import ConnectionFailed, FerrylineError, RequestTimedOut
 from ferryline.protocol.metadata import PartitionMeta
 
