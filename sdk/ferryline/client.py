@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ferryline.consumer import Consumer
     from ferryline.dead_letters import DeadLetters
     from ferryline.heartbeats import HeartbeatThread
+    from ferryline.message import Message
     from ferryline.producer import Producer
-    from ferryline.queues.receiver import Receiver
     from ferryline.queue_admin import Queue
+    from ferryline.queues.receiver import Receiver
+    from ferryline.record_checks import HeadersLike
+    from ferryline.requesting import Requester
 
 log = logging.getLogger("ferryline.client")
 
@@ -95,6 +98,7 @@ class Client:
         self.closables: list[_Closable] = []  # producers and consumers, closed with the client
         self.heartbeats: HeartbeatThread | None = None  # started by the first member of a group, or receiver
         self.silent: dict[str, float] = {}  # coordinators that did not answer -> when to ask again
+        self._requester: Requester | None = None
         self._closed = False
 
     async def __aenter__(self) -> Client:
@@ -119,6 +123,9 @@ class Client:
         """Close producers and consumers (they finish what they can), then every connection."""
         if self._closed:
             return
+        requester, self._requester = self._requester, None
+        if requester is not None:
+            await requester.close()
         self._closed = True
         try:
             if self.closables:
@@ -165,13 +172,6 @@ class Client:
 
         return Receiver(self, topic, group=group, **options)
 
-    @property
-    def admin(self) -> Admin:
-        """Topics, groups and brokers: what the coordinator decides."""
-        from ferryline.admin import Admin
-
-        return Admin(self)
-
     def queue(self, topic: str, group: str) -> Queue:
         """One queue group of a topic, as a whole: how much waits and why; pause, redrive, purge."""
         from ferryline.queue_admin import Queue
@@ -183,6 +183,51 @@ class Client:
         from ferryline.dead_letters import DeadLetters
 
         return DeadLetters(self, topic)
+
+    @property
+    def admin(self) -> Admin:
+        """Topics, groups and brokers: what the coordinator decides."""
+        from ferryline.admin import Admin
+
+        return Admin(self)
+
+    # -- request and reply -------------------------------------------------------------------------
+
+    async def request(
+        self,
+        target: str,
+        payload: Any,
+        *,
+        reply: Any = bytes,
+        routing_key: str | None = None,
+        key: str | bytes | None = None,
+        headers: HeadersLike | None = None,
+        timeout: float = 30.0,
+    ) -> Any:
+        """Send a record and wait for the reply to it. Returns the reply's value, as a ``reply`` (a type).
+
+        ``target`` is a topic, or an exchange when a ``routing_key`` is given ("" for one that looks at none). The first
+        request makes a topic for replies to this client; it is deleted when the client closes.
+
+        Raises what `send` raises, Unroutable, and RequestTimedOut after ``timeout`` seconds: then the request may
+        have been worked on all the same.
+        """
+        return await self._requests().request(
+            target, payload, reply=reply, routing_key=routing_key, key=key, headers=headers, timeout=timeout
+        )
+
+    async def reply(self, message: Message[Any], value: Any, *, headers: HeadersLike | None = None) -> bool:
+        """Answer a request. False: whoever asked is gone. Raises InvalidArgument if the message asks for no reply."""
+        return await self._requests().reply(message, value, headers)
+
+    def _requests(self) -> Requester:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        if self._requester is None:
+            from ferryline.requesting import Requester
+
+            self._requester = Requester(self)
+        return self._requester
 
     # -- topics ------------------------------------------------------------------------------------
 
