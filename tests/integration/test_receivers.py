@@ -50,6 +50,8 @@ class Journal:
             elif what == "acking":  # the next one may be leased before this ack has returned
                 last[key] = max(last[key], number)
             elif what == "acked":
+                if (key, number) in acked:
+                    wrong.append(f"{at:.3f}: {key}/{number} was acknowledged twice")
                 acked.add((key, number))
         return wrong
 
