@@ -173,7 +173,7 @@ class Queue:
             )
             for one in found:
                 offsets[one.partition] = list(one.details.get("offsets", []))
-                left -= len(offsets[one.partition])
+                left -= len(offsets[one.partition]) if count else 0
         return Redriven({number: found for number, found in offsets.items() if found})
 
     async def delete(self, *, timeout: float | None = None) -> None:

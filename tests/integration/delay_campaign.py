@@ -31,7 +31,7 @@ async def backlog(client: fl.Client, options: argparse.Namespace, chance: random
     async with client.producer() as producer:
         for _ in range(options.backlog // 2_000):
             futures = [
-                producer.send_nowait("priorities", b"x", key=b"%d" % chance.getrandbits(40), priority=level)
+                producer.send("priorities", b"x", key=b"%d" % chance.getrandbits(40), priority=level)
                 for level in (chance.randrange(10) for _ in range(2_000))
             ]
             await asyncio.gather(*futures)
@@ -67,7 +67,7 @@ class Delays:
                 for number in range(first, first + 500):
                     delay = 8.0 + self.chance.random() * self.options.spread
                     self.due[number] = time.time() + delay
-                    futures.append(producer.send_nowait("delays", b"%d" % number, key=b"%d" % number, delay=delay))
+                    futures.append(producer.send("delays", b"%d" % number, key=b"%d" % number, delay=delay))
                 await asyncio.gather(*futures)
 
     async def receive(self) -> None:
