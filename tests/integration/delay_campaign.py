@@ -2,7 +2,7 @@
 
 Priority: a backlog with random priorities is drained; within a partition no record may come before one of a higher
 priority. Delay: records that are due over half a minute, while one broker is restarted and another killed with -9; each
-must be finished once, none may be early, and 99 % at most 250 ms late. Prints a JSON line; exits 1 if one of that fails.
+must be finished once, none may be early, and 99 % at most 250 ms late. Prints a JSON line; exits 1 if that fails.
 """
 
 from __future__ import annotations
