@@ -9,7 +9,11 @@ from typing import Any
 import ferryline.admin
 import ferryline.client
 import ferryline.consumer
+import ferryline.dead_letters
 import ferryline.producer
+import ferryline.queue_admin
+import ferryline.queues.message
+import ferryline.queues.receiver
 import ferryline.subscription
 
 ASYNC_CLASSES: tuple[type, ...] = (
@@ -18,7 +22,21 @@ ASYNC_CLASSES: tuple[type, ...] = (
     ferryline.consumer.Consumer,
     ferryline.subscription.Subscription,
     ferryline.admin.Admin,
+    ferryline.queue_admin.Queue,
+    ferryline.dead_letters.DeadLetters,
+    ferryline.queues.receiver.Receiver,
+    ferryline.queues.message.QueueMessage,
+    ferryline.queues.message.Processing,
 )
+# Frozen: what they tell can be read in any thread. Not all of it is a property: a codec has made them.
+PLAIN_CLASSES: dict[type, dict[str, str]] = {
+    ferryline.queues.message.QueueMessage: {
+        "key": "bytes | None",
+        "value": "T",
+        "raw": "bytes | None",
+        "timestamp_ms": "int",
+    }
+}
 
 
 def public_members(cls: type) -> Iterator[tuple[str, Any]]:

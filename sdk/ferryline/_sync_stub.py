@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_overloads
 
 from ferryline import client
-from ferryline._mirrored import ASYNC_CLASSES, public_members
+from ferryline._mirrored import ASYNC_CLASSES, PLAIN_CLASSES, public_members
 
 WIDTH = 120
 STUB = Path(__file__).with_name("sync.pyi")
@@ -20,16 +20,20 @@ _HEAD = '''"""Types of ferryline.sync. Written by ``python -m ferryline._sync_st
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from datetime import datetime
 from typing import Any, Generic, Self, TypeVar, overload
 
 from ferryline.admin import BrokerInfo, ClusterInfo, TopicInfo
 from ferryline.consumer import Position
-from ferryline.message import Message, RecordMetadata, TopicPartition
+from ferryline.dead_letters import DeadLetter, Progress, Redrive
+from ferryline.message import Described, Headers, Message, RecordMetadata, TopicPartition
 from ferryline.options import Where
 from ferryline.record_checks import HeadersLike
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta
+from ferryline.queue_admin import QueuePart, Redriven, StoredRecord
+from ferryline.retry import RetryLike
 from ferryline.subscription import Handler
 
 T = TypeVar("T")
@@ -37,7 +41,9 @@ V = TypeVar("V")
 '''
 _REPLACED = (
     (r"\bAsyncIterator\b", "Iterator"),
+    (r"\bAsyncGenerator\[(\w+), None\]", r"Iterator[\1]"),
     (r"\bRecordFuture\b", "Future[RecordMetadata]"),
+    (r"\basyncio\.Future\b", "Future"),
 )
 
 
@@ -53,14 +59,22 @@ def _class(cls: Any) -> str:
     generic = "(Generic[T])" if getattr(cls, "__parameters__", ()) else ""
     lines = [f"class {cls.__name__}{generic}:"]
     if hasattr(cls, "__aenter__"):
-        lines.append("    def __enter__(self) -> Self: ...")
-        lines.append("    def __exit__(self, *exc: object) -> None: ...")
+        entered, left = _returned(cls.__aenter__), _returned(cls.__aexit__)
+        itself = entered.split("[")[0] == cls.__name__
+        lines.append(f"    def __enter__(self) -> {'Self' if itself else entered}: ...")
+        lines.append(f"    def __exit__(self, *exc: object) -> {left}: ...")
     if hasattr(cls, "__anext__"):
         lines.append("    def __iter__(self) -> Self: ...")
-        lines.append("    def __next__(self) -> Message[T]: ...")
+        lines.append(f"    def __next__(self) -> {_returned(cls.__anext__)}: ...")
     if hasattr(cls, "__await__"):
         lines.append("    def wait(self) -> None: ...")
+    plain = PLAIN_CLASSES.get(cls, {})
+    for name, kind in plain.items():
+        lines.append("    @property")
+        lines.append(f"    def {name}(self) -> {kind}: ...")
     for name, member in public_members(cls):
+        if name in plain:
+            continue
         if isinstance(member, property):
             lines.append("    @property")
             member = member.fget
@@ -71,6 +85,10 @@ def _class(cls: Any) -> str:
         if not overloads:
             lines.append(_function("    ", name, member))
     return "\n".join(lines) + "\n"
+
+
+def _returned(function: Any) -> str:
+    return _cleaned(str(inspect.signature(function).return_annotation))
 
 
 def _function(indent: str, name: str, function: Any) -> str:

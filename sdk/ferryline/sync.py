@@ -30,7 +30,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import ferryline.client
-from ferryline._mirrored import ASYNC_CLASSES, public_members
+from ferryline._mirrored import ASYNC_CLASSES, PLAIN_CLASSES, public_members
 
 
 class _Background:
@@ -91,6 +91,8 @@ def _outward(value: Any) -> Any:
         return mirror(value)
     if isinstance(value, asyncio.Future):
         return _to_concurrent(value)
+    if type(value) is list and value and type(value[0]) in _mirrors:
+        return [_outward(item) for item in value]
     return value
 
 
@@ -111,7 +113,11 @@ def _to_concurrent(future: asyncio.Future[Any]) -> concurrent.futures.Future[Any
 
 
 def _inward(value: Any) -> Any:
-    return value._twin if isinstance(value, Mirror) else value
+    if isinstance(value, Mirror):
+        return value._twin
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mirror):
+        return [_inward(item) for item in value]
+    return value
 
 
 def _blocking(name: str, function: Any) -> Any:
@@ -153,10 +159,23 @@ def _property(name: str, twin: property) -> property:
     return property(read, doc=twin.__doc__)
 
 
+def _plain(name: str, doc: str | None) -> property:
+    """An attribute that any thread may read: no need to ask the loop."""
+    return property(lambda self: getattr(self._twin, name), doc=doc)
+
+
 def _mirror(cls: type) -> type:
     namespace: dict[str, Any] = {"__doc__": cls.__doc__, "__module__": __name__, "__slots__": ("_twin",)}
+    plain = PLAIN_CLASSES.get(cls)
+    for name in plain or ():
+        namespace[name] = _plain(name, None)
     for name, member in public_members(cls):
-        namespace[name] = _property(name, member) if isinstance(member, property) else _blocking(name, member)
+        if name in namespace:
+            continue
+        if not isinstance(member, property):
+            namespace[name] = _blocking(name, member)
+        else:
+            namespace[name] = _property(name, member) if plain is None else _plain(name, member.__doc__)
     if hasattr(cls, "__aenter__"):
         namespace["__enter__"] = _enter
         namespace["__exit__"] = _exit
@@ -170,13 +189,13 @@ def _mirror(cls: type) -> type:
     return mirrored
 
 
-def _enter(self: Mirror) -> Mirror:
-    _background.run(self._twin.__aenter__())
-    return self
+def _enter(self: Mirror) -> Any:
+    entered = _background.run(self._twin.__aenter__())
+    return self if entered is self._twin else _outward(entered)
 
 
-def _exit(self: Mirror, *exc: object) -> None:
-    _background.run(self._twin.__aexit__(*exc))
+def _exit(self: Mirror, *exc: object) -> Any:
+    return _background.run(self._twin.__aexit__(*exc))
 
 
 def _same(self: Mirror) -> Mirror:
@@ -185,7 +204,7 @@ def _same(self: Mirror) -> Mirror:
 
 def _next(self: Mirror) -> Any:
     try:
-        return _background.run(self._twin.__anext__())
+        return _outward(_background.run(self._twin.__anext__()))
     except StopAsyncIteration:
         raise StopIteration from None
 
@@ -199,7 +218,18 @@ def _wait(self: Mirror) -> Any:
     return _background.run(work())
 
 
-Client, Producer, Consumer, Subscription, Admin = (_mirror(cls) for cls in ASYNC_CLASSES)
+(
+    Client,
+    Producer,
+    Consumer,
+    Subscription,
+    Admin,
+    Queue,
+    DeadLetters,
+    Receiver,
+    QueueMessage,
+    Processing,
+) = (_mirror(cls) for cls in ASYNC_CLASSES)
 
 
 @functools.wraps(ferryline.client.connect)

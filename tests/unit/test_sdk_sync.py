@@ -79,6 +79,37 @@ def test_produce_and_consume_without_await(cluster: FakeCluster) -> None:
             assert consumer.pull(max_wait=0.1) == []
 
 
+def test_receive_and_settle_without_await(cluster: FakeCluster) -> None:
+    with sync.connect(cluster.coordinator.url) as client:
+        with client.producer(linger=0) as producer:
+            for number in range(6):
+                producer.send("orders", {"n": number}, key=f"k{number}")
+        with client.receiver("orders", group="q", value=dict) as receiver:
+            seen = []
+            for message in receiver:
+                assert isinstance(message, sync.QueueMessage)
+                assert (message.topic, message.delivery_count) == ("orders", 1)
+                with message.processing() as same:
+                    assert same.offset == message.offset
+                    seen.append(message.value["n"])
+                    if len(seen) == 2:
+                        raise ValueError("this one again")
+                if len(seen) == 2:
+                    break
+            receiver.flush()
+            rest = receiver.receive(max_records=4, max_wait=2)
+            assert all(message.raw and message.key and message.is_held for message in rest)
+            future = rest[0].ack_nowait()
+            assert isinstance(future, Future)
+            assert future.result(5) is None
+            rest[1].ack()
+            assert receiver.ack_many(rest[2:]) == [None] * len(rest[2:])
+            with pytest.raises(fl.InvalidArgument, match="settled before"):
+                rest[1].reject("why")
+            assert receiver.unsettled <= 6 - len(rest)
+    assert sum(len(queue.settled) for queue in cluster.queues.queues.values()) >= 1 + len(rest)
+
+
 def test_calls_may_come_from_many_threads(cluster: FakeCluster) -> None:
     with sync.connect(cluster.coordinator.url) as client, client.producer() as producer:
         errors: list[BaseException] = []
