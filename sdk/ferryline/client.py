@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ferryline.consumer import Consumer
     from ferryline.dead_letters import DeadLetters
     from ferryline.heartbeats import HeartbeatThread
-    from ferryline.message import Message
+    from ferryline.message import Described
     from ferryline.producer import Producer
     from ferryline.queue_admin import Queue
     from ferryline.queues.receiver import Receiver
@@ -216,7 +216,7 @@ class Client:
             target, payload, reply=reply, routing_key=routing_key, key=key, headers=headers, timeout=timeout
         )
 
-    async def reply(self, message: Message[Any], value: Any, *, headers: HeadersLike | None = None) -> bool:
+    async def reply(self, message: Described, value: Any, *, headers: HeadersLike | None = None) -> bool:
         """Answer a request. False: whoever asked is gone. Raises InvalidArgument if the message asks for no reply."""
         return await self._requests().reply(message, value, headers)
 

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ferryline.message import Message
+from ferryline.message import Described, Message
 from ferryline.options import check_seconds
 from ferryline.protocol.errors import (
     ClientClosed,
@@ -83,7 +83,7 @@ class Requester:
             del self._waiting[number]
         return message.raw if decode is None else decode(message.raw)
 
-    async def reply(self, message: Message[Any], value: Any, headers: HeadersLike | None) -> bool:
+    async def reply(self, message: Described, value: Any, headers: HeadersLike | None) -> bool:
         """As `Client.reply` says."""
         topic, number = message.headers.text(HEADER_REPLY_TO), message.headers.get(HEADER_CORRELATION_ID)
         if not topic or number is None:

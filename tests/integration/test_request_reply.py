@@ -115,6 +115,28 @@ async def test_a_request_through_an_exchange_is_answered(cluster: LocalCluster, 
             await client.request("numbers", 21, reply=list[int], routing_key="double.this")
 
 
+async def test_workers_of_a_queue_answer_too(cluster: LocalCluster, client: fl.Client) -> None:
+    await client.admin.create_topic("half", partitions=2, exist_ok=True)
+
+    async def work(receiver: fl.Receiver[int], worker: fl.Client) -> None:
+        async for message in receiver:
+            assert await worker.reply(message, message.value // 2)
+            await message.ack()
+
+    async with (
+        fl.connect(cluster.urls, ca=cluster.ca) as one,
+        fl.connect(cluster.urls, ca=cluster.ca) as two,
+        one.receiver("half", group="workers", value=int) as first,
+        two.receiver("half", group="workers", value=int) as second,
+    ):
+        working = [asyncio.create_task(work(first, one)), asyncio.create_task(work(second, two))]
+        requests = (client.request("half", 2 * number, reply=int) for number in range(30))
+        assert await asyncio.gather(*requests) == list(range(30))
+        for task in working:
+            task.cancel()
+        await asyncio.wait(working)
+
+
 async def test_who_answers_learns_that_the_asker_is_gone_or_never_asked(
     cluster: LocalCluster, client: fl.Client
 ) -> None:

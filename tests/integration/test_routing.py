@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import ferryline as fl
+from ferryline import sync
 from ferryline.cli.driver import COORDINATOR, ProcessCluster
 from ferryline.cli.processes import LocalCluster
 from ferryline.protocol.errors import Conflict, ExchangeExists, NotFound, UnknownExchange, UnknownTopic, Unroutable
@@ -151,6 +152,22 @@ async def test_alternate_and_mandatory(client: fl.Client) -> None:
             await producer.publish("alt.none", "x")
     assert await values(client, "alt.strays") == ["stray"]
     assert await values(client, "alt.known") == ["known"]
+
+
+def test_exchanges_without_await(shared: LocalCluster) -> None:
+    with sync.connect(shared.urls, ca=str(shared.ca)) as client, client.producer() as producer:
+        client.admin.create_topic("syn.t", partitions=1)
+        client.admin.create_exchange("syn", "topic")
+        client.admin.bind("syn", topic="syn.t", routing_key="a.*")
+        assert producer.publish("syn", b"1", "a.b", priority=7)["syn.t"].topic == "syn.t"
+        assert producer.publish("syn", b"2", "b") == {}
+        assert producer.unroutable == {"syn": 1}
+        with pytest.raises(Unroutable):
+            producer.publish("syn", b"3", "b", mandatory=True)
+        assert client.admin.topics_reached("syn", "a.x") == ["syn.t"]
+        with client.consumer("syn.t", start="start") as consumer:
+            message = next(consumer)
+            assert (message.exchange, message.routing_key, message.priority) == ("syn", "a.b", 7)
 
 
 async def test_administration_tells_what_is_wrong_and_shows_what_is_there(client: fl.Client) -> None:
