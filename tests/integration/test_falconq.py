@@ -26,6 +26,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 30.0
+OVERDUE_S = 10.5  # queues that do not ask strictly let a record that has waited for 10 s go first
 
 
 class Falcon:
@@ -119,6 +120,19 @@ def test_high_comes_before_low_also_when_it_was_published_last(falcon: Falcon) -
     falcon.publish("order", "high 2", "high")
     assert falcon.messages("order") == ["high 2", "low 2"]
     assert falcon.messages("order") == []
+
+
+@pytest.mark.slow
+def test_high_comes_before_low_also_when_the_low_ones_have_waited_for_long(
+    falcon: Falcon, eventually_blocking: Any
+) -> None:
+    for number in range(3):
+        falcon.publish("patience", f"low {number}")
+    assert falcon.messages("patience", batch=1) == ["low 0"]
+    seen = time.monotonic()
+    eventually_blocking(lambda: time.monotonic() - seen > OVERDUE_S, within_s=2 * OVERDUE_S, what="they are overdue")
+    falcon.publish("patience", "high", "high")
+    assert falcon.messages("patience", batch=2) == ["high", "low 1"]
 
 
 def test_every_consumer_has_its_own_position_and_gets_everything_once(falcon: Falcon) -> None:

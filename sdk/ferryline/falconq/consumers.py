@@ -117,8 +117,10 @@ class Turn:
         return False
 
     def written(self) -> None:
-        """The answer left, as far as can be seen from here. A gateway that dies before this repeats it: so it is done at
-        once, for renaming a file takes less than handing it to a thread."""
+        """The answer left, as far as can be seen from here.
+
+        A gateway that dies before this repeats it, so it is done at once: that takes less than handing it to a thread.
+        """
         if not self._written:
             try:
                 self._files.written(self.position)

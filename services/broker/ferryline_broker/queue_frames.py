@@ -214,7 +214,6 @@ class QueueHandler:
         item = SettleItem(answer.epoch, answer.lease, RELEASE, answer.offsets)
         event = SettleAsked(token, ask.group, ask.member, [item])
         self._loop.call_soon(self.driver.feed, hosted, event)  # not while the core's effects are carried out
-        self._loop.call_soon(self._ask_again, hosted, ask.group)
 
     def peeked(self, hosted: HostedReplica, offsets: list[int]) -> tuple[dict[str, object], Bytes]:
         """The records at these offsets; the first ones, if all of them are too much for one answer."""
