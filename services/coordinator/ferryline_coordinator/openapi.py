@@ -1,14 +1,12 @@
-"""The OpenAPI 3.1 document of the REST surface, made from the routes that are served and the models they read."""
+"""What the OpenAPI document of a coordinator says beyond its routes: bodies and queries."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from aiohttp import web
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 from ferryline_coordinator.models import (
     AddPartitions,
@@ -21,8 +19,8 @@ from ferryline_coordinator.models import (
     Recover,
     Renew,
 )
+from ferryline_service.openapi import document as describe
 
-_REFERENCE = "#/components/schemas/{model}"
 _BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/topics"): CreateTopic,
     ("PATCH", "/v1/topics/{topic}"): AlterTopic,
@@ -48,68 +46,8 @@ _QUERIES: dict[str, dict[str, str]] = {
         "cluster_id": "Refuse if this is another cluster.",
     },
 }
-_PROBLEM = {
-    "type": "object",
-    "description": "RFC 9457 problem details. `definite`: the request was surely not applied.",
-    "required": ["type", "title", "status", "detail", "code", "retriable", "definite", "details", "request_id"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "code": {"type": "string"},
-        "retriable": {"type": "boolean"},
-        "definite": {"type": "boolean"},
-        "details": {"type": "object"},
-        "remedy": {"type": "string"},
-        "request_id": {"type": "string"},
-    },
-}
 
 
 def document(routes: Iterable[web.AbstractRoute]) -> dict[str, Any]:
-    """Everything under /v1 that the router serves; a route that nobody described still appears."""
-    models = [(model, "validation") for model in dict.fromkeys(_BODIES.values())]
-    _, schemas = models_json_schema(models, ref_template=_REFERENCE)  # type: ignore[arg-type]
-    paths: dict[str, dict[str, Any]] = {}
-    for route in routes:
-        path = route.resource.canonical if route.resource is not None else ""
-        if path.startswith("/v1/") and route.method != "HEAD":
-            paths.setdefault(path, {})[route.method.lower()] = _operation(route, path)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Ferryline coordinator", "version": "1"},
-        "paths": dict(sorted(paths.items())),
-        "components": {"schemas": {**schemas.get("$defs", {}), "Problem": _PROBLEM}},
-    }
-
-
-def _operation(route: web.AbstractRoute, path: str) -> dict[str, Any]:
-    name = route.handler.__name__.strip("_")
-    text = (route.handler.__doc__ or "").strip().partition("\n")[0]
-    parameters: list[dict[str, Any]] = [
-        {"name": found, "in": "path", "required": True, "schema": {"type": "string"}}
-        for found in re.findall(r"{(\w+)}", path)
-    ]
-    if route.method == "GET":
-        parameters += [
-            {"name": query, "in": "query", "description": meaning, "schema": {"type": "string"}}
-            for query, meaning in _QUERIES.get(path, {}).items()
-        ]
-    operation: dict[str, Any] = {
-        "operationId": name,
-        "summary": text or name.replace("_", " "),
-        "parameters": parameters,
-        "responses": {
-            "2XX": {"description": "Done.", "content": {"application/json": {"schema": {"type": "object"}}}},
-            "default": {
-                "description": "Refused or failed.",
-                "content": {"application/problem+json": {"schema": {"$ref": _REFERENCE.format(model="Problem")}}},
-            },
-        },
-    }
-    body = _BODIES.get((route.method, path))
-    if body is not None:
-        reference = {"$ref": _REFERENCE.format(model=body.__name__)}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
-    return operation
+    """Everything under /v1 that the router serves."""
+    return describe("Ferryline coordinator", routes, _BODIES, _QUERIES)
