@@ -8,7 +8,7 @@ import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from ferryline.core.leases import HANDED, SETTLING, WAITING, Lease
+from ferryline.core.leases import HANDED, LOST, WAITING, Lease
 from ferryline.message import Described, Source
 from ferryline.protocol._codec import COMPILED, MessageBase, without_gc
 from ferryline.protocol.errors import FerrylineError, SerializationFailed
@@ -18,6 +18,7 @@ from ferryline.serializers import Decoder
 
 if TYPE_CHECKING:
     from ferryline.queues.leasing import Leasing
+    from ferryline.queues.settlements import Settlements
 
 log = logging.getLogger("ferryline.queue")
 
@@ -27,12 +28,13 @@ T = TypeVar("T")
 class Delivered(Source):
     """What the messages of one delivery share. ``unreadable``: why values of it did not parse, by index."""
 
-    __slots__ = ("lease", "leasing", "unreadable")
+    __slots__ = ("lease", "leasing", "settlements", "unreadable")
 
     def __init__(self, topic: str, partition: int, decode: Decoder | None, lease: Lease, leasing: Leasing) -> None:
         super().__init__(topic, partition, decode)
         self.lease = lease
         self.leasing = leasing
+        self.settlements: Settlements = leasing.settlements
         self.unreadable: dict[int, SerializationFailed] = {}
 
 
@@ -80,7 +82,7 @@ class QueueMessage(Described, MessageBase, Generic[T]):
     def ack_nowait(self) -> asyncio.Future[None]:
         """`ack`, without waiting: it leaves with all others of this pass of the loop. The future tells its outcome."""
         source = self._source
-        return source.leasing.ack(source.lease, self._at)  # type: ignore[no-any-return]
+        return source.settlements.ack(source.lease, self._at)  # type: ignore[no-any-return]
 
     async def nack(self, delay: float | None = None, reason: str = "", detail: str = "") -> None:
         """It failed: again after ``delay`` seconds, or after the topic's back-off. Its attempts may be used up by that.
@@ -100,7 +102,7 @@ class QueueMessage(Described, MessageBase, Generic[T]):
 
     async def extend(self, seconds: float) -> None:
         """Hold the lease for this long from now. It is renewed anyway; this also says that it is being worked on."""
-        await self._source.leasing.extend(self._source.lease, self._at, seconds)
+        await self._source.settlements.extend(self._source.lease, self._at, seconds)
 
     def processing(self, *, reraise: bool = False) -> Processing[T]:
         """``async with`` around the work: `ack` when it returns, `nack` with the topic's back-off when it raises.
@@ -113,7 +115,7 @@ class QueueMessage(Described, MessageBase, Generic[T]):
 
     def _settle(self, action: str, delay_ms: int, reason: str, detail: str) -> asyncio.Future[None]:
         source = self._source
-        return source.leasing.settle(  # type: ignore[no-any-return]
+        return source.settlements.settle(  # type: ignore[no-any-return]
             source.lease, self._at, action, delay_ms, shortened(reason, REASON_BYTES_MAX),
             shortened(detail, DETAIL_BYTES_MAX),
         )  # fmt: skip
@@ -148,10 +150,11 @@ class Processing(Generic[T]):
         message = self._message
         source = message._source
         try:
-            if source.lease.states[message._at] == HANDED:
+            state = source.lease.states[message._at]
+            if state == HANDED:
                 self._settle(error).add_done_callback(self._told)
-            elif source.lease.states[message._at] != SETTLING and error is None:
-                log.debug("%r was settled, or lost, before its processing ended", message)
+            elif state == LOST:
+                log.warning("%r was lost before its processing ended; it will be delivered again", message)
         finally:
             source.leasing.worked()
         if not isinstance(error, Exception):

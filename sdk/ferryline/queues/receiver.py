@@ -161,8 +161,8 @@ class Receiver(Generic[T]):
 
     async def _breathe(self, leasing: Leasing) -> None:
         self._breath = 0
-        if leasing.gathered:
-            leasing.flush()
+        if leasing.settlements.gathered:
+            leasing.settlements.flush()
         await asyncio.sleep(0)
 
     async def _news(self, leasing: Leasing, timeout: float | None) -> bool:
@@ -175,7 +175,7 @@ class Receiver(Generic[T]):
     async def ack_many(self, messages: Iterable[QueueMessage[Any]]) -> list[FerrylineError | None]:
         """Acknowledge these together: None for each that is done, else why not, in order."""
         futures = [message.ack_nowait() for message in messages]
-        self._running().flush()
+        self._running().settlements.flush()
         outcomes: list[FerrylineError | None] = []
         for future in futures:
             try:

@@ -62,6 +62,7 @@ class Renewer:
         self._loop = asyncio.get_running_loop()  # the application's
         lease_s = options.lease_ms / 1000
         self._tick_s = min(TICK_S_MAX, max(TICK_S_MIN, lease_s / 12))
+        self._idle_s = max(self._tick_s, lease_s / 6)
         self._attempt_s = min(ATTEMPT_S_MAX, max(ATTEMPT_S_MIN, lease_s / 6))
         self._aside: Aside | None = None
 
@@ -69,11 +70,14 @@ class Renewer:
         """Renew what is due, until cancelled."""
         try:
             while True:
-                await asyncio.sleep(self._tick_s)
+                # What is leased from now on is not due before a fifth of its time has passed.
+                await asyncio.sleep(self._tick_s if self._table.held else self._idle_s)
                 try:
                     due = self._due()
                     if due:
                         await self._renew(due, connector)
+                except FerrylineError as error:
+                    log.debug("renewal of group %s: %s", self._options.group, error)
                 except Exception:  # not foreseen: say so, and go on
                     log.exception("renewal of group %s", self._options.group)
         finally:
