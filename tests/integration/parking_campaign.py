@@ -1,7 +1,7 @@
 """Poisoned keys and the others: `python -m tests.integration.parking_campaign`.
 
 The same records twice, in turns, each time on a topic of its own: without poison, and with one key in a hundred whose
-first record is rejected and parked (`on_dead="park"`). Compares how fast the records of the other keys are finished; then
+first record is rejected and parked (`on_dead="park"`). Compares how fast the other records are finished; then
 repairs the handler, redrives what is parked, and checks that the records of every key were finished in order, once.
 Prints a JSON line; exits 1 if the ratio is below 0.95, or anything was lost or out of order.
 """
