@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -43,7 +44,7 @@ class Cluster:
     what clocks show at the start. ``latency_ms``: the least and the most that a message takes. ``faults``: what breaks
     by itself, see `Faults`.
 
-    Brokers are named by number, from 1; the coordinator and the clients are "coordinator" and "client".
+    Brokers are named by number, from 1; the coordinator is "coordinator", and a client what it was named, or "client".
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Cluster:
         self._topics, self._begin, self._latency_ms, self._faults = topics, begin, latency_ms, faults
         self._life = Life(CLIENT)
         self._clients: list[Client] = []
+        self._client_lives = {CLIENT: self._life}
         self._powers = random.Random(f"{seed}/power")
         self._clock: VirtualTime
         self._network: Network
@@ -148,7 +150,8 @@ class Cluster:
 
     async def _last_tasks(self) -> None:
         """Let what was cancelled end."""
-        lives = [node.latest for node in (*self._brokers.values(), self._coordinator) if node.latest] + [self._life]
+        lives = [node.latest for node in (*self._brokers.values(), self._coordinator) if node.latest]
+        lives += self._client_lives.values()
         for life in lives:
             for task in list(life.tasks):
                 task.cancel()
@@ -161,9 +164,15 @@ class Cluster:
     # -- use ----------------------------------------------------------------------------------------
 
     def client(self, *, timeout: float = 30.0, name: str = CLIENT) -> Client:
-        """A client of this cluster, for ``async with``: what ``fl.connect`` gives, connected to here."""
+        """A client of this cluster, for ``async with``: what ``fl.connect`` gives, connected to here.
+
+        ``name`` is for `partition` and `isolate`, to cut off one of several.
+        """
         self._running()
-        client = client_of(self._network, self._life, [url_of(COORDINATOR)], timeout=timeout, name=name)
+        if name == COORDINATOR or re.fullmatch(r"broker-\d+", name):
+            raise ValueError(f"name: {name!r} is that of a service")
+        life = self._client_lives.setdefault(name, Life(name))
+        client = client_of(self._network, life, [url_of(COORDINATOR)], timeout=timeout, name=name)
         self._clients.append(client)
         return client
 
@@ -272,7 +281,8 @@ class Cluster:
     def isolate(self, which: Which) -> None:
         """Cut one process off from all the others, clients included."""
         name = self._name_of(which)
-        for other in (CLIENT, COORDINATOR, *self._brokers):
+        others: list[Which] = [*self._client_lives, COORDINATOR, *self._brokers]
+        for other in others:
             if self._name_of(other) != name:
                 self.partition(which, other)
 
@@ -292,8 +302,9 @@ class Cluster:
             if node.life is not None and node.life.paused:
                 self.resume(node.name if node is self._coordinator else getattr(node, "number", 0))
         if wait:
-            for which in (COORDINATOR, *self._brokers):
-                await self.start(which)
+            await self.start(COORDINATOR)
+            for number in self._brokers:
+                await self.start(number)
             await self.healthy()
 
     # -- inside -------------------------------------------------------------------------------------
@@ -307,12 +318,12 @@ class Cluster:
         self._running()
         if which == COORDINATOR:
             return self._coordinator
-        if isinstance(which, int) and which in self._brokers:
+        if type(which) is int and which in self._brokers:
             return self._brokers[which]
         raise ValueError(f"{which!r}: brokers are 1 to {self.size}, and there is {COORDINATOR!r}")
 
     def _name_of(self, which: Which) -> str:
-        return CLIENT if which == CLIENT else self._node(which).name
+        return which if isinstance(which, str) and which in self._client_lives else self._node(which).name
 
     def _sending(self) -> bool:
         parts = [part for client in self._clients for part in client.closables]

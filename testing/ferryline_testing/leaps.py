@@ -6,6 +6,8 @@ that matters: a timer of the test's own code, or a deadline of a queue (a delaye
 processes do to keep each other alive does not notice: its timers fire as much later, and the clock of coordinator and
 node cores leaves the leap out. Wall clocks, record timestamps, retention, delays and leases see all of it.
 
+When nothing at all is left to wait for, the test would never end: after an hour of that it is told so (`Stuck`).
+
 There is no leap while records are written or leased, while anybody takes over or is about to, or while anything is on
 its way. With a broker down, paused or cut off, two minutes without an event have to pass first.
 """
@@ -25,6 +27,11 @@ LOOK_S = 1.0
 LEAST_S = 10.0  # a shorter leap costs more than it saves
 BEFORE_S = 2.0  # before the moment that matters all runs as always
 CALM_S, TROUBLED_CALM_S = 3.0, 125.0  # the latter is longer than any retry of a client or a broker
+STUCK_S = 3_600.0  # some seconds of real time
+
+
+class Stuck(RuntimeError):
+    """Everybody waits, without a deadline, and nothing is going to happen. Raised out of the event loop."""
 
 
 class Leaps:
@@ -56,17 +63,26 @@ class Leaps:
         if seen != self._seen:
             self._seen, self._seen_since_s = seen, now
             return
-        goal = self._goal_s()
+        goal, calm_s = self._goal_s(), now - max(self._seen_since_s, self._events.last_s + START_S)
         by_s = goal - BEFORE_S - now
+        if goal == NEVER:
+            self._nothing_to_wait_for(now, calm_s)
         if goal == NEVER or by_s < LEAST_S or self._busy():
             return
-        calm_s = now - max(self._seen_since_s, self._events.last_s + START_S)
         if calm_s < (TROUBLED_CALM_S if self._troubled() else CALM_S) or self._leased():
             return
         if self._network.moving:
             self._look_at_s = now  # a moment later nothing is on its way
             return
         self._leap(by_s)
+
+    def _nothing_to_wait_for(self, now: float, calm_s: float) -> None:
+        if calm_s >= STUCK_S and not self._leased():
+            self._seen_since_s = now  # whoever cleans up has time again
+            raise Stuck(
+                f"for {STUCK_S:g} s of virtual time nothing has happened, and nothing is due: every task waits for "
+                "something without a deadline (asyncio.timeout gives one)"
+            )
 
     def _goal_s(self) -> float:
         """The next moment that matters."""

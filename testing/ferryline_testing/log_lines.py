@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -27,7 +28,7 @@ def give_back() -> None:
     structlog.configure(**_kept.pop())
 
 
-def _hand_on(_: Any, method: str, line: dict[str, Any]) -> Any:
+def _hand_on(_: Any, method: str, line: MutableMapping[str, Any]) -> Any:
     life, world = HERE.get(), here()
     if life is None or not life.dead:
         name = life.name if life is not None else "cluster"

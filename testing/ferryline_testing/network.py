@@ -33,6 +33,15 @@ class _Chunk:
         self.size = 0
 
 
+class _Opening:
+    """Goes before all chunks, in the same queue: nothing may arrive before whoever is to read it is there."""
+
+    __slots__ = ("factory",)
+
+    def __init__(self, factory: Factory) -> None:
+        self.factory = factory
+
+
 class _Ending:
     """``broken``: a reset instead of an orderly end."""
 
@@ -52,7 +61,7 @@ class Stream(asyncio.Transport):
         self.peer: Stream
         self._network, self._context = network, context
         self._protocol: asyncio.BaseProtocol = asyncio.Protocol()
-        self._coming: deque[_Chunk | _Ending] = deque()
+        self._coming: deque[_Opening | _Chunk | _Ending] = deque()
         self._due = 0  # how many of them have arrived and wait to be read
         self._last_due_s = 0.0
         self._unread = 0  # bytes of ours that the other side has not taken
@@ -138,7 +147,7 @@ class Stream(asyncio.Transport):
         self._network.forget(self)
         self._protocol.connection_lost(error)
 
-    def _expect(self, what: _Chunk | _Ending) -> None:
+    def _expect(self, what: _Opening | _Chunk | _Ending) -> None:
         if self._over:
             return
         network = self._network
@@ -162,6 +171,12 @@ class Stream(asyncio.Transport):
             if self._network.cut_off(self.peer_life.name, self.life.name):
                 return
             first = self._coming[0]
+            if isinstance(first, _Opening):
+                self._coming.popleft()
+                self._due -= 1
+                self._protocol = first.factory()
+                self._protocol.connection_made(self)
+                continue
             if isinstance(first, _Ending):
                 self._coming.popleft()
                 self._due -= 1
@@ -233,8 +248,11 @@ class Network:
 
     @property
     def moving(self) -> bool:
-        """Is anything on its way?"""
-        return any(stream._coming for stream in self._streams)
+        """Is anything on its way? What waits for a paused process, or at a cut, is not."""
+        return any(
+            stream._coming and not stream.life.paused and (stream.peer_life.name, stream.life.name) not in self._cut
+            for stream in self._streams
+        )
 
     def listen(self, life: Life, factory: Factory) -> None:
         """From now on ``https://<name>`` leads to this process. Call it in the context of the life."""
@@ -257,8 +275,7 @@ class Network:
         far = Stream(self, there, life, context.copy())
         near.peer, far.peer = far, near
         self._streams[near] = self._streams[far] = None
-        far._last_due_s = self.loop.time() + self.latency_s(life, there)
-        self.loop.call_at(far._last_due_s, _accept, far, accept, context=far._context)
+        far._expect(_Opening(accept))
         near._protocol = protocol = factory()
         protocol.connection_made(near)
         return protocol
@@ -295,9 +312,3 @@ class Network:
             del self._listeners[life.name]
         for stream in [stream for stream in self._streams if stream.life is life]:
             stream.end_with(ConnectionAbortedError(errno.ECONNABORTED, "this process was killed"))
-
-
-def _accept(stream: Stream, factory: Factory) -> None:
-    if not stream._over:
-        stream._protocol = factory()
-        stream._protocol.connection_made(stream)

@@ -8,15 +8,10 @@ Nothing is loaded before a test uses a fixture. A test that fails is reported wi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-try:
-    import pytest_asyncio
-except ModuleNotFoundError:
-    pytest_asyncio = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -73,16 +68,20 @@ def _missing() -> None:
     raise pytest.UsageError("the fixtures of ferryline need pytest-asyncio: pip install 'ferryline-testing[pytest]'")
 
 
-if pytest_asyncio is not None:
-    ferryline_cluster = pytest_asyncio.fixture(_cluster, loop_scope="function", name="ferryline_cluster")
-    ferryline_client = pytest_asyncio.fixture(_client, loop_scope="function", name="ferryline_client")
-else:
-    ferryline_cluster = pytest.fixture(_missing, name="ferryline_cluster")
-    ferryline_client = pytest.fixture(_missing, name="ferryline_client")
+def _fixture(name: str, function: Callable[..., Any]) -> Any:
+    try:
+        import pytest_asyncio
+    except ModuleNotFoundError:
+        return pytest.fixture(_missing, name=name)
+    return pytest_asyncio.fixture(function, loop_scope="function", name=name)
+
+
+ferryline_cluster = _fixture("ferryline_cluster", _cluster)
+ferryline_client = _fixture("ferryline_client", _client)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show what the cluster did, beside what the test says."""
     report = yield
     cluster = item.stash.get(_used, None)

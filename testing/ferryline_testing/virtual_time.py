@@ -21,7 +21,7 @@ START_S = 1_000.0
 _GHOST_S = 5.0  # a killed process may clean up after itself for so long
 _POLL_EVERY = 64  # passes of a busy loop between two looks at real sockets and signals
 _THREAD_WAIT_S = 0.01
-_SDK = "ferryline."
+_SDK, _FOR_USERS = "ferryline.", "ferryline.app"  # handlers and schedules run in tasks of the latter
 
 
 class _Waiting:
@@ -90,7 +90,8 @@ class VirtualTime:
         otherwise each poll of a client would count as something that the test waits for."""
         context = options.get("context")
         here = HERE.get() if context is None else context.get(HERE)
-        if here is None and _module_of(work).startswith(_SDK):
+        module = _module_of(work)
+        if here is None and module.startswith(_SDK) and not module.startswith(_FOR_USERS):
             here = self._client
             options["context"] = contextvars.copy_context() if context is None else context.copy()
             options["context"].run(HERE.set, here)

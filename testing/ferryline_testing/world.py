@@ -26,7 +26,8 @@ from ferryline_testing.virtual_time import VirtualTime
 
 _OURS = ("ferryline.", "ferryline_broker.", "ferryline_coordinator.", "ferryline_service.")
 _NOT_OURS = ("ferryline.cli.", "ferryline.proof.")
-_NOT_HERE = ("cli", "proof", "simple", "sync", "testing")  # of the SDK: for programs, for threads, and what leads here
+_LOADED = ("app", "core", "protocol", "queues")  # packages of the SDK that are used here
+_NOT_LOADED = ("simple", "sync", "testing")  # of its modules: for threads, and what leads here
 # What coordinator and node core do is keep each other alive: they do not notice a leap (`leaps`).
 _STEADY = ("ferryline_coordinator.",)
 # Tells of objects apart where two deadlines are equal, and seeds jitter: memory addresses differ in each run.
@@ -35,10 +36,12 @@ _BY_ADDRESS = ("ferryline.fetcher", "ferryline.heartbeats", "ferryline.requests"
 
 def _load_sdk() -> None:
     """What the SDK loads when it is first used has to be there before its clocks are replaced."""
-    for found in pkgutil.iter_modules(ferryline.__path__, "ferryline."):
-        if found.name.removeprefix("ferryline.") not in _NOT_HERE:
-            importlib.import_module(found.name)
-    importlib.import_module("ferryline.queues.receiver")
+    folders = [(list(ferryline.__path__), "ferryline.")]
+    folders += [([f"{ferryline.__path__[0]}/{name}"], f"ferryline.{name}.") for name in _LOADED]
+    for folder, prefix in folders:
+        for found in pkgutil.iter_modules(folder, prefix):
+            if not found.ispkg and found.name.removeprefix("ferryline.") not in _NOT_LOADED:
+                importlib.import_module(found.name)
 
 
 class World:
