@@ -57,7 +57,18 @@ class Bench:
                 batch = await consumer.pull(100, 10.0)
                 assert batch
                 seen += len(batch)
+        self.receiver = self.client.receiver(TOPIC, group="workers", prefetch=1_000)
+        await self.receiver.start()
+        done = 0
+        while done < 20:
+            done += len(await self.acknowledged(10.0))
         return self
+
+    async def acknowledged(self, max_wait: float) -> list[fl.QueueMessage[bytes]]:
+        """Receive what there is and acknowledge it; whatever could not be acknowledged comes again."""
+        batch = await self.receiver.receive(1_000, max_wait)
+        await self.receiver.ack_many(batch)
+        return batch
 
     async def close(self) -> None:
         async with asyncio.timeout(30):
@@ -97,6 +108,14 @@ async def _start_member(bench: Bench) -> None:
         await consumer.close()
 
 
+async def _start_receiver(bench: Bench) -> None:
+    receiver = bench.client.receiver(TOPIC, group="late")
+    try:
+        await receiver.start()
+    finally:
+        await receiver.close()
+
+
 async def _nowait(bench: Bench) -> Any:
     return await bench.producer.send_nowait(TOPIC, b"x", partition=0)
 
@@ -115,6 +134,9 @@ CALLS: dict[str, Call] = {
     "consumer.committed": lambda b: b.member.committed(b.place),
     "consumer.seek": lambda b: b.reader.seek(b.place, "end"),
     "consumer.lag": lambda b: b.reader.lag(),
+    "receiver.start": _start_receiver,
+    "receiver.receive": lambda b: b.receiver.receive(1, 1.0),
+    "receiver.flush": lambda b: b.receiver.flush(timeout=DEADLINE_S),
     "admin.create_topic": lambda b: b.client.admin.create_topic(f"t{time.monotonic_ns()}", partitions=1),
     "admin.alter_topic": lambda b: b.client.admin.alter_topic(TOPIC, retention_ms=7_200_000),
     "admin.add_partitions": lambda b: b.client.admin.add_partitions("no-such-topic", 5, keys_move=True),
@@ -182,17 +204,22 @@ async def _failure(call: Awaitable[Any]) -> errors.FerrylineError | None:
 
 
 async def recovers(bench: Bench) -> None:
-    """A record sent now reaches both consumers within RECOVERY_S of the first successful send."""
+    """A record sent now reaches both consumers, and a receiver, within RECOVERY_S of the first successful send."""
     value = b"after %d" % time.monotonic_ns()
     end = time.monotonic() + 15
     while (failed := await _failure(bench.producer.send(TOPIC, value, partition=0))) is not None:
         assert time.monotonic() < end, f"sending never recovered: {failed!r}"
         await asyncio.sleep(0.1)
     sent = time.monotonic()
-    for consumer in (bench.reader, bench.member):
+    takes: list[Callable[[], Awaitable[list[Any]]]] = [
+        lambda: bench.reader.pull(1_000, 0.2),
+        lambda: bench.member.pull(1_000, 0.2),
+        lambda: bench.acknowledged(0.2),
+    ]
+    for take in takes:
         while True:
             try:
-                if any(message.raw == value for message in await consumer.pull(1_000, 0.2)):
+                if any(message.raw == value for message in await take()):
                     break
             except errors.FerrylineError:
                 await asyncio.sleep(0.05)
