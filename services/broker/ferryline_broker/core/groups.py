@@ -57,8 +57,10 @@ class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
 
     rows: list[GroupRow]
     queues: list[QueueRow] = []
+    copied: list[tuple[str, int]] = []  # of deleted queues: the last producer epoch of their dead letters
 
 
+COPIED_MAX = 1_000  # deleted queues that are remembered
 StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | AnyQueueEntry
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEntry)
@@ -76,14 +78,16 @@ class Refused(msgspec.Struct, frozen=True, gc=False):
 class GroupTable:
     """Group name -> row. `decide_*` say what to append (or refuse); `apply` is the only change.
 
-    ``queues``: the tables of queue groups; `Queue` decides for them.
+    ``queues``: the tables of queue groups; `Queue` decides for them. ``copied``: producer epochs under which
+    deleted queues have copied dead letters: the target knows them, and would take a first copy for a repetition.
     """
 
-    __slots__ = ("_rows", "queues")
+    __slots__ = ("_rows", "copied", "queues")
 
     def __init__(self) -> None:
         self._rows: dict[str, GroupRow] = {}
         self.queues: dict[str, QueueTable] = {}
+        self.copied: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -141,9 +145,15 @@ class GroupTable:
                 self._rows[group] = GroupRow(group, member, generation, offset, offset_epoch, metadata)
             case ForgetEntry(group):
                 self._rows.pop(group, None)
-                self.queues.pop(group, None)
+                gone = self.queues.pop(group, None)
+                if gone is not None and (gone.producer_epoch or gone.next_sequence):
+                    self.copied[group] = gone.producer_epoch
+                    if len(self.copied) > COPIED_MAX:
+                        del self.copied[next(iter(self.copied))]
             case Opened(group, ordering, start):
-                self.queues.setdefault(group, QueueTable(group, ordering, start))
+                if group not in self.queues:
+                    made = self.queues[group] = QueueTable(group, ordering, start)
+                    made.producer_epoch = self.copied.pop(group, -1) + 1
             case QueueEntry():
                 if (table := self.queues.get(entry.group)) is not None:
                     table.apply(entry)
@@ -155,7 +165,7 @@ class GroupTable:
     def snapshot(self, epoch_at: Callable[[int], int]) -> SnapshotEntry:
         """``epoch_at`` tells the epoch of a record, -1 where there is none."""
         queues = [self.queues[name].row(epoch_at) for name in sorted(self.queues)]
-        return SnapshotEntry([self._rows[name] for name in sorted(self._rows)], queues)
+        return SnapshotEntry([self._rows[name] for name in sorted(self._rows)], queues, list(self.copied.items()))
 
     @classmethod
     def replay(
@@ -177,6 +187,7 @@ class GroupTable:
                 continue
             if isinstance(entry, SnapshotEntry):
                 table.queues = {row.group: QueueTable.of_row(row, stands, log_start) for row in entry.queues}
+                table.copied = dict(entry.copied)
                 entry = SnapshotEntry([_voided(row, records, log_start, log_end) for row in entry.rows])
             table.apply(entry)
         return table

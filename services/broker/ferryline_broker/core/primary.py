@@ -250,9 +250,16 @@ class Primary:
         if self.snapshot_offset >= 0 or replica.state_bytes < enough or self.groups is None:
             return
         self.snapshot_offset = replica.log_end[STATE]
+        if self.queues is not None:
+            self.queues.before_snapshot(now_ms)
         start, end, epochs = replica.log_start[RECORDS], replica.log_end[RECORDS], replica.epochs[RECORDS]
+
+        def epoch_at(at: int) -> int:
+            """A replica whose log begins earlier has the record before our start, and must not take it for another."""
+            return epochs.before if at == start - 1 else epochs.epoch_at(at) if at < end else -1
+
         before = replica.state_bytes
-        self._append_state(self.groups.snapshot(lambda at: epochs.epoch_at(at) if start <= at < end else -1), now_ms)
+        self._append_state(self.groups.snapshot(epoch_at), now_ms)
         self.snapshot_bytes = replica.state_bytes - before
         replica.state_bytes = 0
 
@@ -287,8 +294,10 @@ class Primary:
 
     def retained_from(self, now_ms: int) -> int:
         """What an in-sync replica still has to fetch, or a queue to settle, is not deleted."""
+        if self.queues is None:
+            return self.replica.log_start[RECORDS]  # which queues there are is not known yet
         limit = self.sync.retained_from()
-        pinned = self.queues.pinned(now_ms) if self.queues is not None else None
+        pinned = self.queues.pinned(now_ms)
         return limit if pinned is None else min(limit, pinned)
 
     # -- secondaries and the in-sync set -------------------------------------------------------------

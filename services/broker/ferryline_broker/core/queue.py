@@ -84,7 +84,7 @@ class Queue:
     def restart(self, now_ms: int) -> None:
         """Forget the window: it is read again from the start. Leases get a fresh deadline."""
         table = self.table
-        self.window = Window(table.start, self.config.overdue_ms)
+        self.window = Window(table.start, self.config.overdue_ms, runs=table.ordering == ORDER_PARTITION)
         self.filled = False  # the window has once seen all there was, or as much as it holds
         self.reading = False  # a read is under way
         self._past_end = max(table.stories, default=-1)
@@ -159,16 +159,17 @@ class Queue:
 
     def _enter_with_past(self, record: Scanned, story: Story, now_ms: int) -> None:
         self.window.scan_out(record)
-        if record.offset in self.table.holder or story.parked or story.dying is not None:
-            return
-        self._available(record.offset, story.delay_ms, now_ms)
+        if story.parked or story.dying is not None:
+            self.window.stop(record.offset, now_ms)
+        elif record.offset not in self.table.holder:
+            self._available(record.offset, story.delay_ms, now_ms)
 
     def _available(self, offset: int, delay_ms: int, now_ms: int) -> None:
         """A record that is out may be leased, after the delay. One that never entered the window will by `scan`."""
         if offset not in self.window.lane_of:
             return
         if delay_ms > 0:
-            self.window.back_off(offset, now_ms + delay_ms)
+            self.window.back_off(offset, now_ms + delay_ms, now_ms)
         else:
             self.window.make_ready(offset, now_ms)
 
@@ -183,6 +184,7 @@ class Queue:
         taken: list[int] = []
         expired: list[int] = []
         run = LANE_RUN[table.ordering]
+        barrier = window.barrier() if run > 1 else 0
         while len(taken) < limit:
             offset = window.pick(now_ms, strict)
             if offset is None:
@@ -194,7 +196,7 @@ class Queue:
             taken.append(offset)
             followed = 1
             while followed < run and len(taken) < limit:
-                more = window.follow(offset)
+                more = window.follow(offset, barrier)
                 if more is None:
                     break
                 if window.expired(more, now_ms):
@@ -246,15 +248,20 @@ class Queue:
             self._fail(good, policy, now_ms, NACKED, item.delay_ms, item.reason, item.detail)
         elif action == REJECT:
             for offset in self._firsts(good):
-                self._kill(offset, policy, item.reason, item.detail)
+                self._kill(offset, policy, now_ms, item.reason, item.detail)
         else:
             self._release(good, GIVEN_BACK, dict.fromkeys(good, 0), now_ms)
         return stale, settled
 
     def _firsts(self, offsets: list[int]) -> list[int]:
         """Those that no other of them stands before in its lane: what comes behind was not at fault, nor its turn."""
-        behind = {other for offset in offsets for other in self.window.behind(offset)}
-        return [offset for offset in offsets if offset not in behind]
+        return offsets[:1] if self.table.ordering == ORDER_PARTITION else offsets
+
+    def _behind(self, offset: int) -> list[int]:
+        """What was leased behind a record in its lane: its turn comes after that, again."""
+        if self.table.ordering != ORDER_PARTITION:
+            return []
+        return sorted(other for other in self.table.holder if other > offset)
 
     def _sorted_out(self, offsets: list[int], identity: LeaseId) -> tuple[list[int], list[int], list[int]]:
         """(those that the receipt is good for, stale ones, settled ones), each in ascending order."""
@@ -288,7 +295,7 @@ class Queue:
                 delays[offset] = delay_ms if delay_ms >= 0 else self.backoff_ms(offset, attempts, policy)
         self._release(sorted(delays), why, delays, now_ms, reason, detail)
         for offset in dead:
-            self._kill(offset, policy, reason or why, detail)
+            self._kill(offset, policy, now_ms, reason or why, detail)
 
     def backoff_ms(self, offset: int, attempts: int, policy: RetryPolicy) -> int:
         """Drawn evenly from [0, limit], by a hash: the same on every replica and in every test."""
@@ -303,39 +310,36 @@ class Queue:
         """These are available again. What was leased behind one of them in its lane steps back behind it."""
         if not offsets:
             return
-        behind: set[int] = set()
-        for offset in offsets:
-            behind.update(self.window.behind(offset))
-        first = [offset for offset in offsets if offset not in behind]
         self._put(
             Released(
                 self.group, why, packed(offsets), self._epoch_at(offsets[-1]), [delays[one] for one in offsets],
                 reason, detail,
             )
         )  # fmt: skip
-        unread = sorted(behind - set(offsets))
-        if unread:
-            self._put(Released(self.group, GIVEN_BACK, packed(unread), self._epoch_at(unread[-1]), [0] * len(unread)))
-        for offset in sorted(behind, reverse=True):
-            self.window.put_back(offset)
-        for offset in first:
+        self._give_back(self._behind(offsets[0]))
+        for offset in reversed(offsets):
             self._available(offset, delays[offset], now_ms)
 
-    def _kill(self, offset: int, policy: RetryPolicy, reason: str, detail: str) -> None:
+    def _give_back(self, offsets: list[int]) -> None:
+        """These were leased behind a record that failed: they step back into the line, and no attempt counts."""
+        if not offsets:
+            return
+        self._put(Released(self.group, GIVEN_BACK, packed(offsets), self._epoch_at(offsets[-1]), [0] * len(offsets)))
+        for offset in reversed(offsets):
+            if offset in self.window.lane_of:
+                self.window.put_back(offset)
+
+    def _kill(self, offset: int, policy: RetryPolicy, now_ms: int, reason: str, detail: str) -> None:
         """No further attempt. Its lane stands until the copy is committed, or until it is redriven."""
-        behind = self.window.behind(offset)
-        if behind:
-            self._put(Released(self.group, GIVEN_BACK, packed(behind), self._epoch_at(behind[-1]), [0] * len(behind)))
-            for other in reversed(behind):
-                self.window.put_back(other)
-        self.window.ready.pop(offset, None)
-        self.window.backing_off.pop(offset, None)
+        self._give_back(self._behind(offset))
         epoch = self._epoch_at(offset)
         if policy.on_dead == "park":
             self._put(Parked(self.group, offset, epoch, reason, detail))
         else:
             table = self.table
             self._put(Dying(self.group, offset, epoch, table.producer_epoch, table.next_sequence, reason, detail))
+        if offset in self.window.lane_of:
+            self.window.stop(offset, now_ms)
 
     def keep(self, member: str, leases: set[int], now_ms: int) -> None:
         """Everything that is leased to a member, but for these leases, never arrived."""
@@ -347,25 +351,29 @@ class Queue:
 
     def next_move(self) -> MoveDead | None:
         """The copy that is to be made next; one at a time, in the order of their sequences."""
-        if self.moving is not None:
+        offset = self.first_dying()
+        if self.moving is not None or offset is None:
             return None
-        dying = [
-            (story.dying, offset, story) for offset, story in self.table.stories.items() if story.dying is not None
-        ]
-        if not dying:
-            return None
-        (epoch, sequence), offset, story = min(dying, key=lambda one: one[0])
+        story = self.table.stories[offset]
+        assert story.dying is not None
+        epoch, sequence = story.dying
         self.moving = offset
         history = list(story.history)
         reason = history[-1][1] if history else ""
         return MoveDead(self.group, offset, epoch, sequence, story.attempts, reason, history)
 
+    def first_dying(self) -> int | None:
+        """The offset that is copied first: its sequence is the lowest."""
+        dying = [(story.dying, offset) for offset, story in self.table.stories.items() if story.dying is not None]
+        return min(dying)[1] if dying else None
+
     def moved(self, offset: int, sequence: int, done: bool, now_ms: int) -> None:
         """The copy is committed at its target; or the target has forgotten the producer: again in its next epoch."""
+        if offset == self.moving:
+            self.moving = None
         story = self.table.stories.get(offset)
         if story is None or story.dying is None or story.dying[1] != sequence:
-            return
-        self.moving = None
+            return  # purged meanwhile
         if done:
             self._settle([offset], COPIED, now_ms)
             return

@@ -219,7 +219,7 @@ class QueueTable:
                 table.settled.add(max(first, start), end)
         for told in row.stories:
             if stands(told.offset, told.record_epoch) and not table.is_settled(told.offset):
-                story = table.stories[told.offset] = Story(told.attempts, tuple(told.last))
+                story = table.stories[told.offset] = Story(told.attempts, (told.last[0], told.last[1]))
                 story.delay_ms, story.history = told.delay_ms, list(told.history)
                 story.parked, story.dying = told.parked, told.dying
         for given in row.leases:

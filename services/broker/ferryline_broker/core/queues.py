@@ -14,7 +14,7 @@ from ferryline.protocol.messages import RECORDS, STATE
 from ferryline_broker.core.events import Effect, Event
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
 from ferryline_broker.core.queue import Queue, QueueConfig
-from ferryline_broker.core.queue_entries import Dying, Opened, Purged, QueuePaused
+from ferryline_broker.core.queue_entries import COPIED, Dying, Opened, Purged, QueuePaused, Settled
 from ferryline_broker.core.queue_events import (
     DONE,
     AnswerLease,
@@ -73,7 +73,7 @@ class Queues:
         return queue
 
     def begin(self, now_ms: int) -> None:
-        """This primaryship is ready: leases that were found run from now on, and copies that were begun are repeated."""
+        """This primaryship is ready: leases that were found run from now on; copies that were begun are repeated."""
         for group in sorted(self._tables.queues):
             queue = self.queue(group, now_ms)
             assert queue is not None
@@ -120,7 +120,7 @@ class Queues:
         elif queue.table.ordering != event.ordering:
             message = f"ordering: group {event.group!r} has {queue.table.ordering!r}, not {event.ordering!r}"
             return Outcome(refused=Refused("INVALID_ARGUMENT", message))
-        self._follow_retention(queue)
+        self._follow_retention(queue, now_ms)
         limit = max(1, min(event.records_max, int(event.bytes_max / queue.record_bytes)))
         high = self._replica.high_watermark[RECORDS]
         blind = queue.window.scanned < event.seen and queue.next_read(high) is not None
@@ -230,9 +230,10 @@ class Queues:
         return Outcome(entries, answer)
 
     def _epoch_before(self, offset: int) -> int:
-        """Epoch of the record before ``offset``; -1 where that is not retained any more."""
+        """Epoch of the record before ``offset``; -1 where nobody knows it any more."""
         replica = self._replica
-        return replica.epochs[RECORDS].epoch_at(offset - 1) if offset > replica.log_start[RECORDS] else -1
+        epochs = replica.epochs[RECORDS]
+        return epochs.before if offset == replica.log_start[RECORDS] else epochs.epoch_at(offset - 1)
 
     # -- what follows from it -----------------------------------------------------------------------
 
@@ -247,17 +248,35 @@ class Queues:
             queue.hungry = False
             self._replica.out.append(WakeReceivers(queue.group, len(queue.window.ready)))
 
-    def _follow_retention(self, queue: Queue) -> None:
+    def _follow_retention(self, queue: Queue, now_ms: int) -> None:
         start = self._replica.log_start[RECORDS]
         if start > queue.table.start:
             queue.table.skip(queue.table.start, start)
-            queue.window.scanned = max(queue.window.scanned, start)
+            queue.restart(now_ms)  # what retention took may be ready in the window
+
+    def before_snapshot(self, now_ms: int) -> None:
+        """No row may begin below the log start: the epoch there is not known any more, so it would count as void."""
+        for group in sorted(self._queues):
+            queue = self.queue(group, now_ms)
+            if queue is not None:
+                self._follow_retention(queue, now_ms)
 
     def appended(self, entries: list[StateEntry], last: int) -> None:
-        """These entries stand in the state log, the last one at ``last``."""
+        """These entries stand in the state log, the last one at ``last``.
+
+        The next copy waits for the end of the one before it: targets know the last few sequences only, and whoever
+        leads next repeats those whose end was lost. It does not wait for deaths that came after its own.
+        """
+        dying: dict[str, set[int]] = {}
         for entry in entries:
-            if isinstance(entry, Dying):
+            if isinstance(entry, Settled) and entry.why == COPIED:
                 self._moves[entry.group] = last
+            elif isinstance(entry, Dying):
+                dying.setdefault(entry.group, set()).add(entry.offset)
+        for group, offsets in dying.items():
+            queue = self._queues.get(group)
+            if group not in self._moves or queue is None or queue.first_dying() in offsets:
+                self._moves[group] = last
 
     def committed(self, now_ms: int) -> None:
         """A high watermark moved: new records may be looked at, and copies whose beginning is committed be made."""

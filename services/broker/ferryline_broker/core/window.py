@@ -6,15 +6,22 @@ Records enter by `scan`, in the order of the log; each is then in one place::
     waiting     behind the records of its lane that are out
     out         the head of its lane (or it has no lane): ready, leased, backing off, parked or dying
 
-At most one record of a lane is ready or leased at a time, or a run that was leased together. What becomes of a record
-that is out is decided by `Queue`; here only its place in the lane is kept.
+At most one record of a lane is ready or leased at a time. What becomes of a record that is out is decided by `Queue`;
+here only its place in the lane is kept.
+
+With ``runs`` (ordering="partition") all records are one lane, and its line is kept in the order of offsets: a record
+that comes back, or comes late, stands where it belongs. A run that was leased together may be out beside records that
+back off, are parked or dying. The first in line is ready only while nobody has a run, and nothing before it is out.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
+from bisect import bisect_left
 from collections import deque
+from itertools import chain
 
 from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
 from ferryline_broker.core.queue_events import Scanned
@@ -61,6 +68,25 @@ class Lane:
         else:
             self.waiting.insert(0, offset)
 
+    def insert(self, offset: int) -> None:
+        """Into a line that is in the order of offsets."""
+        at = self._place(offset)
+        if at == self.first:
+            self.put_back(offset)
+        elif self.waiting is not None:
+            self.waiting.insert(at, offset)
+
+    def discard(self, offset: int) -> bool:
+        """Out of a line that is in the order of offsets, if it is there."""
+        at = self._place(offset)
+        if self.waiting is None or at == len(self.waiting) or self.waiting[at] != offset:
+            return False
+        del self.waiting[at]
+        return True
+
+    def _place(self, offset: int) -> int:
+        return self.first if self.waiting is None else bisect_left(self.waiting, offset, self.first)
+
     def peek(self) -> int:
         assert self.waiting is not None
         return self.waiting[self.first]
@@ -69,13 +95,15 @@ class Lane:
 class Window:
     """``scanned``: records below it have entered. ``lane_of`` has exactly the offsets that are out."""
 
-    def __init__(self, scanned: int, overdue_ms: int) -> None:
+    def __init__(self, scanned: int, overdue_ms: int, *, runs: bool = False) -> None:
         self.scanned = scanned
+        self.runs = runs
         self.lanes: dict[bytes, Lane] = {}
         self.lane_of: dict[int, Lane | None] = {}
         self.ready: dict[int, int] = {}  # offset -> since when
         self.backing_off: dict[int, int] = {}  # offset -> until when
         self.scheduled: dict[int, tuple[int, bytes | None]] = {}  # offset -> (due, key of its lane)
+        self.stopped: set[int] = set()  # out, and nobody knows until when: parked or dying
         self.waiting = 0  # in all lanes
         self._overdue_ms = overdue_ms  # a record that has been ready for this long goes before all that have not
         self._heaps: list[list[int]] = [[] for _ in range(PRIORITIES)]
@@ -90,9 +118,7 @@ class Window:
     def scan(self, record: Scanned, now_ms: int) -> None:
         """A record that nobody has leased yet."""
         offset = record.offset
-        self._prioritize(record)
-        if record.expires_ms:
-            self._expires[offset] = record.expires_ms
+        self._note(record)
         if record.due_ms > now_ms:
             self.scheduled[offset] = (record.due_ms, record.lane)
             heapq.heappush(self._later, (record.due_ms, offset))
@@ -101,20 +127,19 @@ class Window:
 
     def scan_out(self, record: Scanned) -> None:
         """A record with a past: it is out already. Whoever in its lane only became ready by this rebuilding waits."""
-        self._prioritize(record)
+        self._note(record)
         if record.lane is None:
             self.lane_of[record.offset] = None
             return
         lane = self._lane(record.lane)
         for early in sorted((offset for offset in lane.out if offset in self.ready), reverse=True):
-            del self.ready[early], self.lane_of[early]
-            lane.out.discard(early)
-            lane.put_back(early)
-            self.waiting += 1
+            self.put_back(early)
         lane.out.add(record.offset)
         self.lane_of[record.offset] = lane
 
-    def _prioritize(self, record: Scanned) -> None:
+    def _note(self, record: Scanned) -> None:
+        if record.expires_ms:
+            self._expires[record.offset] = record.expires_ms
         if record.priority == PRIORITY_DEFAULT:
             return
         self._priority[record.offset] = record.priority
@@ -134,7 +159,11 @@ class Window:
             self.make_ready(offset, now_ms)
             return
         lane = self._lane(key)
-        if lane.out or len(lane):
+        if self.runs:
+            lane.insert(offset)
+            self.waiting += 1
+            self._turn(lane, now_ms)
+        elif lane.out or len(lane):
             lane.push(offset)
             self.waiting += 1
         else:
@@ -143,39 +172,87 @@ class Window:
     def _step_out(self, lane: Lane, offset: int, now_ms: int) -> None:
         lane.out.add(offset)
         self.lane_of[offset] = lane
-        self.make_ready(offset, now_ms)
+        self._ready(offset, now_ms)
+
+    def _turn(self, lane: Lane, now_ms: int) -> None:
+        """With ``runs``: whoever comes first in the lane is ready, unless somebody has a run of it."""
+        if len(self.lane_of) > len(self.ready) + len(self.backing_off) + len(self.stopped):
+            return
+        for other in list(self.ready):
+            if len(lane) and lane.peek() < other:
+                self.put_back(other)
+        if not self.ready and len(lane) and lane.peek() < self.barrier():
+            self.waiting -= 1
+            self._step_out(lane, lane.pop(), now_ms)
+
+    def barrier(self) -> float:
+        """With ``runs``: nothing behind this offset may be leased, for it backs off, is parked or dying."""
+        return min(chain(self.backing_off, self.stopped), default=math.inf)
 
     # -- leaving ------------------------------------------------------------------------------------
 
     def make_ready(self, offset: int, now_ms: int) -> None:
-        """It is out and may be leased."""
+        """It is out and may be leased; with ``runs``, when its turn comes."""
+        lane = self.lane_of[offset]
+        if self.runs and lane is not None:
+            self.put_back(offset)
+            self._turn(lane, now_ms)
+        else:
+            self._ready(offset, now_ms)
+
+    def _ready(self, offset: int, now_ms: int) -> None:
         self.backing_off.pop(offset, None)
+        self.stopped.discard(offset)
         self.ready[offset] = now_ms
         heapq.heappush(self._heaps[self._priority.get(offset, PRIORITY_DEFAULT)], offset)
         if self._mixed:
             self._line.append((now_ms, offset))
 
-    def back_off(self, offset: int, until_ms: int) -> None:
+    def back_off(self, offset: int, until_ms: int, now_ms: int) -> None:
         """It is out, and its lane waits with it until then."""
         self.backing_off[offset] = until_ms
         heapq.heappush(self._later, (until_ms, offset))
+        self._left(offset, now_ms)
+
+    def stop(self, offset: int, now_ms: int) -> None:
+        """It is out, parked or dying, and its lane waits with it."""
+        self.ready.pop(offset, None)
+        self.backing_off.pop(offset, None)
+        self.stopped.add(offset)
+        self._left(offset, now_ms)
+
+    def _left(self, offset: int, now_ms: int) -> None:
+        """A record is not with a receiver any more, and still out: what stands before it may go on."""
+        lane = self.lane_of[offset]
+        if self.runs and lane is not None:
+            self._turn(lane, now_ms)
 
     def put_back(self, offset: int) -> None:
-        """It was leased in a run behind one that comes first again."""
+        """Back into its line: its turn has not come after all."""
+        self.ready.pop(offset, None)
+        self.backing_off.pop(offset, None)
+        self.stopped.discard(offset)
         lane = self.lane_of.pop(offset)
         assert lane is not None
         lane.out.discard(offset)
-        lane.put_back(offset)
+        if self.runs:
+            lane.insert(offset)
+        else:
+            lane.put_back(offset)
         self.waiting += 1
 
     def gone(self, offset: int, now_ms: int) -> None:
         """It is terminal: the next of its lane steps out. An offset that never entered changes nothing."""
         self.ready.pop(offset, None)
         self.backing_off.pop(offset, None)
+        self.stopped.discard(offset)
         self._priority.pop(offset, None)
         self._expires.pop(offset, None)
         self.scheduled.pop(offset, None)
         lane = self.lane_of.pop(offset, None)
+        if self.runs:
+            self._gone_of_run(offset, now_ms)
+            return
         if lane is None:
             return
         lane.out.discard(offset)
@@ -186,6 +263,12 @@ class Window:
             self._step_out(lane, lane.pop(), now_ms)
         else:
             del self.lanes[lane.key]
+
+    def _gone_of_run(self, offset: int, now_ms: int) -> None:
+        for lane in list(self.lanes.values()):  # one at most
+            lane.out.discard(offset)
+            self.waiting -= lane.discard(offset)
+            self._turn(lane, now_ms)
 
     # -- choosing -----------------------------------------------------------------------------------
 
@@ -225,10 +308,10 @@ class Window:
         if len(self._line) > 2 * len(self.ready) + _LINE_SLACK:
             self._line = deque((since, offset) for since, offset in self._line if self.ready.get(offset) == since)
 
-    def follow(self, offset: int) -> int | None:
-        """The next record of the same lane joins a lease that ``offset`` is in. None: there is none."""
+    def follow(self, offset: int, below: float) -> int | None:
+        """The next record of the same lane joins a lease that ``offset`` is in. None: there is none ``below``."""
         lane = self.lane_of[offset]
-        if lane is None or not len(lane):
+        if lane is None or not len(lane) or lane.peek() >= below:
             return None
         found = lane.pop()
         self.waiting -= 1
@@ -239,11 +322,6 @@ class Window:
     def expired(self, offset: int, now_ms: int) -> bool:
         due = self._expires.get(offset)
         return due is not None and due <= now_ms
-
-    def behind(self, offset: int) -> list[int]:
-        """Others of its lane that are out, and come after it."""
-        lane = self.lane_of.get(offset)
-        return [] if lane is None or len(lane.out) == 1 else sorted(other for other in lane.out if other > offset)
 
     # -- time ---------------------------------------------------------------------------------------
 
