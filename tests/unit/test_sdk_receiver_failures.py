@@ -245,6 +245,56 @@ async def test_a_lease_that_ended_here_is_not_handed_out(cluster: FakeCluster, c
         assert [entry[1] for entry in queue(cluster).story] == ["lease", "release", "lease"]
 
 
+async def test_a_receiver_whose_core_fails_says_so_and_nobody_waits(
+    cluster: FakeCluster, client: fl.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    await fill(client, "one", 2)
+    async with client.receiver("one", group="g") as receiver:
+        batch = await take(receiver, 2)
+        leasing = receiver._leasing
+        assert leasing is not None
+        leasing.table.end = lambda *_: _fail("a rule is broken")  # type: ignore[method-assign, assignment]
+        outcomes = await asyncio.wait_for(receiver.ack_many(batch), 2)
+        assert [type(outcome) for outcome in outcomes] == [fl.errors.InternalError] * 2
+        with pytest.raises(fl.errors.InternalError, match="a rule is broken"):
+            await asyncio.wait_for(anext(receiver), 2)
+    assert "the receiver stops" in caplog.text
+
+
+def _fail(text: str) -> None:
+    raise AssertionError(text)
+
+
+async def test_work_on_the_heartbeat_thread_ends_when_it_is_told_and_does_not_fail_in_silence(
+    client: fl.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads: list[str] = []
+    ended = threading.Event()
+
+    async def work(connector: Any) -> None:
+        threads.append(threading.current_thread().name)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def fail(connector: Any) -> None:
+        raise ZeroDivisionError("on the other side")
+
+    thread = heartbeats.thread_of(client)
+    hosted = await thread.host(work)
+    await poll(lambda: threads == ["ferryline-heartbeats"], within_s=2)
+    hosted.stop()
+    await poll(ended.is_set, within_s=2)
+    await thread.host(fail)
+    await poll(lambda: "on the other side" in caplog.text, within_s=2)
+    ended.clear()
+    await thread.host(work)
+    await poll(lambda: len(threads) == 2, within_s=2)
+    await client.close()
+    assert ended.is_set(), "the end of the thread ends what it hosts"
+
+
 # -- the end -------------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ class Leasing:
             await self._until(lambda: not self.working, timeout)
             await self.settle_all(CLOSE_SETTLE_S)
             self.feed(Parting())
-            await self._until(lambda: self.core.parted, CLOSE_PART_S)
+            await self._until(lambda: self.core.parted or self.core.broken, CLOSE_PART_S)
         finally:
             self._client.watch.on_change.remove(self._look_at_routes)
             self._client.connections.on_lost.remove(self._session_lost)
