@@ -51,6 +51,7 @@ PRINTING = {
 # module, or package with a dot at its end -> why nothing imports it
 ENTRY_POINTS: dict[str, str] = {
     "ferryline.cli.": "a command's module is loaded by the noun that was typed",
+    "ferryline.proof.queues": "histories of queues are judged by the simulation",
     "ferryline_testing.plugin": "pytest loads it by its entry point",
 }
 BANNED_IN_CORES = {
