@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.simulation import ledger
 from tests.simulation.kept_seeds import KEPT
 from tests.simulation.runner import Summary, run_all, run_seed, tell_failure
-from tests.simulation.settings import ALL, Config, parse_configs
+from tests.simulation.settings import ALL, Config, config_of, parse_configs
 from tests.simulation.shrink import shrink
 from tests.simulation.weather import PROFILES
 
@@ -85,7 +85,7 @@ def _one(options: argparse.Namespace, config: Config) -> int:
 
 def _twice(seeds: int, start: int, real_log: bool) -> int:
     for seed in range(start, start + seeds):
-        config = ALL[seed % len(ALL)]
+        config = config_of(list(ALL), seed)
         hashes = {run_seed(config, seed, real_log=real_log).hash for _ in range(2)}
         if len(hashes) != 1:
             print(f"seed {seed} of {config.name} ran in two ways")
@@ -99,7 +99,7 @@ def _campaign(options: argparse.Namespace, configs: list[Config]) -> int:
         jobs = [(parse_configs(name)[0], seed, real_log) for name, seed, real_log, _ in KEPT]
     else:
         seeds = range(options.start, options.start + options.seeds)
-        jobs = [(configs[seed % len(configs)], seed, options.real_log) for seed in seeds]
+        jobs = [(config_of(configs, seed), seed, options.real_log) for seed in seeds]
     summary = Summary()
     for outcome in run_all(jobs, options.jobs):
         summary.add(outcome)

@@ -25,6 +25,7 @@ from ferryline_coordinator.core.records import BrokerRecord, PartRecord
 from tests.simulation.conduct import Conduct
 from tests.simulation.disks import ReplicaFiles
 from tests.simulation.ghost import Violation
+from tests.simulation.queue_checks import QueueChecks
 from tests.simulation.serving import Waiter
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Checks:
     def __init__(self, world: World) -> None:
         self.world = world
         self.conduct = Conduct(world)
+        self.queues = QueueChecks(world)
         self.parts: dict[Key, PartRecord] = {}
         self.brokers: dict[int, BrokerRecord] = {}
         self.primaries: dict[tuple[Key, int], tuple[int, int]] = {}  # epoch -> (broker number, life)
@@ -186,6 +188,8 @@ class Checks:
         for log in BOTH:
             if truths[log].recovered_from(copies[log], part.recovery_epoch):
                 self.world.count("declared losses")
+                if self.world.queues is not None:
+                    self.world.queues.lost_us[part.key] = self.world.engine.now_us
                 for other in self.world.brokers:
                     for view in self.world.copies(other, part.key):
                         view.agreed = min(view.agreed, view.truth.end)

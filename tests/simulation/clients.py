@@ -144,7 +144,7 @@ class Batch:
     def __init__(self, number: int, sends: list[Send]) -> None:
         self.number = number
         self.sends = sends
-        self.data = encode_batch([(None, send.value, []) for send in sends])
+        self.data = encode_batch([(send.lane, send.value, []) for send in sends])
 
 
 class Producer(Client):
@@ -184,6 +184,8 @@ class Producer(Client):
             self.sent += 1
             value = b"%s.%d" % (self.host.name.encode(), self.sent)
             send = Send(self.host.name, self.sent, key, value, self.engine.now_us)
+            if self.world.queues is not None:
+                send.lane = self.world.queues.sent(value)
             self.world.history.send(send)
             sends.append(send)
         self._close(key, sends)

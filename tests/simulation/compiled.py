@@ -52,11 +52,11 @@ print(*(module.__file__ for module in list(sys.modules.values()) if getattr(modu
 TRACES = """
 import sys, hashlib, time, msgspec
 from tests.simulation.runner import calm_collector, run_seed
-from tests.simulation.settings import ALL
+from tests.simulation.settings import ALL, config_of
 calm_collector()
 for seed in range(1, int(sys.argv[1]) + 1):
     lines = hashlib.sha256()
-    outcome = run_seed(ALL[seed % len(ALL)], seed, trace=lambda line: lines.update(line.encode()))
+    outcome = run_seed(config_of(list(ALL), seed), seed, trace=lambda line: lines.update(line.encode()))
     outcome.story = ""  # it tells lines of code, too
     print(outcome.config, seed, lines.hexdigest(), hashlib.sha256(msgspec.json.encode(outcome)).hexdigest())
 began = time.process_time()

@@ -42,7 +42,7 @@ def spoilt(data: bytes) -> bytes:
 class Stored:
     """One batch on a disk. ``value``: of a state record, decoded when first asked for."""
 
-    __slots__ = ("appended_ms", "appended_us", "data", "header", "rotten", "value")
+    __slots__ = ("appended_ms", "appended_us", "data", "header", "rotten", "values")
 
     def __init__(self, header: BatchHeader, data: bytes, appended_ms: int, appended_us: int) -> None:
         self.header = header
@@ -50,14 +50,15 @@ class Stored:
         self.appended_ms = appended_ms  # by the wall clock of the broker
         self.appended_us = appended_us  # in truth
         self.data = data
-        self.value: bytes | None = None
+        self.values: list[tuple[int, int, bytes]] | None = None
 
     @property
-    def state_value(self) -> bytes:
-        if self.value is None:
-            record = next(iter(decode_batch(self.data, self.header)))
-            self.value = record.value or b""
-        return self.value
+    def entries(self) -> list[tuple[int, int, bytes]]:
+        """(offset, epoch, value) of each record."""
+        if self.values is None:
+            batch = decode_batch(self.data, self.header)
+            self.values = [(record.offset, self.header.epoch, record.value or b"") for record in batch]
+        return self.values
 
 
 class ReplicaFiles(Protocol):
@@ -264,11 +265,11 @@ class FastReplica:
         return b"".join(parts), headers
 
     def state_entries(self) -> list[tuple[int, int, bytes]]:
-        return [
-            (batch.header.base_offset, batch.header.epoch, batch.state_value)
-            for batch in self.logs[1].batches
-            if not batch.header.is_control
-        ]
+        found: list[tuple[int, int, bytes]] = []
+        for batch in self.logs[1].batches:
+            if not batch.header.is_control:
+                found += batch.entries
+        return found
 
     def producers(self) -> ProducerTable:
         table = ProducerTable.restore(self.removed.snapshot()) if len(self.removed) else ProducerTable()

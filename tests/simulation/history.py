@@ -17,12 +17,13 @@ OK, FAIL, INFO, OPEN = "ok", "fail", "info", "open"
 class Send:
     """One record that an application handed over. ``outcome`` FAIL: surely not stored; INFO: unknown."""
 
-    __slots__ = ("began_us", "ended_us", "error", "key", "offset", "order", "outcome", "producer", "value")
+    __slots__ = ("began_us", "ended_us", "error", "key", "lane", "offset", "order", "outcome", "producer", "value")
 
     def __init__(self, producer: str, order: int, key: Key, value: bytes, began_us: int) -> None:
         self.producer = producer
         self.order = order  # of sending, per producer
         self.key = key
+        self.lane: bytes | None = None  # the key of the record
         self.value = value
         self.began_us = began_us
         self.ended_us = -1

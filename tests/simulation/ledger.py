@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.simulation.runner import Summary, commit, replay_of, run_all, tell_failure
-from tests.simulation.settings import Config
+from tests.simulation.settings import Config, config_of
 
 STRETCH = 500  # seeds of a line
 COUNTED = (
@@ -70,7 +70,7 @@ def campaign(path: Path, configs: list[Config], first: int, seeds: int, jobs: in
     path.parent.mkdir(parents=True, exist_ok=True)
     for low, high in _stretches(first, seeds):
         began, summary = time.monotonic(), Summary()
-        work = [(configs[seed % len(configs)], seed, False) for seed in range(low, high + 1)]
+        work = [(config_of(configs, seed), seed, False) for seed in range(low, high + 1)]
         for outcome in run_all(work, jobs):
             summary.add(outcome)
             if outcome.failure:

@@ -17,6 +17,14 @@ from ferryline.protocol.metadata import NO_BROKER
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
+from ferryline_broker.core.queue_events import (
+    AnswerLease,
+    AnswerQueue,
+    AnswerSettle,
+    MoveDead,
+    ReadWindow,
+    WakeReceivers,
+)
 from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.memory import SimulatedStop
 from tests.simulation.disks import ReplicaFiles
@@ -82,6 +90,8 @@ class Replicas:
             self.world.count("quarantined")
         opened = files.opened()
         core = PartitionCore(key, self.broker.id, self.world.replica_config, opened)
+        if self.world.queues is not None:
+            core.handle(ev.RetryChanged(self.world.queues.drawn.retry), self.host.now_ms())
         alarm = Alarm(self.host, core.next_deadline_ms, lambda: self.feed(key, ev.Tick()))
         self.hosted[key] = Hosted(core, files, alarm)
         self.world.checks.replica_opened(self.broker, key, files, core)
@@ -145,6 +155,8 @@ class Replicas:
                 broker.serving.wake(key)
             case ev.AnswerProduce() | ev.AnswerGroup() | ev.AnswerBarrier() | ev.Refuse():
                 broker.serving.answer(key, core, effect)
+            case AnswerLease() | AnswerSettle() | AnswerQueue():
+                broker.serving.answer(key, core, effect)
             case ev.SendFetch(to, fetch):
                 self._send_to_primary(to, "fetch", fetch)
             case ev.SendProgress(to, progress):
@@ -158,6 +170,7 @@ class Replicas:
                 if role == "primary":
                     world.faults.promoted(broker)
                 broker.serving.wake(key)
+                broker.serving.role_changed(key)
             case ev.ReplayState():
                 return core.handle(ev.StateReplayed(hosted.files.state_entries()), self.host.now_ms())
             case ev.RebuildProducers():
@@ -200,6 +213,8 @@ class Replicas:
                     broker.ask("report", Report(broker.id, broker.node.broker_epoch, [report]))
             case ev.DeleteReplica(_):
                 self.drop(key)
+            case ReadWindow() | WakeReceivers() | MoveDead():
+                broker.serving.queue_effect(key, hosted, effect)
             case ev.RefreshMetadata():
                 self.world.count("refreshes asked")  # the parked request answers as soon as there is news
             case _:

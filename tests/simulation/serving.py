@@ -25,12 +25,15 @@ from ferryline.protocol.records import check_crc, read_header
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
+from ferryline_broker.core.queue_events import MoveDead, ReadWindow, WakeReceivers
 from ferryline_service.claims import claim_token_valid
 from tests.simulation.engine import MS
 from tests.simulation.network import Session
+from tests.simulation.queue_shell import FRAMES, QueueAnswer, QueueQuestion, QueueShell
 
 if TYPE_CHECKING:
     from tests.simulation.broker import Broker
+    from tests.simulation.replicas import Hosted
 
 READ_BYTES_MAX = 4096
 
@@ -40,7 +43,7 @@ class Waiter:
 
     __slots__ = ("asked_us", "correlation", "event", "key", "session", "state_end")
 
-    def __init__(self, session: Session, correlation: int, key: Key, event: ev.Event, asked_us: int) -> None:
+    def __init__(self, session: Session | None, correlation: int, key: Key, event: ev.Event, asked_us: int) -> None:
         self.session = session
         self.correlation = correlation
         self.key = key
@@ -77,15 +80,20 @@ class Serving:
         self.waiters: dict[int, Waiter] = {}
         self.reads: dict[Key, list[Read]] = {}
         self.proofs: dict[int, Read] = {}  # token of a barrier -> the read that waits for it
+        self.queues = QueueShell(self, self.world.queues) if self.world.queues is not None else None
 
     def clear(self) -> None:
         self.waiters.clear()
         self.proofs.clear()
         self.reads.clear()
+        if self.world.queues is not None:
+            self.queues = QueueShell(self, self.world.queues)
 
     def session_ended(self, session: Session) -> None:
         for reads in self.reads.values():
             reads[:] = [read for read in reads if read.session is not session]
+        if self.queues is not None:
+            self.queues.session_ended(session)
 
     def frame_received(self, session: Session, frame: Any) -> None:
         kind, correlation = frame[0], frame[1]
@@ -96,6 +104,8 @@ class Serving:
                 self._read(session, *frame[1:])
             elif kind == "metadata":
                 self._answer(session, ("cluster", correlation, self.broker.node.metadata.answer()))
+            elif kind in FRAMES and self.queues is not None:
+                self.queues.frame_received(session, *frame)
             else:
                 self._group(session, *frame)
         except FerrylineError as error:
@@ -103,10 +113,11 @@ class Serving:
             nothing = (-1, 0) if kind == "produce" else (None,)
             self._answer(session, (answer, correlation, *nothing, error.info()))
 
-    def _answer(self, session: Session, frame: Any) -> None:
+    def _answer(self, session: Session | None, frame: Any) -> None:
+        assert session is not None
         self.world.network.send(session, self.broker, frame)
 
-    def _not_here(self, key: Key) -> FerrylineError:
+    def not_here(self, key: Key) -> FerrylineError:
         metadata = self.broker.node.metadata
         if key[0] not in metadata.topics:
             return UnknownTopic("not known here")
@@ -117,7 +128,7 @@ class Serving:
             return PrimaryNotAvailable("no primary", epoch=part.epoch)
         return NotPrimary("elsewhere", primary=part.primary, epoch=part.epoch)
 
-    def _ask(self, session: Session, correlation: int, key: Key, event: Any) -> None:
+    def ask(self, session: Session | None, correlation: int, key: Key, event: Any) -> None:
         waiter = Waiter(session, correlation, key, event, self.world.engine.now_us)
         self.waiters[event.token] = waiter
         waiter.state_end = self.broker.parts[key].core.log_end[STATE]
@@ -137,17 +148,17 @@ class Serving:
         if topic.config.partitions != partitions:
             raise StalePartitioning("another count", partitions=topic.config.partitions)
         if key not in self.broker.parts:
-            raise self._not_here(key)
+            raise self.not_here(key)
         header = read_header(data)
         check_crc(data, header)
         event = ev.Produced(self.world.token(), bytearray(data), header, timeout_ms)
-        self._ask(session, correlation, key, event)
+        self.ask(session, correlation, key, event)
 
     # -- groups ------------------------------------------------------------------------------------
 
     def _group(self, session: Session, kind: str, correlation: int, key: Key, group: str, *rest: Any) -> None:
         if key not in self.broker.parts:
-            raise self._not_here(key)
+            raise self.not_here(key)
         token = self.world.token()
         event: ev.Event
         if kind == "claim":
@@ -160,7 +171,7 @@ class Serving:
             event = ev.CommitAsked(token, group, member, generation, offset, "", reset, 5_000)
         else:
             event = ev.CommittedAsked(token, group, 5_000)
-        self._ask(session, correlation, key, event)
+        self.ask(session, correlation, key, event)
 
     def answer(self, key: Key, core: PartitionCore, effect: ev.Effect) -> None:
         """Carry out AnswerProduce, AnswerGroup, AnswerBarrier and Refuse."""
@@ -176,10 +187,17 @@ class Serving:
         elif isinstance(effect, ev.AnswerGroup):
             checks.group_answered(self.broker, key, core, waiter, effect)
             self._answer(waiter.session, ("group", waiter.correlation, effect.state, None))
+        elif isinstance(effect, QueueAnswer):
+            assert self.queues is not None
+            self.queues.answered(key, core, waiter, effect)
         elif isinstance(effect, ev.Refuse):
             self.world.count(f"refused {effect.code}")
             checks.refused(core, waiter, effect)
             info = info_of(effect)
+            if isinstance(waiter.event, QueueQuestion):
+                assert self.queues is not None
+                self.queues.refused(waiter, token, info)
+                return
             if isinstance(waiter.event, ev.Produced):
                 self._answer(waiter.session, ("produced", waiter.correlation, -1, 0, info))
             else:
@@ -191,7 +209,7 @@ class Serving:
         self, session: Session, correlation: int, key: Key, offset: int, epoch: int, secondary: bool, wait_ms: int
     ) -> None:
         if key not in self.broker.parts:
-            raise self._not_here(key)
+            raise self.not_here(key)
         read = Read(session, correlation, key, offset, epoch, secondary)
         if not self._serve(read):
             self.reads.setdefault(key, []).append(read)
@@ -206,7 +224,7 @@ class Serving:
         if read.key in self.broker.parts:
             event = ev.BarrierAsked(self.world.token(), 5_000)
             self.proofs[event.token] = read
-            self._ask(read.session, read.correlation, read.key, event)
+            self.ask(read.session, read.correlation, read.key, event)
 
     def _proved(self, read: Read, effect: ev.Effect) -> None:
         """The barrier was committed, so this is the primary; or nobody can say."""
@@ -232,7 +250,24 @@ class Serving:
         if waiting:
             self.reads[key] = [read for read in waiting if not self._serve(read)]
 
+    def role_changed(self, key: Key) -> None:
+        if self.queues is not None:
+            self.queues.role_changed(key)
+
+    def queue_effect(self, key: Key, hosted: Hosted, effect: ev.Effect) -> None:
+        """Carry out ReadWindow, WakeReceivers and MoveDead."""
+        assert self.queues is not None
+        match effect:
+            case ReadWindow():
+                self.queues.read_window(key, hosted, effect)
+            case WakeReceivers():
+                self.queues.wake(key)
+            case MoveDead():
+                self.queues.move(key, hosted, effect)
+
     def drop(self, key: Key) -> None:
+        if self.queues is not None:
+            self.queues.drop(key)
         for read in self.reads.pop(key, []):
             gone = ev.Refuse(0, "NOT_PRIMARY", "this broker does not hold the partition any more")
             self._answer(read.session, ("records", read.correlation, None, info_of(gone)))
@@ -243,6 +278,10 @@ class Serving:
                 if self.proofs.pop(token, None) is not None:
                     continue
                 refusal = ev.Refuse(token, "NOT_PRIMARY", "this broker does not hold the partition any more")
+                if isinstance(waiter.event, QueueQuestion):
+                    assert self.queues is not None
+                    self.queues.refused(waiter, token, info_of(refusal))
+                    continue
                 kind = "produced" if isinstance(waiter.event, ev.Produced) else "group"
                 nothing = (-1, 0) if kind == "produced" else (None,)
                 self._answer(waiter.session, (kind, waiter.correlation, *nothing, info_of(refusal)))

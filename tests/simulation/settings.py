@@ -15,15 +15,16 @@ from tests.simulation.weather import Mischief
 
 
 class Config(msgspec.Struct, frozen=True):
-    """One row of the matrix, written ``2/1/fsync``."""
+    """One row of the matrix, written ``2/1/fsync``, or ``2/1/fsync/queues``."""
 
     replication: int
     min_isr: int
     flush: str
+    queues: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.replication}/{self.min_isr}/{self.flush}"
+        return f"{self.replication}/{self.min_isr}/{self.flush}{'/queues' * self.queues}"
 
 
 ALL = tuple(
@@ -33,11 +34,23 @@ ALL = tuple(
 )
 
 
+QUEUES = tuple(msgspec.structs.replace(config, queues=True) for config in ALL)
+QUEUES_SHARE = 0.35  # of the seeds of a campaign over all configurations
+
+
+def config_of(configs: list[Config], seed: int) -> Config:
+    """Whose turn it is; of all six, for a share of the seeds with queues."""
+    config = configs[seed % len(configs)]
+    if configs == list(ALL) and random.Random(f"queues or not {seed}").random() < QUEUES_SHARE:
+        return msgspec.structs.replace(config, queues=True)
+    return config
+
+
 def parse_configs(text: str) -> list[Config]:
-    """``all``, or names separated by commas. Raises ValueError naming what is unknown."""
-    if text == "all":
-        return list(ALL)
-    known = {config.name: config for config in ALL}
+    """``all``, ``queues`` (all with queues), or names separated by commas. Raises ValueError naming what is unknown."""
+    if text in ("all", "queues"):
+        return list(ALL if text == "all" else QUEUES)
+    known = {config.name: config for config in ALL + QUEUES}
     found = []
     for name in text.split(","):
         if name not in known:

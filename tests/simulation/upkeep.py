@@ -74,7 +74,7 @@ class Upkeep:
             return
         if core.primary is None:
             return
-        expired = hosted.files.expired(host.wall_ms(), core.retention_limit())
+        expired = hosted.files.expired(host.wall_ms(), core.retention_limit(host.now_ms()))
         if expired is None:
             return
         self._check(key, expired, drift)

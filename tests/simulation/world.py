@@ -12,6 +12,7 @@ from ferryline.protocol.metadata import NO_BROKER
 from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import ReplicaConfig
+from ferryline_broker.core.queue import QueueConfig
 from ferryline_coordinator.core import events as ce
 from ferryline_coordinator.core.config import CoreConfig
 from tests.simulation.ambush import Ambushes
@@ -26,6 +27,7 @@ from tests.simulation.ghost import Copy, Truth, Violation
 from tests.simulation.history import OPEN, History, Poll
 from tests.simulation.members import SdkMember
 from tests.simulation.network import Network
+from tests.simulation.queueing import QueuePart
 from tests.simulation.real_disk import RealDisk
 from tests.simulation.settings import RATES, Config, Weather, draw
 from tests.simulation.weather import profile_of, shape
@@ -57,6 +59,7 @@ class World:
         self.counts: Counter[str] = Counter()
         self.topic = TOPIC
         self.topic_id = f"{self.engine.rng.getrandbits(128):032x}"
+        self.queues = QueuePart(self) if config.queues else None
         self.history = History()
         self.store = Store()
         self.network = Network(self.engine, self.weather)
@@ -70,6 +73,7 @@ class World:
             alter_retry_ms=500,
             handover_ms=self.weather.handover_ms,
             snapshot_bytes=self.weather.snapshot_bytes,
+            queue=self.queues.drawn.config if self.queues is not None else QueueConfig(),
         )
         self._truths: dict[Key, tuple[Truth, Truth]] = {}
         self._copies: dict[tuple[int, Key], tuple[Copy, Copy]] = {}
@@ -273,6 +277,8 @@ class World:
             self.add_member()
         self.readers.append(Reader(self, 0))
         self.readers[0].start()
+        if self.queues is not None:
+            self.queues.begin()
         self.faults.begin()
         self.engine.run_until(self.engine.now_us + self.weather.duration_ms * MS)
         self._heal()
@@ -284,6 +290,8 @@ class World:
         for producer in self.producers:
             producer.quiet = True
         self.faults.heal()
+        if self.queues is not None:
+            self.queues.heal()
         self.engine.note("world", "healed")
         self._settle()
         if self.weather.mischief.twins:
@@ -301,6 +309,8 @@ class World:
             if not self._recreating:
                 self._create_topic()
             self.recover()
+            if self.queues is not None:
+                self.queues.redrive()
             for broker_id, record in sorted(self.checks.brokers.items()):
                 if record.meta.draining:  # the command that ended it met a dead coordinator
                     self.command(lambda reply, broker_id=broker_id: ce.DrainSet(reply, broker_id, False))
@@ -364,7 +374,7 @@ class World:
             holders = [m.held[key] for m in self.members if key in m.held and m.held[key].claimed]
             if self.members and not (len(holders) == 1 and holders[0].done(end)):
                 return f"group {GROUP}: {key} held {len(holders)} times, {[h.committed for h in holders]} of {end}"
-        return None
+        return self.queues.trouble() if self.queues is not None else None
 
     def _check_end(self) -> None:
         logs: dict[Key, list[tuple[str, list[tuple[int, bytes]]]]] = {}
@@ -387,6 +397,8 @@ class World:
         if self.members:
             kept = {key: [found for found in logs[key][0][1] if self._is_due(key, found[0])] for key in logs}
             self.history.check_processed([GROUP], kept)
+        if self.queues is not None:
+            self.queues.check({key: replicas[0][1] for key, replicas in logs.items()})
 
     def _is_due(self, key: Key, offset: int) -> bool:
         """Every group must have processed the record there. Not if retention took it, and not if it came to light only

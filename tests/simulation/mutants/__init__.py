@@ -22,8 +22,9 @@ from __future__ import annotations
 from tests.simulation.mutants.brokers import BROKERS
 from tests.simulation.mutants.clients import CLIENTS
 from tests.simulation.mutants.cluster import CLUSTER
+from tests.simulation.mutants.queues import QUEUE_MUTANTS
 from tests.simulation.mutants.table import TABLE
 
-MUTANTS = TABLE + BROKERS + CLUSTER + CLIENTS
+MUTANTS = TABLE + BROKERS + CLUSTER + CLIENTS + QUEUE_MUTANTS
 
 __all__ = ["MUTANTS"]

@@ -9,6 +9,7 @@ FSYNC = "2/1/fsync,2/2/fsync,3/2/fsync"
 REPLICATED = "2/2/replicated,3/2/replicated"
 ISR_MATTERS = "2/1/fsync,3/2/fsync"  # with 2/2/fsync every commit needs both, so no mistake about the set can lose data
 GROUPS = ALL
+QUEUES = ",".join(f"{name}/queues" for name in ALL.split(","))
 
 Edit = tuple[str, str, str]
 
