@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.app")
 
 TAKE_MAX = 500  # records that are taken from the receiver in one pass
-WAIT_S = 5.0
+WAIT_S = 86_400.0  # nothing comes of waking up
 CLOSE_S = 3.0  # after the grace, for cancelled handlers to end
 AGAIN_S = 1.0  # after an error that may pass
 UNREADABLE = (SerializationFailed, RecordTooLarge)  # of a result, too: the next attempt would end alike

@@ -150,7 +150,7 @@ class ResultsReader:
     async def _read(self, consumer: Any) -> None:
         try:
             while True:
-                self._take(await consumer.pull(5_000, 60.0))
+                self._take(await consumer.pull(5_000, 86_400.0))
         except FerrylineError as error:
             log.warning("%s: %s; it is read again", self.topic, error)
             await asyncio.sleep(_AGAIN_S)

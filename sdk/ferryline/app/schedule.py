@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.app")
 
 LATE_S = 120.0  # far below the five minutes for which ids are remembered: clocks of workers differ, too
-SLEEP_S_MAX = 30.0  # the clock is looked at this often: it may be set
+SLEEP_S_MAX = 60.0  # the clock is looked at this often: it may be set
 
 
 class Times(Protocol):
