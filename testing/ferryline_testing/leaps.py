@@ -77,7 +77,7 @@ class Leaps:
         self._leap(by_s)
 
     def _nothing_to_wait_for(self, now: float, calm_s: float) -> None:
-        if calm_s >= STUCK_S and not self._leased():
+        if calm_s >= STUCK_S:
             self._seen_since_s = now  # whoever cleans up has time again
             raise Stuck(
                 f"for {STUCK_S:g} s of virtual time nothing has happened, and nothing is due: every task waits for "
@@ -100,6 +100,7 @@ class Leaps:
         return bool(shell.unsettled())
 
     def _leased(self) -> bool:
+        """Whoever holds a lease renews it early, and takes it for lost some time before its broker does."""
         return any(broker.shell is not None and broker.shell.leases() for broker in self._brokers)
 
     def _leap(self, by_s: float) -> None:

@@ -157,8 +157,7 @@ class Stream(asyncio.Transport):
 
     def _arrive(self) -> None:
         self._due = min(self._due + 1, len(self._coming))
-        if not self._network.cut_off(self.peer_life.name, self.life.name):
-            self._read()
+        self._read()
 
     def again(self) -> None:
         """The pair was cut off, and is no more: what waits is sent once more."""

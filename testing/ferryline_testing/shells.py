@@ -149,7 +149,7 @@ class MemoryBroker(Broker):
         return min(due, default=None)
 
     def leases(self) -> int:
-        """Records that receivers hold, in leases."""
+        """How many leases receivers hold of the queues that this broker leads."""
         queues = [hosted.core.primary.queues for hosted in self.partitions.replicas.values() if hosted.core.primary]
         return sum(len(queue.table.leases) for led in queues if led is not None for queue in led._queues.values())
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -90,8 +91,7 @@ class VirtualTime:
         otherwise each poll of a client would count as something that the test waits for."""
         context = options.get("context")
         here = HERE.get() if context is None else context.get(HERE)
-        module = _module_of(work)
-        if here is None and module.startswith(_SDK) and not module.startswith(_FOR_USERS):
+        if here is None and _made_by_sdk():
             here = self._client
             options["context"] = contextvars.copy_context() if context is None else context.copy()
             options["context"].run(HERE.set, here)
@@ -209,9 +209,13 @@ class VirtualTime:
         heapq.heapify(scheduled)
 
 
-def _module_of(work: Any) -> str:
-    frame = getattr(work, "cr_frame", None)
-    return str(frame.f_globals.get("__name__", "")) if frame is not None else ""
+def _made_by_sdk() -> bool:
+    """Who makes this task? Not whose coroutine it is: a test may run ``producer.send(...)`` as a task of its own."""
+    frame = sys._getframe(2)  # the factory's caller
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("asyncio."):
+        frame = frame.f_back  # type: ignore[assignment]
+    module = str(frame.f_globals.get("__name__", "")) if frame is not None else ""
+    return module.startswith(_SDK) and not module.startswith(_FOR_USERS)
 
 
 def _nothing() -> None:

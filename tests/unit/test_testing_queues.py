@@ -78,16 +78,17 @@ async def test_what_is_acknowledged_never_comes_back_and_what_is_not_does() -> N
         assert len(done) == 10
 
 
-async def test_a_lease_is_renewed_while_its_record_is_worked_on() -> None:
+@pytest.mark.parametrize(("lease_s", "work_s"), [(1, 30), (30, 300)])
+async def test_a_lease_is_renewed_while_its_record_is_worked_on(lease_s: float, work_s: float) -> None:
     async with (
         fl.testing.Cluster(topics=TOPICS) as cluster,
         cluster.client() as client,
         client.producer() as producer,
-        client.receiver("jobs", group="g", lease=10) as receiver,
-        client.receiver("jobs", group="g", lease=10) as other,
+        client.receiver("jobs", group="g", lease=lease_s) as receiver,
+        client.receiver("jobs", group="g", lease=lease_s) as other,
     ):
         await producer.send("jobs", b"long")
-        taken = await asyncio.gather(*(one.receive(1, max_wait=60) for one in (receiver, other)))
+        taken = await asyncio.gather(*(one.receive(1, max_wait=work_s) for one in (receiver, other)))
         (message,) = [message for batch in taken for message in batch]
         assert message.is_held
         await message.ack()

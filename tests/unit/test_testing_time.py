@@ -49,6 +49,20 @@ async def test_a_timeout_of_the_test_is_in_virtual_time() -> None:
         assert cluster.now() - before == timedelta(minutes=10)
 
 
+async def test_what_the_test_runs_of_the_sdk_in_tasks_of_its_own_is_on_time() -> None:
+    async with (
+        fl.testing.Cluster(topics=["t"]) as cluster,
+        cluster.client() as client,
+        client.consumer("t", group="g") as consumer,
+        client.receiver("t", group="q") as receiver,
+    ):
+        before = cluster.now()
+        waiting = [asyncio.create_task(one) for one in (consumer.pull(1, max_wait=7200), receiver.receive(1, 7200))]
+        assert await asyncio.gather(*waiting) == [[], []]
+        assert cluster.now() - before == timedelta(hours=2)
+        assert cluster._leaps.count
+
+
 async def test_clocks_begin_where_they_are_told_to() -> None:
     begin = datetime(2031, 5, 6, 7, tzinfo=UTC)
     async with fl.testing.Cluster(brokers=1, begin=begin, topics=["t"]) as cluster:
@@ -149,6 +163,19 @@ def test_a_paused_process_hears_its_timers_when_it_goes_on(clock: VirtualTime) -
     clock.resume(life)
     loop.run_until_complete(asyncio.sleep(0.001))
     assert fired == [1, 2]
+    clock.end()
+    loop.close()
+
+
+def test_a_paused_process_is_not_woken_by_a_timer_of_another_at_the_same_time(clock: VirtualTime) -> None:
+    loop, fired = clock._loop, []
+    paused, other = Life("broker-1"), Life("broker-2")
+    clock.begin()
+    paused.paused = clock.holding = True
+    for life in (paused, other, paused):
+        loop.call_at(START_S + 5, fired.append, life.name, context=life.context())
+    loop.run_until_complete(asyncio.sleep(10))
+    assert fired == ["broker-2"]
     clock.end()
     loop.close()
 
