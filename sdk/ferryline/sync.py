@@ -117,6 +117,8 @@ def _inward(value: Any) -> Any:
         return value._twin
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mirror):
         return [_inward(item) for item in value]
+    if inspect.isgenerator(value):
+        return map(_inward, value)
     return value
 
 

@@ -103,7 +103,8 @@ def test_receive_and_settle_without_await(cluster: FakeCluster) -> None:
             assert isinstance(future, Future)
             assert future.result(5) is None
             rest[1].ack()
-            assert receiver.ack_many(rest[2:]) == [None] * len(rest[2:])
+            assert receiver.ack_many(rest[2:3]) == [None] * len(rest[2:3])
+            assert receiver.ack_many(message for message in rest[3:]) == [None] * len(rest[3:])
             with pytest.raises(fl.InvalidArgument, match="settled before"):
                 rest[1].reject("why")
             assert receiver.unsettled <= 6 - len(rest)
