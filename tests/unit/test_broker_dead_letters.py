@@ -262,6 +262,48 @@ async def test_a_sequence_that_the_target_does_not_know_is_told_to_the_core(tmp_
         assert len(copies(world)) == before + 1
 
 
+@pytest.mark.parametrize("target", ["here", "there"])
+async def test_a_copy_that_is_taken_for_one_of_another_record_is_sent_under_the_next_epoch(
+    tmp_path: Path, target: str
+) -> None:
+    """As a queue does that was forgotten and came back: it begins with the same epoch and sequence once more."""
+    async with BrokerWorld(tmp_path) as world:
+        one, two = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(one.id,)])
+        await world.topic("orders.dlq", [(one.id if target == "here" else two.id,)])
+        source = Source(world, one, topic)
+        first, second = await source.send(b"same"), await source.send(b"same")
+        await source.moved(dead(first))
+        await source.moved(dead(second), UNKNOWN_PRODUCER)
+        source.letters._placed.clear()  # as after a fail-over
+        await source.moved(dead(second), UNKNOWN_PRODUCER)
+        await source.moved(dead(second, epoch=1))
+        assert [text(copy)["fl-origin-offset"] for _, copy in copies(world)] == [str(first), str(second)]
+
+
+async def test_only_the_first_copy_of_a_primaryship_is_read_again(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        one, two = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(one.id,)])
+        await world.topic("orders.dlq", [(two.id,)])
+        source = Source(world, one, topic)
+        handlers, reads = two.broker.frames._handlers, []
+        real = handlers[Kind.FETCH]
+
+        def fetch(session: ServerSession, frame: Frame) -> None:
+            reads.append(session.identity)
+            real(session, frame)
+
+        handlers[Kind.FETCH] = fetch
+        offset = await source.send(b"v")
+        for sequence in range(4):
+            await source.moved(dead(offset, sequence=sequence))
+        assert reads == [f"broker-{one.id}"]
+        await source.moved(dead(offset, sequence=3))  # the same once more
+        assert len(reads) == 2
+        assert len(copies(world)) == 4
+
+
 async def test_a_target_without_primary_is_waited_for_and_found_when_it_is_back(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         one, two = await world.broker(), await world.broker()

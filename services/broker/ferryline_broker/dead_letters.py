@@ -5,6 +5,10 @@ sequence that the source's state log holds. So every attempt, of this primary or
 tell from a first copy, and an answer that was lost costs nothing. What is repeated: everything, but for the three
 answers that say that the target does not know this sequence (`_FORGOTTEN`): then the core takes the next epoch.
 
+So it does when the target took the copy for a repetition of another one. That happens when the source's state log lost
+what it knew: its group was deleted and came back, or a power cut took records together with what was said of them. To
+notice, the first copy of a queue in a primaryship is read again where it stands; those after it stand further on.
+
 A move ends with its primaryship; the next primary finds in the state log what was not done, and asks for it again.
 """
 
@@ -13,13 +17,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ferryline.protocol.dead_letters import dead_letters_of
 from ferryline.protocol.errors import (
     FerrylineError,
     InternalError,
     NotReady,
+    OffsetOutOfRange,
     OutOfOrderSequence,
     PrimaryNotAvailable,
     ProducerFenced,
@@ -29,12 +34,12 @@ from ferryline.protocol.errors import (
     from_info,
 )
 from ferryline.protocol.frames import Kind, decode_header
-from ferryline.protocol.messages import RECORDS, Produce, ProduceAnswer, ProduceEntry
+from ferryline.protocol.messages import RECORDS, Fetch, FetchAnswer, FetchEntry, Produce, ProduceAnswer, ProduceEntry
 from ferryline.protocol.metadata import NO_BROKER, TopicConfig, TopicMeta
-from ferryline.protocol.records import DecodedRecord, read_header
+from ferryline.protocol.records import DecodedRecord, decode_batch, read_header
 from ferryline_broker.clock import wall_ms
-from ferryline_broker.core.dead_copy import Origin, config_of, copy_of
-from ferryline_broker.core.events import Key, Produced, Refuse
+from ferryline_broker.core.dead_copy import Origin, config_of, copy_of, is_copy
+from ferryline_broker.core.events import AnswerProduce, Key, Produced, Refuse
 from ferryline_broker.core.queue_events import DONE, UNKNOWN_PRODUCER, DeadMoved, MoveDead
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
@@ -49,8 +54,10 @@ _AT_ONCE = 32  # moves that are read, encoded or on their way; each may hold one
 _PRODUCE_S = 10.0
 _ANSWER_SLACK_S = 2.0  # for the way back: the target's own time-out should be what ends a wait
 _RETRY_FIRST_S, _RETRY_MAX_S = 0.05, 5.0
+_PLACED_MAX = 10_000  # queues whose last copy is remembered
 _FORGOTTEN = (UnknownProducer, OutOfOrderSequence, ProducerFenced)
 _log = get_logger()
+T = TypeVar("T")
 
 
 class TopicMaker(Protocol):
@@ -97,6 +104,7 @@ class DeadLetters:
         self._broker_id = broker_id
         self._loop = asyncio.get_running_loop()
         self._moves: dict[tuple[Key, str], asyncio.Task[None]] = {}
+        self._placed: dict[tuple[Key, str], tuple[int, Key, int]] = {}  # own epoch, place of the last copy
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._news = asyncio.Event()  # set, and replaced, when the metadata changed
         self._closed = False
@@ -178,18 +186,29 @@ class DeadLetters:
         target = self._view.metadata.topic(name)
         if target is None:
             target = await self._topics.ensure_topic(name, config_of(source.config))
-        partition = hosted.key[1] % target.config.partitions
-        leader = self._leader(target, partition)
+        at = (target.id, hosted.key[1] % target.config.partitions)
+        leader = self._leader(target, at)
         record = self._record(hosted, move.offset)
         if record is None:  # the queue must not wait for ever for what nobody has
             _log.error("a dead record was gone before it was copied", partition=hosted.name, offset=move.offset)
             return DONE
-        data = copy_of(Origin(source.id, source.name, hosted.key[1]), record, move, began_ms)
+        origin = Origin(source.id, source.name, hosted.key[1])
+        data = copy_of(origin, record, move, began_ms)
         try:
-            await self._produce(leader, target, partition, data)
+            offset = await self._produce(leader, target, at, data)
         except _FORGOTTEN as error:
             _log.warning("the target forgot a producer", partition=hosted.name, group=move.group, error=str(error))
             return UNKNOWN_PRODUCER
+        queue, here = (hosted.key, move.group), (hosted.core.epoch, at, offset)
+        known = self._placed.get(queue)
+        if known is None or known[:2] != here[:2] or offset <= known[2]:
+            found = await self._read(leader, at, offset)
+            if found is None or not is_copy(found, origin, record, move):
+                _log.warning("a copy was taken for another one", partition=hosted.name, group=move.group, at=offset)
+                return UNKNOWN_PRODUCER
+        if len(self._placed) >= _PLACED_MAX:
+            self._placed.clear()  # costs a read each
+        self._placed[queue] = here
         return DONE
 
     def _record(self, hosted: HostedReplica, offset: int) -> DecodedRecord | None:
@@ -205,31 +224,27 @@ class DeadLetters:
 
     # -- producing ----------------------------------------------------------------------------------
 
-    def _leader(self, topic: TopicMeta, partition: int) -> int:
-        part = self._view.metadata.partition(topic.id, partition)
+    def _leader(self, topic: TopicMeta, at: Key) -> int:
+        part = self._view.metadata.partition(*at)
         if part is None or part.primary == NO_BROKER:
-            raise PrimaryNotAvailable(f"{topic.name}/{partition} has no primary")
+            raise PrimaryNotAvailable(f"{topic.name}/{at[1]} has no primary")
         return part.primary
 
-    async def _produce(self, leader: int, topic: TopicMeta, partition: int, data: bytes) -> None:
-        """Returns when the batch is committed. Raises FerrylineError."""
+    async def _produce(self, leader: int, topic: TopicMeta, at: Key, data: bytes) -> int:
+        """The offset of the copy, once it is committed. Raises FerrylineError."""
         if leader == self._broker_id:
-            await self._produce_here(topic, partition, data)
-            return
-        entry = ProduceEntry(topic.id, partition, topic.config.partitions, len(data))
+            return await self._produce_here(at, data)
+        entry = ProduceEntry(*at, topic.config.partitions, len(data))
         ask = Produce(int(_PRODUCE_S * 1000), [entry])
         timeout_s = _PRODUCE_S + _ANSWER_SLACK_S
         frame = await self._sessions.request(leader, Kind.PRODUCE, ask, [data], timeout_s=timeout_s)
-        results = decode_header(frame.header, ProduceAnswer).results
-        if len(results) != 1:
-            raise InternalError(f"broker {leader} answered one batch with {len(results)} results")
-        if results[0].error is not None:
-            raise from_info(results[0].error)
+        result = _only(decode_header(frame.header, ProduceAnswer).results)
+        if result.error is not None:
+            raise from_info(result.error)
+        return result.base_offset
 
-    async def _produce_here(self, topic: TopicMeta, partition: int, data: bytes) -> None:
-        hosted = self._driver.replicas.get((topic.id, partition))
-        if hosted is None:
-            raise self._view.not_here(topic.id, partition)
+    async def _produce_here(self, at: Key, data: bytes) -> int:
+        hosted = self._replica(at)
         request = _Produced(self._loop)
         token = self._driver.token(request, 0, hosted)
         event = Produced(token, bytearray(data), read_header(data), int(_PRODUCE_S * 1000))
@@ -238,6 +253,39 @@ class DeadLetters:
             async with asyncio.timeout(_PRODUCE_S + _ANSWER_SLACK_S):
                 answer = await request.answer
         except TimeoutError:
-            raise RequestTimedOut(f"{topic.name}/{partition}: no answer in time") from None
+            raise RequestTimedOut(f"{hosted.name}: no answer in time") from None
         if isinstance(answer, Refuse):
             raise from_info(refusal_info(answer))
+        assert isinstance(answer, AnswerProduce), answer
+        return answer.base_offset
+
+    async def _read(self, leader: int, at: Key, offset: int) -> DecodedRecord | None:
+        """The committed record at ``offset``; None if it is not retained. Raises FerrylineError."""
+        if leader == self._broker_id:
+            found = self._records.records(self._replica(at), [offset])
+            return found[0] if found else None
+        ask = Fetch(0, 1, [FetchEntry(*at, offset, bytes_max=1)])
+        frame = await self._sessions.request(leader, Kind.FETCH, ask, timeout_s=_PRODUCE_S)
+        result = _only(decode_header(frame.header, FetchAnswer).results)
+        if result.error is not None:
+            error = from_info(result.error)
+            if isinstance(error, OffsetOutOfRange) and offset < error.details.get("log_start", 0):
+                return None
+            raise error
+        if not result.size:
+            raise NotReady(f"broker {leader} does not show what it has committed yet")
+        header = read_header(frame.payload)
+        records = list(decode_batch(frame.payload[: header.size], header))
+        return records[offset - header.base_offset]
+
+    def _replica(self, at: Key) -> HostedReplica:
+        hosted = self._driver.replicas.get(at)
+        if hosted is None:
+            raise self._view.not_here(*at)
+        return hosted
+
+
+def _only(results: list[T]) -> T:
+    if len(results) != 1:
+        raise InternalError(f"one question was answered with {len(results)} results")
+    return results[0]

@@ -39,6 +39,13 @@ HISTORY_BYTES = 32 * 1024
 STORY_BYTES = 64 * 1024  # all that is added to a record, names and framing included
 _OMITTED_BYTES = 24  # {"omitted":1000}, and a comma
 _CUT = "..."
+_IDENTITY = (
+    HEADER_ORIGIN_TOPIC,
+    HEADER_ORIGIN_PARTITION,
+    HEADER_ORIGIN_OFFSET,
+    HEADER_ORIGIN_TIMESTAMP,
+    HEADER_GROUP,
+)
 # The others are for a record that came in a compressed batch; two, because what one packs too well looks like a bomb.
 _CODECS = ("none", "zstd", "gzip")
 Pairs = list[tuple[str, bytes | None]]
@@ -88,6 +95,14 @@ def copy_of(origin: Origin, record: DecodedRecord, move: MoveDead, now_ms: int) 
             return bytes(data)
     row = _cut(record.key, record.value, own, story, BATCH_BYTES_MAX - STORY_BYTES)
     return bytes(encode_batch([row], timestamp_ms=now_ms, producer=producer))
+
+
+def is_copy(found: DecodedRecord, origin: Origin, record: DecodedRecord, move: MoveDead) -> bool:
+    """Whether ``found`` was made of this record, by this group; of an attempt that told another story, too."""
+    told = {name: value for name, value in found.headers if name in _IDENTITY}
+    meant = {name: value for name, value in _story(origin, record, move) if name in _IDENTITY}
+    whole = found.value == record.value or any(name == HEADER_TRUNCATED for name, _ in found.headers)
+    return whole and told == meant
 
 
 def _story(origin: Origin, record: DecodedRecord, move: MoveDead) -> Pairs:
