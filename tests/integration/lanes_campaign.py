@@ -238,7 +238,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     kills: list[int] = []
     with tempfile.TemporaryDirectory(prefix="ferryline-lanes-", dir=options.dir) as name:
         folder = Path(name)
-        cluster = ProcessCluster(folder / "cluster", brokers=3)
+        bug = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": options.sabotage} if options.sabotage else None
+        cluster = ProcessCluster(folder / "cluster", brokers=3, env=bug)
         await cluster.start()
         try:
             url, ca = ",".join(cluster.urls), str(cluster.ca)
@@ -298,6 +299,7 @@ def main() -> int:
     parser.add_argument("--kill-every", type=float, default=20.0, help="seconds between kills of brokers")
     parser.add_argument("--worker-kill-every", type=float, default=13.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sabotage", default="", help="no-lanes or forget-acks: must exit 1")
     parser.add_argument("--dir", help="where the data goes; default: the folder for temporary files")
     parser.add_argument("--ledger", type=Path, help="append the result to this file")
     options = parser.parse_args()

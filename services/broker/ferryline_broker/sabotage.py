@@ -4,7 +4,9 @@ FERRYLINE_ALLOW_SABOTAGE=1, and shouted about in the log.
 ``FERRYLINE_SABOTAGE`` is one of
 
 * ``ack-before-replicate``: the primary counts its own log only, whatever the in-sync set says;
-* ``ack-before-flush``: primary and secondaries count what is in the page cache, and flush nothing.
+* ``ack-before-flush``: primary and secondaries count what is in the page cache, and flush nothing;
+* ``no-lanes``: queues take every record for one without a key;
+* ``forget-acks``: queues take an acknowledgement for "give it to somebody else", and answer as if it were done.
 
 The second loses data only when unsynced bytes are lost. ``FERRYLINE_TEST_LOSSY_STORAGE=1`` makes kill -9 do that, see
 `lossy.py`.
@@ -14,9 +16,13 @@ from __future__ import annotations
 
 import os
 
+from msgspec.structs import replace
+
 from ferryline.protocol.messages import RECORDS, STATE
+from ferryline.protocol.queue_messages import RELEASE
 from ferryline_broker.core.events import Claimed, CommitAsked, DataReceived, Effect, Event, Flush, Flushed, Produced
 from ferryline_broker.core.partition import PartitionCore
+from ferryline_broker.core.queue_events import SettleAsked, WindowRead
 from ferryline_service.logs import get_logger
 
 _log = get_logger()
@@ -52,9 +58,29 @@ class AckBeforeFlush(PartitionCore):
         return out
 
 
+class NoLanes(PartitionCore):
+    """Lets the records of one key overtake each other."""
+
+    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+        if isinstance(event, WindowRead):
+            event = replace(event, records=[replace(record, lane=None) for record in event.records])
+        return super().handle(event, now_ms)
+
+
+class ForgetAcks(PartitionCore):
+    """Delivers again what was acknowledged."""
+
+    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+        if isinstance(event, SettleAsked):
+            event = replace(event, items=[replace(item, action=RELEASE) for item in event.items])
+        return super().handle(event, now_ms)
+
+
 KINDS: dict[str, type[PartitionCore]] = {
     "ack-before-replicate": AckBeforeReplicate,
     "ack-before-flush": AckBeforeFlush,
+    "no-lanes": NoLanes,
+    "forget-acks": ForgetAcks,
 }
 
 
@@ -66,7 +92,7 @@ def core_class() -> type[PartitionCore]:
     check_allowed("FERRYLINE_SABOTAGE")
     if kind not in KINDS:
         raise ValueError(f"FERRYLINE_SABOTAGE={kind[:50]!r} is not one of {', '.join(KINDS)}")
-    _log.critical("SABOTAGE: this broker acknowledges what it does not keep", kind=kind)
+    _log.critical("SABOTAGE: this broker breaks its promises", kind=kind)
     return KINDS[kind]
 
 
