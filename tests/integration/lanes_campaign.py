@@ -225,7 +225,10 @@ async def settled(client: fl.Client) -> bool:
     """Until the queue is empty, or nothing has happened for a long time."""
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
-        left = sum(part.unsettled for part in await client.queue(TOPIC, GROUP).stats())
+        try:
+            left = sum(part.unsettled for part in await client.queue(TOPIC, GROUP).stats())
+        except fl.UnknownGroup:
+            left = 1  # no receiver has come so far
         if left == 0:
             return True
         await asyncio.sleep(1.0)
@@ -241,9 +244,9 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         bug = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": options.sabotage} if options.sabotage else None
         cluster = ProcessCluster(folder / "cluster", brokers=3, env=bug)
         await cluster.start()
+        url, ca = ",".join(cluster.urls), str(cluster.ca)
+        workers = Workers(folder, url, ca, options)
         try:
-            url, ca = ",".join(cluster.urls), str(cluster.ca)
-            workers = Workers(folder, url, ca, options)
             async with fl.connect(url, ca=ca) as client:
                 await client.admin.create_topic(TOPIC, partitions=options.partitions, retry=fl.Retry(1_000))
                 for _ in range(options.processes):
@@ -282,6 +285,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 **account.verdict(),
             }
         finally:
+            workers.end()
             await cluster.kill_all()
 
 
