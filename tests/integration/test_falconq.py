@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+import ferryline as fl
+from ferryline.cli.drill import healed
 from ferryline.cli.processes import LocalCluster, Service, free_port
 
 pytestmark = [
@@ -237,6 +240,49 @@ def test_partitions_can_be_named_everywhere_and_need_not_be(start: Callable[...,
     assert falcon.curl("/topic/parts/peek?offset=1000000")[1]["messages"] == []
 
 
+async def in_sync(cluster: LocalCluster, topic: str, partitions: int) -> None:
+    async with fl.connect(cluster.urls, ca=cluster.ca) as client:
+        assert await healed(client, topic, partitions, 2, 60)
+
+
+async def copies(cluster: LocalCluster, topic: str) -> list[tuple[int, ...]]:
+    async with fl.connect(cluster.urls, ca=cluster.ca) as client:
+        return [part.replicas for part in (await client.admin.describe_topic(topic)).partitions]
+
+
+def test_a_partition_without_primary_does_not_hold_up_the_others(
+    cluster: LocalCluster, start: Callable[..., Falcon]
+) -> None:
+    falcon = start(partitions=3)
+    for number in range(12):
+        falcon.publish("alone", number, partition=number % 3)
+    assert falcon.messages("alone", batch=1) == [0]
+    replicas = asyncio.run(copies(cluster, "alone"))
+    gone = next(number for number in (1, 2) if set(replicas[number]) != set(replicas[0]))
+    names = [cluster.name_of(broker) for broker in replicas[gone]]
+    for name in names:
+        cluster.kill(name)
+    try:
+        got: list[int] = []
+        end = time.monotonic() + 60
+        while len(got) < 4:  # at first nobody knows that the brokers are gone
+            assert time.monotonic() < end, "the other partitions have a copy that lives"
+            asked = time.monotonic()
+            status, answer = falcon.curl("/topic/alone/consume?consumerID=c&batch=100")
+            if status == 200:
+                took = time.monotonic() - asked
+                got += [one["message"] for one in answer["messages"]]
+        assert all(number % 3 != gone for number in got)
+        assert took < 8, "the time that a partition without primary is given alone is longer"
+    finally:
+        for name in names:
+            cluster.start_one(name)
+    asyncio.run(in_sync(cluster, "alone", 3))
+    while found := falcon.messages("alone", batch=100):
+        got += found
+    assert sorted([0, *got]) == list(range(12))
+
+
 def test_nothing_is_lost_or_doubled_while_primaries_are_killed(
     cluster: LocalCluster, start: Callable[..., Falcon]
 ) -> None:
@@ -267,6 +313,7 @@ def test_nothing_is_lost_or_doubled_while_primaries_are_killed(
                 status, answer = falcon.curl("/topic/kills/consume?consumerID=c&batch=5")
                 got += [one["message"] for one in answer["messages"]] if status == 200 else []
             cluster.start_one(name)
+            asyncio.run(in_sync(cluster, "kills", 3))  # or the next one takes the last copy of a partition along
     finally:
         over.set()
         publisher.join()

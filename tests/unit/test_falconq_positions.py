@@ -20,8 +20,8 @@ TOPIC = "t" * 32
 FRESH = Position(TOPIC, "jobs", "billing")
 
 
-def lease(number: int, *offsets: int, partition: int = 0, surplus: tuple[int, ...] = ()) -> HeldLease:
-    return HeldLease(partition, 1, number, b"r" * 16, list(offsets), list(surplus))
+def lease(number: int, *offsets: int) -> HeldLease:
+    return HeldLease(0, 1, number, b"r" * 16, list(offsets))
 
 
 def answering(position: Position, number: int) -> Position:
@@ -109,14 +109,15 @@ def test_high_comes_before_low_over_all_partitions_and_the_rest_goes_back() -> N
         ((TOPIC, 0), zero, [record(1, 100), record(2, 90), record(3, 300, b"9")]),
         ((TOPIC, 1), one, [record(8, 200, b"9"), record(5, 95)]),
     ]
-    leases, messages = _chosen(leased, 4)
+    held, surplus, messages = _chosen(leased, 4)
     assert [(one["partition"], one["offset"], one["priority"]) for one in messages] == [
         (1, 8, "high"),
         (0, 3, "high"),
         (1, 5, "low"),
         (0, 1, "low"),
     ], "by time between partitions, but never against the order of the log within one"
-    assert [(held.offsets, held.surplus) for held in leases] == [([1, 3], [2]), ([8, 5], [])]
+    assert [(lease.partition, lease.number, lease.offsets) for lease in held] == [(0, 7, [1, 3]), (1, 9, [8, 5])]
+    assert [(lease.partition, lease.number, lease.offsets) for lease in surplus] == [(0, 7, [2])]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ _BYTES, _PARTITION_BYTES = 4 * 1024 * 1024, 64 * 1024  # of one answer, about; o
 _TOGETHER = 64  # partitions that are asked at the same time
 _ARRIVE_MS = 1_000  # for records that are there, and that the primary has yet to look at
 _CALL_S = 10.0
+_LATE_S = 2.0  # for the other partitions, once one has records
 
 Leased = tuple[Key, Delivery, list[DecodedRecord]]
 
@@ -108,12 +109,13 @@ class Turn:
         await self._settle()
         passed = self.position.passed()
         leased = await self._receive(batch)
-        position = passed.answering(*_chosen(leased, batch))
+        leases, surplus, messages = _chosen(leased, batch)
+        position = passed.answering(leases, messages)
         if position != self.position:
             await asyncio.to_thread(self._files.save, position)
         self.position, self._written = position, not position.token
-        self._known.kept.update(lease.partition for lease in position.leases)
-        await self._give_back()
+        self._known.kept.update(key[1] for key, _, _ in leased)
+        await self._give_back(surplus)
         return False
 
     def written(self) -> None:
@@ -135,32 +137,32 @@ class Turn:
 
     async def _settle(self) -> None:
         """Settle the answer that is out, in all of its partitions or with an error."""
-        outcomes = await asyncio.gather(
-            *(self._settle_lease(lease, ACK) for lease in self.position.leases), return_exceptions=True
-        )
+        leases = self.position.leases
+        outcomes = await asyncio.gather(*(self._settle_lease(lease, ACK) for lease in leases), return_exceptions=True)
         _raise_first(outcomes)
 
-    async def _give_back(self) -> None:
-        """Release what was leased beyond the batch. What fails here is done again with the settling of this answer."""
-        surplus = [lease for lease in self.position.leases if lease.surplus]
-        await asyncio.gather(*(self._settle_lease(lease, "") for lease in surplus), return_exceptions=True)
+    async def _give_back(self, surplus: list[HeldLease]) -> None:
+        """Release what was leased beyond the batch. Where that fails it is free with the KEEP before the next lease."""
+        outcomes = await asyncio.gather(
+            *(self._settle_lease(lease, RELEASE) for lease in surplus), return_exceptions=True
+        )
+        for lease, outcome in zip(surplus, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                self._known.kept.discard(lease.partition)
 
     async def _settle_lease(self, lease: HeldLease, action: str) -> None:
         position = self.position
         named = (position.topic_id, lease.partition, lease.epoch, lease.number, lease.receipt)
-        entries = [SettleEntry(*named, action, lease.offsets)] if action and lease.offsets else []
-        if lease.surplus:
-            entries.append(SettleEntry(*named, RELEASE, lease.surplus))
-        if not entries:
-            return
         key = (position.topic_id, lease.partition)
         async with self._room:
             try:
-                results = await self._primaries.settle(key, position.consumer, position.member, entries)
+                results = await self._primaries.settle(
+                    key, position.consumer, position.member, [SettleEntry(*named, action, lease.offsets)]
+                )
             except (UnknownGroup, Forbidden) as error:  # deleted since, perhaps made again: there is nothing to settle
                 log.warning("consumer %s, %s/%d: %s", position.consumer, position.topic, lease.partition, error)
                 return
-        if action and results and results[0].stale:
+        if action == ACK and results[0].stale:
             log.warning(
                 "consumer %s, %s/%d: %d records of its last answer had been given to somebody else",
                 position.consumer, position.topic, lease.partition, len(results[0].stale),
@@ -170,11 +172,13 @@ class Turn:
         """Up to ``batch`` records of each partition: which are the first of all can be told only beside each other."""
         partitions = self._partitions()
         size = max(_PARTITION_BYTES, _BYTES // len(partitions))
-        outcomes = await asyncio.gather(
-            *(self._receive_from(partition, batch, size) for partition in partitions), return_exceptions=True
-        )
-        leased = [outcome for outcome in outcomes if isinstance(outcome, tuple)]
-        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        tasks = [asyncio.create_task(self._receive_from(partition, batch, size)) for partition in partitions]
+        try:
+            leased, failed = await _without_latecomers(set(tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         if failed and (not leased or not all(isinstance(error, FerrylineError) for error in failed)):
             _raise_first(failed)
         for error in failed:  # the others go on meanwhile
@@ -219,14 +223,36 @@ class Turn:
         return bool(details["ready"]) or int(details["scanned"]) < int(details["high_watermark"])
 
 
+async def _without_latecomers(
+    pending: set[asyncio.Task[Leased | None]],
+) -> tuple[list[Leased], list[BaseException]]:
+    """What was leased, and what failed. Once somebody has records, the others have little time left: a partition that
+    has no primary must not hold up the consumer of all."""
+    leased: list[Leased] = []
+    failed: list[BaseException] = []
+    loop = asyncio.get_running_loop()
+    end: float | None = None
+    while pending and (end is None or loop.time() < end):
+        patience = None if end is None else end - loop.time()
+        done, pending = await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if error is not None:
+                failed.append(error)
+            elif (found := task.result()) is not None:
+                leased.append(found)
+                end = end or loop.time() + _LATE_S
+    return leased, failed
+
+
 def _raise_first(outcomes: list[Any]) -> None:
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
 
 
-def _chosen(leased: list[Leased], batch: int) -> tuple[list[HeldLease], list[dict[str, Any]]]:
-    """The first ``batch`` of all records, high before low, and what becomes of each lease.
+def _chosen(leased: list[Leased], batch: int) -> tuple[list[HeldLease], list[HeldLease], list[dict[str, Any]]]:
+    """The first ``batch`` of all records, high before low: their leases, what is left of the leases, the messages.
 
     Within a partition and a priority the order is that of the offsets; between partitions that of the timestamps.
     """
@@ -239,9 +265,11 @@ def _chosen(leased: list[Leased], batch: int) -> tuple[list[HeldLease], list[dic
         lines.append(sorted(line, key=lambda one: (one[0], one[3])))
     first = list(merge(*lines, key=lambda one: one[:3]))[:batch]
     taken = {(partition, offset) for _, _, partition, offset, _ in first}
-    leases = []
+    held: list[HeldLease] = []
+    surplus: list[HeldLease] = []
     for key, delivery, _ in leased:
-        mine = [offset for offset in delivery.offsets if (key[1], offset) in taken]
-        rest = [offset for offset in delivery.offsets if (key[1], offset) not in taken]
-        leases.append(HeldLease(key[1], delivery.epoch, delivery.lease, delivery.receipt, mine, rest))
-    return leases, [shown(partition, offset, record) for _, _, partition, offset, record in first]
+        for chosen, leases in ((True, held), (False, surplus)):
+            offsets = [offset for offset in delivery.offsets if ((key[1], offset) in taken) == chosen]
+            if offsets:
+                leases.append(HeldLease(key[1], delivery.epoch, delivery.lease, delivery.receipt, offsets))
+    return held, surplus, [shown(partition, offset, record) for _, _, partition, offset, record in first]

@@ -28,14 +28,13 @@ ALL = -1  # the scope of calls without a partition
 
 
 class HeldLease(msgspec.Struct, frozen=True):
-    """Records of one partition that were leased together: ``offsets`` are in the answer, ``surplus`` is to go back."""
+    """Records of one partition that were leased together, or some of them."""
 
     partition: int
     epoch: int
     number: int
     receipt: bytes
     offsets: list[int]
-    surplus: list[int] = []
 
 
 class Position(msgspec.Struct, frozen=True):
