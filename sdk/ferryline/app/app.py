@@ -32,9 +32,11 @@ from ferryline.app.schedule import Schedule, schedule_of
 from ferryline.app.statuses import ID_SEPARATOR
 from ferryline.app.subscriber import Subscriber
 from ferryline.app.task import Task
+from ferryline.options import check_seconds
 from ferryline.protocol.errors import ClientClosed, InvalidArgument
 from ferryline.protocol.limits import check_name
 from ferryline.protocol.queue_messages import ORDER_KEY
+from ferryline.queues.options import LEASE_S_MAX, LEASE_S_MIN
 from ferryline.retry import Retry
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class App:
     """Handlers by topic, and the connection that they share. Declare everything before it is started.
 
     ``url``, ``ca``, ``token`` and ``timeout`` are as of `connect`; where they are left out, the environment says.
-    ``name`` is the group of subscribers without one, and begins the names of queues that are not named.
+    ``lease``: seconds until what a killed worker had in hand goes to others; a living one renews it. ``name`` is the group of subscribers without one, and begins the names of queues that are not named.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class App:
         ca: str | os.PathLike[str] | None = None,
         token: str | None = None,
         timeout: float = 30.0,
+        lease: float = 30.0,
     ) -> None:
         self.name = check_name(name, "name")
+        self.lease = check_seconds(lease, "lease", LEASE_S_MIN, LEASE_S_MAX)
         self.subscribers: list[Subscriber] = []
         self.queues: dict[str, TaskQueue] = {}
         self.tasks: dict[str, Task[Any, Any]] = {}
@@ -100,7 +104,7 @@ class App:
         retry: Retry | None = None,
         timeout: float | None = None,
         ordering: str = ORDER_KEY,
-        lease: float = 30.0,
+        lease: float | None = None,
         start: str = "start",
         value: Any = None,
     ) -> Callable[[F], F]:
@@ -116,7 +120,7 @@ class App:
             self.subscribers.append(
                 Subscriber(
                     function, topic, group=group or self.name, concurrency=concurrency, prefetch=prefetch, retry=retry,
-                    timeout=timeout, ordering=ordering, lease=lease, start=start, value=value,
+                    timeout=timeout, ordering=ordering, lease=lease or self.lease, start=start, value=value,
                 )
             )  # fmt: skip
             return function

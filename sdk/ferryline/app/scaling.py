@@ -5,7 +5,8 @@ Rules of `Scaler`:
 * A queue needs as many workers as would drain its backlog within ``target_s`` at the rate at which the present ones do;
   an app needs what the neediest of its queues does, for each of its workers takes from all of them.
 * While a backlog does not shrink at all, one more is tried.
-* Up at once, but at most to the double; down only to the most that was needed in the last ``hold_s``.
+* Up at once, but at most to the double; down only to the most that was needed in the last ``hold_s``, by default twice
+  the target.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Load(msgspec.Struct, frozen=True):
 class Scaler:
     """Between ``low`` and ``high`` processes."""
 
-    def __init__(self, low: int, high: int, *, target_s: float = 30.0, hold_s: float = 60.0) -> None:
+    def __init__(self, low: int, high: int, *, target_s: float = 30.0, hold_s: float | None = None) -> None:
         self.low = low
         self.high = high
         self._target_s = target_s
-        self._hold_s = hold_s
+        self._hold_s = 2 * target_s if hold_s is None else hold_s
         self._rates: dict[str, float] = {}  # queue -> settled per second, smoothed
         self._before: tuple[float, Mapping[str, Load]] | None = None
         self._needed: deque[tuple[float, int]] = deque()  # (when, how many)

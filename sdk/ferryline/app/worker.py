@@ -147,8 +147,9 @@ class Worker:
         tasks = queue.tasks
         # No more than can be begun at once: tasks are long, and what waits here could run elsewhere.
         receiver = self._app.client.receiver(
-            queue.topic, group=GROUP, prefetch=self._concurrency, max_processing=_max_processing([*tasks.values()])
-        )
+            queue.topic, group=GROUP, prefetch=self._concurrency, lease=self._app.lease,
+            max_processing=_max_processing([*tasks.values()]),
+        )  # fmt: skip
 
         def find(message: QueueMessage[Any]) -> Handler | None:
             return tasks.get(message.headers.text(HEADER_TASK))
