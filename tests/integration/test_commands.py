@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
+import ferryline as fl
 from ferryline.cli.processes import LocalCluster
+from polling import poll_blocking
 
 pytestmark = pytest.mark.process
 
@@ -78,6 +81,23 @@ def test_a_topic_lives_from_create_to_delete(ferryline: Run) -> None:
     ferryline("topic", "delete", "life", "--yes")
     assert "UNKNOWN_TOPIC" in ferryline("topic", "describe", "life", status=3).stderr
     ferryline("topic", "delete", "life", "--yes", status=3)
+
+
+def test_retry_settings_are_set_shown_and_changed_one_by_one(ferryline: Run) -> None:
+    ferryline("topic", "create", "jobs", "-p", "1", "--retry-attempts", "8", "--retry-backoff", "1s..5m")
+    shown = as_json(ferryline("topic", "describe", "jobs", "-o", "json"))["retry"]
+    told = {"attempts": 8, "backoff_ms": 1_000, "backoff_max_ms": 300_000}
+    told |= {"on_dead": "skip", "dead_letters": "jobs.dlq"}
+    assert shown == told
+    assert "8 attempts, 1s..5m apart, then to jobs.dlq" in ferryline("topic", "describe", "jobs").stdout
+    changed = ferryline("topic", "alter", "jobs", "--on-dead", "park", "--dead-letters", "graveyard").stdout
+    assert "on_dead=park" in changed
+    shown = as_json(ferryline("topic", "describe", "jobs", "-o", "json"))["retry"]
+    assert shown == {**told, "on_dead": "park", "dead_letters": "graveyard"}
+    assert "retry.on_dead" in ferryline("topic", "alter", "jobs", "--on-dead", "drop", status=2).stderr
+    assert "1..1000" in ferryline("topic", "alter", "jobs", "--retry-attempts", "1001", status=2).stderr
+    assert "longest" in ferryline("topic", "alter", "jobs", "--retry-backoff", "5s..1s", status=2).stderr
+    ferryline("topic", "delete", "jobs", "--yes")
 
 
 def test_wrong_settings_are_usage_errors_that_name_the_limit(ferryline: Run) -> None:
@@ -239,3 +259,62 @@ def test_bench_measures_the_running_cluster(ferryline: Run) -> None:
     assert results["produce"]["ferryline"]["median"] > 0
     assert results["produce"]["ferryline"]["errors"] == 0
     assert results["latency"]["ferryline"]["p50"] > 0
+
+
+async def give_up(cluster: LocalCluster, topic: str, count: int) -> None:
+    """Receive as group `media` and reject everything but the first record."""
+    async with (
+        fl.connect(cluster.url, ca=cluster.ca) as client,
+        client.receiver(topic, group="media", ordering="none") as receiver,
+    ):
+        for number in range(count):
+            message = await anext(receiver)
+            if number:
+                await message.reject("no stock", "Traceback ...\nOutOfStock: none left")
+            else:
+                await message.ack()
+
+
+def test_queues_and_dead_letters_are_looked_at_and_sent_back(ferryline: Run, cluster: LocalCluster) -> None:
+    ferryline("topic", "create", "lost", "-p", "1")
+    assert "no queue group" in ferryline("queue", "list", "lost").stdout
+    assert "UNKNOWN_GROUP" in ferryline("queue", "stats", "lost", "media", status=3).stderr
+    assert "no dead letters" in ferryline("dlq", "list", "lost").stdout
+    ferryline("produce", "lost", "-f", "%k %v\\n", stdin="a one\nb two\nc three\nd four\n")
+    asyncio.run(give_up(cluster, "lost", 3))
+    listed = poll_blocking(
+        lambda: [one for one in [as_json(ferryline("dlq", "list", "lost", "-o", "json"))] if len(one) == 2],
+        what="two dead letters",
+    )[0]
+    assert [(one["key"], one["value"], one["reason"]) for one in listed] == [
+        ("b", "two", "no stock"), ("c", "three", "no stock")
+    ]  # fmt: skip
+    assert listed[0]["exception"] == "OutOfStock: none left"
+    [group] = as_json(ferryline("queue", "list", "lost", "-o", "json"))
+    assert (group["group"], group["unsettled"], group["dying"]) == ("media", 1, 0)
+    assert "ordering none" in ferryline("queue", "stats", "lost", "media").stdout
+    [left] = as_json(ferryline("queue", "peek", "lost", "media", "-o", "json"))
+    assert (left["key"], left["value"]) == ("d", "four")
+    place = listed[0]["from"]
+    told = ferryline("explain", place).stdout
+    assert "settled" in told
+    assert "lost.dlq/0/" in told
+    assert "given up by media: no stock" in told
+    waits = as_json(ferryline("explain", f"lost/0/{left['offset']}", "-o", "json"))
+    assert waits["groups"]["media"]["state"] == "available"
+    assert "not there" in ferryline("explain", "lost/0/999").stdout
+    assert "is not a place" in ferryline("explain", "lost/0", status=2).stderr
+    assert "UNKNOWN_PARTITION" in ferryline("explain", "lost/7/0", status=3).stderr
+    assert "say which" in ferryline("dlq", "redrive", "lost", status=2).stderr
+    assert "2 would be redriven" in ferryline("dlq", "redrive", "lost", "--all", "--dry-run").stdout
+    ferryline("queue", "pause", "lost", "media")
+    assert as_json(ferryline("queue", "stats", "lost", "media", "-o", "json"))[0]["paused"]
+    ferryline("queue", "resume", "lost", "media")
+    assert "1 redriven" in ferryline("dlq", "redrive", "lost", "--key", "b").stdout
+    [rest] = as_json(ferryline("dlq", "list", "lost", "-o", "json"))
+    assert rest["key"] == "c"
+    assert "would be purged" in ferryline("queue", "purge", "lost", "media", "--dry-run").stdout
+    assert as_json(ferryline("queue", "purge", "lost", "media", "--yes", "-o", "json"))["purged"] == 2
+    assert "nothing is parked" in ferryline("queue", "redrive", "lost", "media").stdout
+    ferryline("queue", "delete", "lost", "media", "--yes")
+    assert "UNKNOWN_GROUP" in ferryline("queue", "stats", "lost", "media", status=3).stderr

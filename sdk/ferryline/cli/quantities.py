@@ -28,6 +28,15 @@ def parse_time(text: str) -> int:
     return UNLIMITED if text in ("unlimited", "-1") else parse_duration_ms(text)
 
 
+def parse_backoff(text: str) -> tuple[int, int]:
+    """`1s..60s`, shortest and longest wait, in ms; a single time stands for both. Raises UsageError."""
+    first, dots, longest = text.partition("..")
+    found = parse_duration_ms(first), parse_duration_ms(longest if dots else first)
+    if found[1] < found[0]:
+        raise UsageError(f"{text!r}: the longest wait is below the first")
+    return found
+
+
 def show_size(value: int) -> str:
     """Bytes in the largest binary unit that is at least one."""
     if value < 0:

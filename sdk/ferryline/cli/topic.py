@@ -8,7 +8,8 @@ import typer
 
 from ferryline.cli.failures import NOT_FOUND, Failed
 from ferryline.cli.invocation import of
-from ferryline.cli.quantities import parse_size, parse_time, show_size, show_time
+from ferryline.cli.output import cell
+from ferryline.cli.quantities import parse_backoff, parse_size, parse_time, show_size, show_time
 from ferryline.cli.settings import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ Flush = Annotated[
 SegmentBytes = Annotated[str | None, typer.Option(help="Size of a log file.")]
 SegmentTime = Annotated[str | None, typer.Option("--segment-time", help="Age at which a log file is closed.")]
 MaxRecord = Annotated[str | None, typer.Option("--max-record-bytes", help="Largest record: key, value, headers.")]
+RetryAttempts = Annotated[
+    int | None, typer.Option("--retry-attempts", help="How often queues hand a record out, all together.", min=1)
+]
+RetryBackoff = Annotated[
+    str | None, typer.Option("--retry-backoff", help="Wait between attempts, from and up to: 1s..60s.", metavar="WAIT")
+]
+OnDead = Annotated[str | None, typer.Option("--on-dead", help="skip: copy to the dead letters. park: stop the lane.")]
+DeadLetters = Annotated[
+    str | None, typer.Option("--dead-letters", help='Topic for the dead letters; "" for NAME.dlq.', metavar="TOPIC")
+]
 
 
 def settings_of(
@@ -36,6 +47,10 @@ def settings_of(
     segment_bytes: str | None,
     segment_time: str | None,
     max_record_bytes: str | None,
+    retry_attempts: int | None,
+    retry_backoff: str | None,
+    on_dead: str | None,
+    dead_letters: str | None,
 ) -> dict[str, Any]:
     """Settings that were given, in the units of the cluster."""
     given: dict[str, Any] = {
@@ -46,12 +61,29 @@ def settings_of(
         "segment_bytes": parse_size(segment_bytes) if segment_bytes else None,
         "segment_ms": parse_time(segment_time) if segment_time else None,
         "max_record_bytes": parse_size(max_record_bytes) if max_record_bytes else None,
+        "retry": _retry_of(retry_attempts, retry_backoff, on_dead, dead_letters) or None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _retry_of(
+    attempts: int | None, backoff: str | None, on_dead: str | None, dead_letters: str | None
+) -> dict[str, Any]:
+    first, longest = parse_backoff(backoff) if backoff else (None, None)
+    given = {
+        "attempts": attempts,
+        "backoff_ms": first,
+        "backoff_max_ms": longest,
+        "on_dead": on_dead,
+        "dead_letters": dead_letters,
     }
     return {name: value for name, value in given.items() if value is not None}
 
 
 def topic_row(topic: TopicMeta) -> dict[str, Any]:
     """A topic with its settings, as every output form prints it."""
+    from ferryline.protocol.dead_letters import dead_letters_of
+
     config = topic.config
     return {
         "name": topic.name,
@@ -65,6 +97,13 @@ def topic_row(topic: TopicMeta) -> dict[str, Any]:
         "segment_bytes": config.segment_bytes,
         "segment_ms": config.segment_ms,
         "max_record_bytes": config.max_record_bytes,
+        "retry": {
+            "attempts": config.retry.attempts,
+            "backoff_ms": config.retry.backoff_ms,
+            "backoff_max_ms": config.retry.backoff_max_ms,
+            "on_dead": config.retry.on_dead,
+            "dead_letters": dead_letters_of(topic.name, config.retry),
+        },
     }
 
 
@@ -76,7 +115,14 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
         "retention_bytes": show_size(row["retention_bytes"]),
         "segment_bytes": show_size(row["segment_bytes"]),
         "max_record_bytes": show_size(row["max_record_bytes"]),
+        "retry": _readable_retry(row["retry"]),
     }
+
+
+def _readable_retry(retry: dict[str, Any]) -> str:
+    waits = f"{show_time(retry['backoff_ms'])}..{show_time(retry['backoff_max_ms'])}"
+    then = "then park" if retry["on_dead"] == "park" else f"then to {retry['dead_letters']}"
+    return f"{retry['attempts']} attempts, {waits} apart, {then}"
 
 
 @app.command()
@@ -92,6 +138,10 @@ def create(
     segment_bytes: SegmentBytes = None,
     segment_time: SegmentTime = None,
     max_record_bytes: MaxRecord = None,
+    retry_attempts: RetryAttempts = None,
+    retry_backoff: RetryBackoff = None,
+    on_dead: OnDead = None,
+    dead_letters: DeadLetters = None,
     if_not_exists: Annotated[bool, typer.Option("--if-not-exists", help="Do nothing when it is there.")] = False,
 ) -> None:
     """Create a topic.
@@ -104,6 +154,8 @@ def create(
       ferryline topic create orders -p 12
 
       ferryline topic create audit -p 3 -r 3 --min-isr 2 --retention unlimited
+
+      ferryline topic create jobs --retry-attempts 8 --retry-backoff 1s..5m --on-dead park
     """
     from ferryline.cli.connection import connected, run
     from ferryline.protocol.errors import TopicExists
@@ -117,6 +169,10 @@ def create(
         segment_bytes=segment_bytes,
         segment_time=segment_time,
         max_record_bytes=max_record_bytes,
+        retry_attempts=retry_attempts,
+        retry_backoff=retry_backoff,
+        on_dead=on_dead,
+        dead_letters=dead_letters,
     )
 
     async def act() -> bool:
@@ -186,6 +242,10 @@ def alter(
     segment_bytes: SegmentBytes = None,
     segment_time: SegmentTime = None,
     max_record_bytes: MaxRecord = None,
+    retry_attempts: RetryAttempts = None,
+    retry_backoff: RetryBackoff = None,
+    on_dead: OnDead = None,
+    dead_letters: DeadLetters = None,
 ) -> None:
     """Change settings of a topic; what is not named stays.
 
@@ -202,6 +262,10 @@ def alter(
         segment_bytes=segment_bytes,
         segment_time=segment_time,
         max_record_bytes=max_record_bytes,
+        retry_attempts=retry_attempts,
+        retry_backoff=retry_backoff,
+        on_dead=on_dead,
+        dead_letters=dead_letters,
     )
     if not changes:
         raise UsageError("nothing to change: name at least one setting (ferryline topic alter --help)")
@@ -211,7 +275,9 @@ def alter(
             await client.admin.alter_topic(name, **changes)
 
     run(act())
-    invocation.output.done(f"{name}: {', '.join(f'{key} = {value}' for key, value in changes.items())}", **changes)
+    invocation.output.done(
+        f"{name}: {', '.join(f'{key} = {cell(value)}' for key, value in changes.items())}", **changes
+    )
 
 
 @app.command("add-partitions")
