@@ -100,7 +100,8 @@ class Leaps:
         return bool(shell.unsettled())
 
     def _leased(self) -> bool:
-        """Whoever holds a lease renews it early, and takes it for lost some time before its broker does."""
+        """Whoever holds a lease renews it long before its end, and takes it for lost some time before the broker does:
+        a leap would go over all of that."""
         return any(broker.shell is not None and broker.shell.leases() for broker in self._brokers)
 
     def _leap(self, by_s: float) -> None:

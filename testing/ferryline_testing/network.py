@@ -63,7 +63,6 @@ class Stream(asyncio.Transport):
         self._protocol: asyncio.BaseProtocol = asyncio.Protocol()
         self._coming: deque[_Opening | _Chunk | _Ending] = deque()
         self._due = 0  # how many of them have arrived and wait to be read
-        self._last_due_s = 0.0
         self._unread = 0  # bytes of ours that the other side has not taken
         self._high, self._low = 64 * 1024, 16 * 1024
         self._writing_paused = self._reading_paused = self._closing = self._over = False
@@ -152,10 +151,10 @@ class Stream(asyncio.Transport):
             return
         network = self._network
         self._coming.append(what)
-        self._last_due_s = max(network.loop.time() + network.latency_s(self.peer_life, self.life), self._last_due_s)
-        network.loop.call_at(self._last_due_s, self._arrive, context=self._context)
+        network.loop.call_later(network.latency_s(self.peer_life, self.life), self._arrive, context=self._context)
 
     def _arrive(self) -> None:
+        """One more of what comes: the first that has not arrived, whichever the timer was for."""
         self._due = min(self._due + 1, len(self._coming))
         self._read()
 
