@@ -74,6 +74,7 @@ def draw(rng: random.Random) -> Queueing:
     def maybe(probability: float, value: float) -> float:
         return value if rng.random() < probability else 0.0
 
+    heads = some(2, 20_000)
     return Queueing(
         ordering=rng.choice((ORDER_KEY, ORDER_KEY, ORDER_KEY, ORDER_PARTITION, ORDER_PARTITION, ORDER_NONE)),
         receivers=some(2, 3, 4),
@@ -81,7 +82,7 @@ def draw(rng: random.Random) -> Queueing:
         records_max=some(1, 3, 10),
         keys=some(1, 2, 3, 6),
         priorities=maybe(0.5, 0.3),
-        delays=maybe(0.5, 0.3),
+        delays=maybe(0.5 if heads > 2 else 0.8, 0.3),  # late records and a narrow window are the hard case
         ttls=maybe(0.3, 0.2),
         work_ms=some(5, 50, 300),
         deaths_ms=some(1_500, 4_000, 15_000),
@@ -90,7 +91,7 @@ def draw(rng: random.Random) -> Queueing:
             on_dead=rng.choice(("skip", "skip", "park")),
         ),
         config=QueueConfig(
-            heads=some(2, 20_000), waiting=some(5, 1_000_000), read_bytes=some(150, 1 << 20),
+            heads=heads, waiting=some(5, 1_000_000), read_bytes=some(150, 1 << 20),
             overdue_ms=some(300, 10_000),
         ),
         slow_target=maybe(0.5, 0.4),

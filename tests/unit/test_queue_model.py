@@ -6,7 +6,7 @@ ended. From that it judges what the queue hands out; it does not know how the qu
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ from ferryline_broker.core.queue_table import QueueTable
 LEASE_MS = 1_000
 ATTEMPTS = 3
 MEMBERS = st.sampled_from(["one", "two"])
+WORK = [(ACK, 0), (NACK, 0), (NACK, 400), (REJECT, 0), (RELEASE, 0), ("", 0)]
 ACKED, EXPIRED, COPIED, PURGED = "acked", "expired", "copied", "purged"
 LEASED, PARKED, DYING = "leased", "parked", "dying"
 
@@ -131,21 +132,23 @@ class QueueMachine(RuleBasedStateMachine):
         self.copies: dict[int, int] = {}  # offset -> how often it was copied to the dead letters
         self.held: tuple[dict[int, Fact], int, int] | None = None  # facts, entries and start as they were committed
         self.start = 0
+        self.receipts_given: list[tuple[int, tuple[int, int]]] = []
 
     @initialize(on_dead=st.sampled_from(["skip", "park"]))
     def begin(self, on_dead: str) -> None:
         self.policy = RetryPolicy(attempts=ATTEMPTS, backoff_ms=0, on_dead=on_dead)
         self.model = Model(self.ordering)
         self.queue = self.made(QueueTable("g", self.ordering, 0))
+        self.produce(["a", "a", "b", "a", None], 4, 0, 0, False)
 
     def made(self, table: QueueTable) -> Queue:
-        return Queue(table, self.epoch, QueueConfig(heads=4, waiting=1_000), lambda offset: 1, self.now)
+        return Queue(table, self.epoch, QueueConfig(heads=2, waiting=1_000), lambda offset: 1, self.now)
 
     def fill(self, pieces: int = 1_000) -> None:
         """Let the queue read as much as it wants, in small pieces; records are not always where a read begins."""
         while pieces and (wanted := self.queue.next_read(self.model.high)) is not None:
             start, below = wanted
-            below = min(below, start + 5)
+            below = min(below, start + 2)
             self.queue.scan([self.records[o] for o in range(start, below) if o in self.records], below, self.now)
             pieces -= 1
 
@@ -162,7 +165,7 @@ class QueueMachine(RuleBasedStateMachine):
     # -- producing ----------------------------------------------------------------------------------
 
     @rule(
-        keys=st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=6),
+        keys=st.lists(st.sampled_from(["a", "a", "b", None]), min_size=1, max_size=6),
         priority=st.sampled_from([4, 4, 4, 0, 9]),
         delay_ms=st.sampled_from([0, 0, 0, 700]),
         ttl_ms=st.sampled_from([0, 0, 0, 1_500]),
@@ -180,6 +183,21 @@ class QueueMachine(RuleBasedStateMachine):
         self.fill()
 
     # -- receiving ----------------------------------------------------------------------------------
+
+    @rule(member=MEMBERS, actions=st.lists(st.sampled_from(WORK), min_size=1, max_size=6))
+    def work(self, member: str, actions: list[tuple[str, int]]) -> None:
+        """The commonest of all: take some, and say of one after the other what became of it."""
+        for action, delay_ms in actions:
+            if not self.model.leased():
+                self.lease(member, 3)
+            leased = self.model.leased()
+            if leased and action == ACK:
+                assert self.settle(ACK, leased[:1], self.model.facts[leased[0]].member) == ([], [])
+                self.model.finish(leased[0], ACKED)
+            elif leased and action:
+                self.say(action, leased[:1], delay_ms)
+            else:
+                self.lease(member, 1)
 
     @rule(member=MEMBERS, limit=st.integers(1, 6), pieces=st.sampled_from([0, 1, 1_000, 1_000]))
     def lease(self, member: str, limit: int, pieces: int = 1_000) -> None:
@@ -203,6 +221,7 @@ class QueueMachine(RuleBasedStateMachine):
             lanes = [self.model.lane(offset) for offset in offsets]
             assert len(set(lanes)) == len(lanes), "two of a lane"
         self.model.take(offsets, lease.id, member, self.now + LEASE_MS)
+        self.receipts_given += [(offset, lease.id) for offset in offsets]
         assert [self.queue.table.stories[o].attempts for o in offsets] == [
             self.model.facts[o].attempts for o in offsets
         ]
@@ -240,7 +259,9 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.leased())
     @rule(data=st.data(), action=st.sampled_from([NACK, REJECT, RELEASE, EXTEND]), delay_ms=st.sampled_from([0, 400]))
     def hand_back(self, data: Any, action: str, delay_ms: int) -> None:
-        chosen = self.chosen(data, self.model.leased())
+        self.say(action, self.chosen(data, self.model.leased()), delay_ms)
+
+    def say(self, action: str, chosen: list[int], delay_ms: int) -> None:
         member = self.model.facts[chosen[0]].member
         if action == EXTEND:
             together = self.model.lease(chosen[0])
@@ -256,6 +277,18 @@ class QueueMachine(RuleBasedStateMachine):
         for offset in chosen[:1] if self.ordering == ORDER_PARTITION else chosen:
             dead = action == REJECT or self.model.facts[offset].attempts >= ATTEMPTS
             self.model.fail(offset, self.now + delay_ms, self.policy.on_dead, dead=dead)
+
+    @precondition(lambda self: self.outdated())
+    @rule(data=st.data())
+    def ack_under_an_old_receipt(self, data: Any) -> None:
+        """It was given back, or leased again: nobody's ack under that receipt counts."""
+        offset, receipt = data.draw(st.sampled_from(self.outdated()))
+        told = self.queue.settle(SettleItem(*receipt, ACK, [offset]), "one", self.policy, self.now)
+        self.took()
+        assert told == (([], [offset]) if self.model.facts[offset].end else ([offset], []))
+
+    def outdated(self) -> list[tuple[int, tuple[int, int]]]:
+        return [(o, receipt) for o, receipt in self.receipts_given if self.model.facts[o].receipt != receipt]
 
     @precondition(lambda self: self.model.leased())
     @rule(data=st.data(), action=st.sampled_from([NACK, REJECT, RELEASE, EXTEND]))
@@ -317,6 +350,12 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.moved(move.offset, move.sequence, done, self.now)
         self.took()
 
+    @rule(done=st.booleans())
+    def copy(self, done: bool) -> None:
+        self.begin_copy()
+        if self.move is not None:
+            self.end_copy(done)
+
     def arrive(self, move: MoveDead) -> None:
         """The target takes each producer epoch and sequence once."""
         if (move.producer_epoch, move.sequence) not in self.target:
@@ -332,8 +371,10 @@ class QueueMachine(RuleBasedStateMachine):
             fact = self.model.facts[offset]
             fact.state, fact.attempts, fact.receipt, fact.until_ms = "", 0, NO_RECEIPT, 0
 
-    @rule()
-    def purge(self) -> None:
+    @rule(really=st.sampled_from([False, False, False, False, True]))
+    def purge(self, really: bool) -> None:
+        if not really:
+            return
         entry = Purged("g", self.model.high, 1)
         self.queue.table.apply(entry)
         self.queue.restart(self.now)
@@ -343,14 +384,15 @@ class QueueMachine(RuleBasedStateMachine):
 
     # -- fail-over ----------------------------------------------------------------------------------
 
+    @precondition(lambda self: self.held is None)
     @rule()
     def stall(self) -> None:
         """From here on nothing is committed, and so nothing is answered."""
-        self.held = (copy.deepcopy(self.model.facts), len(self.entries), self.queue.table.start)
+        self.held = (deepcopy(self.model.facts), len(self.entries), self.queue.table.start)
 
     @rule(
         how=st.sampled_from(["entries", "snapshot", "lost"]),
-        pieces=st.sampled_from([0, 1, 1_000]),
+        pieces=st.sampled_from([0, 1, 3, 1_000]),
         after_ms=st.sampled_from([0, 600, 5_000]),
         arrived=st.booleans(),
     )
@@ -371,6 +413,7 @@ class QueueMachine(RuleBasedStateMachine):
                 fact = Fact(self.model.facts[offset].key, fresh.due_ms, fresh.expires_ms, overtaken=fresh.due_ms > 0)
                 self.model.facts[offset] = facts.get(offset, fact)
             del self.entries[count:]
+            self.receipts_given = []  # what was not committed, nobody was told
             table = self.replayed()
         else:
             table = self.replayed()
@@ -397,7 +440,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def told(self, table: QueueTable) -> dict[str, Any]:
         """Everything that a table says, offsets without a record left out: reading settles them, not entries."""
-        table = copy.deepcopy(table)
+        table = deepcopy(table)
         for offset in range(table.start, self.model.high):
             if offset not in self.records:
                 table.skip(offset, offset + 1)
@@ -433,9 +476,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         self.redrive()
         for _ in range(2_000):
-            self.begin_copy()
-            if self.move is not None:
-                self.end_copy(True)
+            self.copy(True)
             self.time_passes(2_500)
             self.lease("one", 6)
             leased = self.model.leased()
@@ -475,7 +516,7 @@ class NoneMachine(QueueMachine):
     ordering = ORDER_NONE
 
 
-LIMITS = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+LIMITS = settings(max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 TestByKey = KeyMachine.TestCase
 TestByPartition = PartitionMachine.TestCase
 TestWithoutOrder = NoneMachine.TestCase

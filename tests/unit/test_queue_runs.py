@@ -11,10 +11,12 @@ from ferryline_broker.core import events as ev
 from ferryline_broker.core import queue_events as qe
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, encode_entry
+from ferryline_broker.core.queue import Queue, QueueConfig
 from ferryline_broker.core.queue_entries import Dying, Opened, Purged
+from ferryline_broker.core.queue_table import QueueTable
 from unit.core_pair import KEY, part
 from unit.test_core_queue import QueuePair
-from unit.test_queue_core import LEASE_MS, World
+from unit.test_queue_core import EPOCH, LEASE_MS, World
 
 # -- runs --------------------------------------------------------------------------------------------
 
@@ -100,7 +102,6 @@ def test_a_run_whose_lease_ends_while_the_window_is_read_again_blames_the_first_
 
 
 def test_a_record_that_was_due_late_takes_its_place_in_the_run() -> None:
-    world = World("a")
     world = World(ordering="partition")
     world.add("a")
     world.add("b", due_ms=world.now + 500)
@@ -121,6 +122,32 @@ def test_a_late_ack_of_a_record_that_waits_in_line_is_not_forgotten() -> None:
     world.settle(ACK, 1)
     assert world.lease() == []
     assert world.queue.table.start == 3
+
+
+class NarrowWorld(World):
+    """With room for one record that is ready."""
+
+    def _queue(self, table: QueueTable) -> Queue:
+        return Queue(table, EPOCH, QueueConfig(heads=1), lambda offset: 1, self.now)
+
+
+def test_a_full_window_is_read_on_until_every_record_with_a_past_is_seen() -> None:
+    """A late record of a lane comes first in the log, another of the same lane is leased and lies beyond the window."""
+    world = NarrowWorld()
+    world.add("a", due_ms=world.now + 4_000)
+    world.add(*["x"] * 20, "a")
+    for _ in range(2):
+        world.lease()
+    assert sorted(world.queue.table.holder) == [1, 21]
+    table = QueueTable("g", "key", 0)
+    for entry in world.entries:
+        table.apply(entry)
+    world.now += 5_000
+    world.queue = world._queue(table)
+    assert world.lease() == [], "not before the window is read"
+    assert world.lease() == []
+    world.settle(ACK, 21)
+    assert world.lease() == [0]
 
 
 # -- time --------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ CLUSTER = (
         ALL,
         (
             "Topics.create",
-            "topic = TopicMeta(event.topic_id,",
-            "topic = TopicMeta(next(iter(sorted(change.state.gone)), event.topic_id),",
+            "self._made(change, name, event.topic_id, event.settings)",
+            "self._made(change, name, next(iter(sorted(change.state.gone)), event.topic_id), event.settings)",
         ),
     ),
     mutant(

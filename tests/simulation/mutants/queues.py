@@ -226,7 +226,7 @@ QUEUE_MUTANTS = (
         "move-forgotten-while-blocked",
         "Q7",
         "a copy that is done while nothing can be appended is forgotten",
-        QUEUES,
+        "2/2/fsync/queues,2/2/replicated/queues,3/2/fsync/queues",
         ("Primary.queue", "self.queues.block(now_ms, event)", "pass"),
     ),
 )  # fmt: skip
