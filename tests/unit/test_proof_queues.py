@@ -134,6 +134,8 @@ NEAR: dict[str, tuple[list[QueueOp], dict[str, Any]]] = {
         {"ordering": "partition"}),
     "redriven, so it begins anew": (
         [deliver(0, 1, 0), settle(2, 1, "nack", 0, delay_ms=0), QueueOp("redrive", PART), deliver(5, 2, 0)], {}),
+    "nacked for the last time, parked and redriven": (
+        [deliver(0, 1, 0), settle(2, 1, "nack", 0, delay_ms=9_000), QueueOp("redrive", PART), deliver(5, 2, 0)], {}),
     "handed out right when its delay ends": (
         [deliver(0, 1, 0), settle(2, 1, "nack", 0, delay_ms=9_000), deliver(10, 2, 0, attempts=2)], {}),
     "handed out when its lease has ended": ([deliver(0, 1, 0), deliver(29, 2, 0, attempts=2)], {}),

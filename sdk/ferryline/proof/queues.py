@@ -251,8 +251,8 @@ def _not_before(part: _Partition) -> Iterator[Finding]:
             if silent and not part.dropped(before) and after.op.t1 < before.op.t0 + before.op.lease_ms * 1000 * slow:
                 yield Finding(rule, f"{part.at(offset)}: leased as {before.receipt} from {before.op.t0} at the "
                                     f"earliest, delivered as {after.receipt} at {after.op.t1}")  # fmt: skip
-    for offset, op in part.failed("nack"):
-        if op.delay_ms > 0:
+    for offset, op in part.failed("nack"):  # redriven, it may have been parked by this, and set free at any time
+        if op.delay_ms > 0 and not part.redriven:
             after_it = [given for given in part.given.get(offset, ()) if given.receipt > op.receipt]
             if after_it and after_it[0].op.t1 < op.t0 + op.delay_ms * 1000 * slow:
                 yield Finding(rule, f"{part.at(offset)}: nacked at {op.t0} for {op.delay_ms} ms, "

@@ -26,7 +26,7 @@ QUEUE_MUTANTS = (
         "queue-void-rule-off",
         "queues void",
         "what was settled of lost records counts for those that replaced them",
-        QUEUES,
+        "2/1/replicated/queues,2/2/replicated/queues,3/2/replicated/queues",
         ("GroupTable.replay", "elif isinstance(entry, QueueEntry) and not", "elif False and not"),
         (
             "GroupTable.replay",
