@@ -132,6 +132,13 @@ QUEUE_MUTANTS = (
         ("Queues.committed", "if after >= high:", "if False:"),
     ),
     mutant(
+        "copies-overlap",
+        "Q7",
+        "the next dead letter is copied before the end of the one before it is committed",
+        QUEUES,
+        ("Queues.appended", "if isinstance(entry, Settled) and entry.why == COPIED:", "if False:"),
+    ),
+    mutant(
         "copy-numbered-anew",
         "Q7",
         "a new primary repeats a copy under another number",
