@@ -143,6 +143,12 @@ def test_a_clock_that_moves_at_midnight() -> None:  # Beirut: 00:00 -> 01:00 on 
     ]  # fmt: skip
 
 
+def test_a_clock_that_moves_over_midnight() -> None:  # Nuuk: 23:00 -> 00:00 on 2026-03-28
+    expected = ["2026-03-29 00:30-01", "2026-03-29 23:30-01"]
+    assert firings("30 23 * * *", "2026-03-28T12:00", 2, "America/Nuuk") == expected
+    assert firings("30 23 * * *", "2026-03-29T01:10", 2, "America/Nuuk") == expected  # there it is the 29th already
+
+
 def test_a_day_that_was_left_out_altogether() -> None:  # Apia had no 2011-12-30
     assert firings("0 10 * * *", "2011-12-29T00:00", 3, "Pacific/Apia") == [
         "2011-12-29 10:00-10", "2011-12-31 10:00+14", "2012-01-01 10:00+14",
@@ -150,14 +156,9 @@ def test_a_day_that_was_left_out_altogether() -> None:  # Apia had no 2011-12-30
 
 
 ZONES = [
-    "UTC",
-    "Europe/Berlin",
-    "America/New_York",
-    "Australia/Lord_Howe",
-    "Asia/Beirut",
-    "Asia/Kathmandu",
-    "Africa/Cairo",
-]
+    "UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Beirut", "Asia/Kathmandu", "Africa/Cairo",
+    "America/Nuuk",
+]  # fmt: skip
 FIELDS = st.tuples(
     st.sampled_from(["*", "*/7", "0", "30", "5,35,59", "10-20"]),
     st.sampled_from(["*", "0", "2", "1-3", "*/6", "0,23"]),

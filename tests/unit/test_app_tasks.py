@@ -254,6 +254,34 @@ async def test_an_id_within_five_minutes_is_one_job(shop: Shop, cluster: fl.test
     assert shop.ran == [1]
 
 
+async def test_whoever_submits_an_id_again_gets_the_result_of_the_first(
+    shop: Shop, cluster: fl.testing.Cluster
+) -> None:
+    """Also when the first is minutes old, and whoever submits it again was not there."""
+    other = Shop()
+    async with cluster.client(name="other") as client, other.app.connected(client), shop.app.worker():
+        await (await other.echo.submit(0)).result(30)  # now it follows the results
+        await (await shop.echo.submit(1, id="import-7")).result(30)
+        await cluster.advance(minutes=4)
+        assert await (await other.echo.submit(2, id="import-7")).result(30) == 1
+    assert shop.ran == [0, 1]
+
+
+async def test_a_story_that_is_read_late_tells_nothing_twice(shop: Shop) -> None:
+    async with shop.app.worker():
+        job_id = (await shop.resize.submit("flaky", Size(1))).id
+
+        async def retries() -> bool:
+            return (await shop.app.job(job_id).status()).state is State.RETRYING
+
+        await poll(retries)
+        told = await story(shop.app.job(job_id))  # nobody holds the job, so its history is read anew
+    assert told[0].startswith("retrying (attempt 1")
+    assert [one.split(":")[0] for one in told[1:]] == [
+        "running (attempt 2 of 3)", "retrying (attempt 2 of 3)", "running (attempt 3 of 3)", "done",
+    ]  # fmt: skip
+
+
 async def test_an_id_is_found_in_whatever_partition_its_key_put_it(shop: Shop) -> None:
     for number in range(6):
         await shop.echo.submit(number, key=f"customer-{number}", id=f"job-{number}")

@@ -248,6 +248,48 @@ async def test_where_the_partition_is_the_lane_a_failure_holds_back_what_comes_b
     assert done == list(range(20))
 
 
+class Taken:
+    """A record of a run, as its receiver hands it out; what fails takes back those behind it."""
+
+    def __init__(self, run: list[Taken], n: int) -> None:
+        self.run, self.n = run, n
+        self.topic, self.partition, self.delivery_count, self.id, self.raw = "one", 0, 1, "", b"%d" % n
+        self.value = Order(n)
+        self.is_held = True
+
+    @asynccontextmanager
+    async def processing(self) -> AsyncIterator[None]:
+        yield
+
+    def ack_nowait(self) -> asyncio.Future[None]:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    async def nack(self, *_: Any) -> None:
+        for other in self.run[self.n :]:
+            other.is_held = False
+
+
+async def test_a_run_that_is_here_together_is_worked_on_in_order_and_not_beyond_a_failure(bench: Bench) -> None:
+    began: list[int] = []
+
+    @bench.app.subscriber("one", ordering="partition", concurrency=8, retry=fl.Retry(3, backoff=QUICK))
+    async def handle(order: Order) -> None:
+        began.append(order.n)
+        await asyncio.sleep(10 - order.n)
+        if order.n == 3:
+            raise ValueError("again, please")
+
+    run: list[Taken] = []
+    run += [Taken(run, n) for n in range(6)]
+    async with bench.working() as worker:
+        for message in run:
+            worker.lines[0]._begin(message)  # type: ignore[arg-type]
+        await poll(lambda: not worker.lines[0]._running)
+    assert began == [0, 1, 2, 3]
+
+
 async def test_a_function_that_is_no_coroutine_runs_in_a_thread(bench: Bench) -> None:
     threads: set[str] = set()
 

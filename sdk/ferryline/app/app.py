@@ -64,7 +64,8 @@ class App:
     """Handlers by topic, and the connection that they share. Declare everything before it is started.
 
     ``url``, ``ca``, ``token`` and ``timeout`` are as of `connect`; where they are left out, the environment says.
-    ``lease``: seconds until what a killed worker had in hand goes to others; a living one renews it. ``name`` is the group of subscribers without one, and begins the names of queues that are not named.
+    ``lease``: seconds until what a killed worker had in hand goes to others; a living one renews it. ``name`` is the
+    group of subscribers without one, and begins the names of queues that are not named.
     """
 
     def __init__(

@@ -70,16 +70,13 @@ class Cron:
     def next_after(self, moment: datetime) -> datetime:
         """The first firing after ``moment`` (with a time zone), in UTC."""
         moment = moment.astimezone(UTC)
-        # What a jump moves forward may come from the day before, and what comes twice keeps its date.
+        # What is left out of a day may come in the next one, where clocks are put forward over midnight.
         day = moment.astimezone(self.zone).date() - timedelta(days=1)
         while True:
             found_day = self._first_day(day)
             assert found_day is not None, (self, moment)
             day = found_day + timedelta(days=1)
-            nearby = [*self._of_day(found_day, moment)]
-            if (following := self._first_day(day)) is not None:  # a jump at midnight may mix the two
-                nearby += self._of_day(following, moment)
-            found = min((at for at in nearby if at > moment), default=None)
+            found = min((at for at in self._of_day(found_day, moment) if at > moment), default=None)
             if found is not None:
                 return found
 
