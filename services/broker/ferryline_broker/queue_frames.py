@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from ferryline.protocol.errors import (
     FerrylineError,
     Forbidden,
@@ -196,8 +198,15 @@ class QueueHandler:
             self.driver.storage_failed(hosted, RECORDS, failure)
             parked.refuse(hosted.key, failure.info())
             return
+        fitting = parked.fitting(records)
+        if len(fitting) < len(records):  # the core knows sizes on average only: the rest is leased with another answer
+            rest = [record.offset for record in records[len(fitting) :]]
+            self._give_back(hosted, ask, replace(answer, offsets=rest))
+            records = fitting
+            if not records:
+                return
         offsets, attempts = answer.offsets, answer.attempts
-        if len(records) != len(offsets):  # retention was faster; the rest is still theirs to settle
+        if len(records) != len(offsets):  # or retention was faster; the rest is still theirs to settle
             there = {record.offset for record in records}
             attempts = [count for offset, count in zip(offsets, attempts, strict=True) if offset in there]
             offsets = [record.offset for record in records]

@@ -20,6 +20,7 @@ from ferryline.protocol.queue_messages import (
     SettleAnswer,
     SettleResult,
 )
+from ferryline.protocol.records import DecodedRecord
 from ferryline_broker.core.events import Bytes, Key, Refuse
 from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked
 from ferryline_broker.driver import PartitionDriver
@@ -87,6 +88,15 @@ class ParkedReceive:
     def add(self, delivery: Delivery, payload: Bytes) -> None:
         self._deliveries.append(delivery)
         self._parts.append(payload)
+
+    def fitting(self, records: list[DecodedRecord]) -> list[DecodedRecord]:
+        """Those that the answer has room for; the very first one in any case."""
+        left = min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+        for number, record in enumerate(records):
+            left -= len(record.key or b"") + len(record.value or b"")
+            if left < 0 and (number or self._parts):
+                return records[:number]
+        return records
 
     def emit(self) -> None:
         """Answer once nothing is on its way and there is something to say."""
