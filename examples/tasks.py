@@ -1,9 +1,9 @@
 """Workers: a subscriber, a task with a result, and a schedule, in one app.
 
-    ferryline up                                          # in another terminal
-    ferryline topic create orders
-    ferryline worker run examples.tasks:app --reload      # in a third one, from the root of the repository
-    python -m examples.tasks                              # submits, watches, and prints what came of it
+ferryline up                                          # in another terminal
+ferryline topic create orders
+ferryline worker run examples.tasks:app --reload      # in a third one, from the root of the repository
+python -m examples.tasks                              # submits, watches, and prints what came of it
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ async def timed(message: fl.Message, call_next):
     try:
         return await call_next(message)
     finally:
-        print(f"{message.topic}/{message.partition}/{message.offset}: {asyncio.get_running_loop().time() - begin:.3f} s")
+        print(
+            f"{message.topic}/{message.partition}/{message.offset}: {asyncio.get_running_loop().time() - begin:.3f} s"
+        )
 
 
 @app.subscriber("orders", group="billing", retry=fl.Retry(3, backoff=fl.exponential(0.1, 2)))
