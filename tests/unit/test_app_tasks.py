@@ -240,6 +240,29 @@ async def test_what_is_too_long_ago_is_forgotten_not_claimed(shop: Shop, cluster
             assert (await other.app.job(with_id).status()).state is State.FORGOTTEN
 
 
+@pytest.mark.parametrize("fault", ["kill", "power_cut", "pause"])
+async def test_every_job_ends_though_a_broker_fails_in_between(fault: str) -> None:
+    """Whoever waits learns the result, also of what was submitted, begun or reported while nobody led its partition."""
+    shop = Shop()
+    async with (
+        fl.testing.Cluster(brokers=3, seed=5) as cluster,
+        cluster.client() as client,
+        shop.app.connected(client),
+        shop.app.worker(concurrency=8),
+    ):
+        await (await shop.echo.submit(-1)).result(30)
+
+        async def one(number: int) -> Any:
+            await asyncio.sleep(number / 20)
+            return await (await shop.echo.submit(number)).result(120)
+
+        waiting = [asyncio.create_task(one(number)) for number in range(60)]
+        await asyncio.sleep(1)
+        getattr(cluster, fault)(cluster.primary("media"))
+        assert await asyncio.gather(*waiting) == list(range(60))
+    assert set(shop.ran) == set(range(-1, 60))
+
+
 # -- submitting ----------------------------------------------------------------------------------------
 
 
