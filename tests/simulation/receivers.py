@@ -192,18 +192,18 @@ class Receiver(Client):
         count = len(offsets) if self.world.calm else self.part.between(1, len(offsets))
         now, later = offsets[:count], offsets[count:]
         draw = self.rng.random()
-        if self.world.calm or draw < 0.72:
+        if self.world.calm or draw < 0.50:
             self._settle(held, ACK, now)
-        elif draw < 0.82:
+        elif draw < 0.66:
             self._settle(held, NACK, now, delay_ms=self.rng.choice((-1, 0, 300, 1_500)))
-        elif draw < 0.86:
+        elif draw < 0.74:
             self._settle(held, REJECT, now)
-        elif draw < 0.90:
+        elif draw < 0.81:
             self._settle(held, RELEASE, [self.rng.choice(offsets)])
-        elif draw < 0.94:
+        elif draw < 0.87:
             self._settle(held, EXTEND, offsets, delay_ms=self.part.drawn.lease_ms)
             later = offsets
-        elif draw < 0.96:
+        elif draw < 0.93:
             self._settle(held, NACK, [self.rng.choice(offsets)], delay_ms=self.rng.choice((0, 700)))
         # else: never settled, until the lease ends
         if later:

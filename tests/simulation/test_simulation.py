@@ -38,6 +38,26 @@ def test_the_cores_keep_every_promise_over_sixty_seeds() -> None:
 
 
 @pytest.mark.timeout(LIMIT_S + 10)
+def test_queues_keep_every_promise_over_thirty_seeds() -> None:
+    ran = _run("tests.simulation", "--configs", "queues", "--seeds", "30", "--all-counts")
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    counts = dict(
+        line.strip().rsplit(": ", 1) for line in ran.stdout.splitlines() if line.startswith("  ") and ": " in line
+    )
+    for what in (
+        "settled ack",
+        "settled nack",
+        "settled reject",
+        "settled release",
+        "settled extend",
+        "records leased",
+    ):
+        assert int(counts[what]) > 20, what
+    assert int(counts["dead letters copied"]) > 20
+    assert int(counts["dead-letter producers forgotten"]) > 0
+
+
+@pytest.mark.timeout(LIMIT_S + 10)
 def test_the_cores_keep_every_promise_on_the_real_log() -> None:
     ran = _run("tests.simulation", "--seeds", "12", "--start", "500", "--real-log")
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
@@ -64,6 +84,14 @@ def test_every_seeded_bug_still_finds_the_text_that_it_changes() -> None:
 @pytest.mark.timeout(LIMIT_S + 10)
 def test_seeded_bugs_are_noticed() -> None:
     names = "truncate-to-watermark,ack-before-fsync,unclean-election,no-dedupe,ack-before-replicate"
+    ran = _run("tests.simulation.mutants", "--only", names, "--seeds", "60")
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert "5 of 5 mutants caught" in ran.stdout
+
+
+@pytest.mark.timeout(LIMIT_S + 10)
+def test_seeded_bugs_of_queues_are_noticed() -> None:
+    names = "lease-answered-early,acks-not-replayed,start-over-unsettled,copied-before-committed,run-with-two-receivers"
     ran = _run("tests.simulation.mutants", "--only", names, "--seeds", "60")
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert "5 of 5 mutants caught" in ran.stdout
