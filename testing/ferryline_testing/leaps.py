@@ -25,7 +25,9 @@ from ferryline_testing.virtual_time import START_S, VirtualTime
 
 LOOK_S = 1.0
 LEAST_S = 10.0  # a shorter leap costs more than it saves
-BEFORE_S = 2.0  # before the moment that matters all runs as always
+SHORT_S = 600.0
+BEFORE_S, BEFORE_SHORT_S = 2.0, 0.6  # before the moment that matters all runs as always, upkeep of brokers included ...
+AFTER_S = 0.05  # ... and for so long after it, if it changes nothing
 CALM_S, TROUBLED_CALM_S = 3.0, 125.0  # the latter is longer than any retry of a client or a broker
 STUCK_S = 3_600.0  # some seconds of real time
 
@@ -64,7 +66,7 @@ class Leaps:
             self._seen, self._seen_since_s = seen, now
             return
         goal, calm_s = self._goal_s(), now - max(self._seen_since_s, self._events.last_s + START_S)
-        by_s = goal - BEFORE_S - now
+        by_s = goal - now - (BEFORE_S if goal - now > SHORT_S else BEFORE_SHORT_S)
         if goal == NEVER:
             self._nothing_to_wait_for(now, calm_s)
         if goal == NEVER or by_s < LEAST_S or self._busy():
@@ -75,6 +77,7 @@ class Leaps:
             self._look_at_s = now  # a moment later nothing is on its way
             return
         self._leap(by_s)
+        self._look_at_s = goal + AFTER_S
 
     def _nothing_to_wait_for(self, now: float, calm_s: float) -> None:
         if calm_s >= STUCK_S:
@@ -107,7 +110,6 @@ class Leaps:
     def _leap(self, by_s: float) -> None:
         self.count += 1
         self._clock.leap(by_s)
-        self._look_at_s = self._clock.now_s + LOOK_S
         for broker in self._brokers:
             if broker.shell is not None and broker.life is not None and not broker.life.paused:
                 broker.life.context().run(broker.shell.time_passed)

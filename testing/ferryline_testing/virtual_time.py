@@ -3,8 +3,8 @@ timer when nothing can.
 
 It takes the place of the loop's clock and of its waiting for sockets, and gives both back. Timers that exist when it
 begins keep their distance, and so do those that are left when it ends. While a thread works for the loop
-(``asyncio.to_thread``) time stands still, too. It starts at the same value each time: sums of floats then round alike
-in two runs of one seed.
+(``asyncio.to_thread``) time stands still, too, unless it asks the loop for something and may be waiting for that. It
+starts at the same value each time: sums of floats then round alike in two runs of one seed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ START_S = 1_000.0
 _GHOST_S = 5.0  # a killed process may clean up after itself for so long
 _POLL_EVERY = 64  # passes of a busy loop between two looks at real sockets and signals
 _THREAD_WAIT_S = 0.01
+_RESULT = "_set_state"  # what asyncio calls when a thread has ended
 _SDK, _FOR_USERS = "ferryline.", "ferryline.app"  # handlers and schedules run in tasks of the latter
 
 
@@ -53,6 +54,7 @@ class VirtualTime:
         self._client = client
         self._held: list[Any] = []  # timers of paused lives
         self._threads = 0
+        self._asked = False  # by one of these threads
         self._passes = 0
         self._real: Any = None
         self._real_factory: Any = None
@@ -69,6 +71,7 @@ class VirtualTime:
         loop._selector = _Waiting(self._real, self._select)
         loop.time = self.time
         loop.run_in_executor = self._run_in_executor
+        loop.call_soon_threadsafe = self._call_soon_threadsafe
         loop.set_task_factory(self._make_task)
 
     def end(self) -> None:
@@ -77,7 +80,7 @@ class VirtualTime:
         for handle in loop._scheduled:
             if handle._context.get(HERE) is not None:
                 handle.cancel()
-        del loop.time, loop.run_in_executor
+        del loop.time, loop.run_in_executor, loop.call_soon_threadsafe
         loop._selector = self._real
         loop.set_task_factory(self._real_factory)
         self._shift_all(loop.time() - self.now_s)
@@ -112,6 +115,12 @@ class VirtualTime:
 
     def _thread_done(self, _: asyncio.Future[Any]) -> None:
         self._threads -= 1
+        self._asked = self._asked and self._threads > 0
+
+    def _call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self._threads and getattr(callback, "__name__", "") != _RESULT:
+            self._asked = True
+        return type(self._loop).call_soon_threadsafe(self._loop, callback, *args, **options)
 
     # -- waiting ------------------------------------------------------------------------------------
 
@@ -120,7 +129,7 @@ class VirtualTime:
             self._passes += 1
             events: list[Any] = [] if self._passes % _POLL_EVERY else self._real.select(0)
             return events
-        if timeout is None or self._threads:
+        if timeout is None or (self._threads and not self._asked):
             events = self._real.select(_THREAD_WAIT_S)
             return events
         events = self._real.select(0)

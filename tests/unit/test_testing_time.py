@@ -106,6 +106,24 @@ async def test_time_stands_still_while_a_thread_works() -> None:
         assert name != threading.current_thread().name
 
 
+async def test_a_thread_may_ask_the_loop_for_what_takes_virtual_time() -> None:
+    async with (
+        fl.testing.Cluster(topics=["t"]) as cluster,
+        cluster.client() as client,
+        client.producer() as producer,
+    ):
+        loop = asyncio.get_running_loop()
+
+        def work() -> int:
+            sent = asyncio.run_coroutine_threadsafe(producer.send("t", b"x"), loop).result(10)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(3600), loop).result(10)
+            return sent.partition
+
+        before = cluster.now()
+        assert await asyncio.to_thread(work) == 0
+        assert cluster.now() - before > timedelta(hours=1)
+
+
 def _work() -> str:
     time.sleep(0.1)
     return threading.current_thread().name
