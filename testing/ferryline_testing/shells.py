@@ -167,7 +167,7 @@ class MemoryBroker(Broker):
 
     def time_passed(self) -> None:
         """Deadlines of partitions that a leap went over."""
-        self.partitions._tick()
+        self.partitions._deadlines._tick()
 
 
 async def _serving(app: web.Application, network: Network, life: Life) -> web.AppRunner:

@@ -17,7 +17,7 @@ from ferryline.protocol.metadata import RetryPolicy
 from ferryline.protocol.queue_messages import ORDER_KEY, ORDER_NONE, ORDER_PARTITION
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
-from ferryline_broker.core.queue import QueueConfig
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_events import MoveDead
 from ferryline_broker.core.queue_table import QueueTable
 from tests.simulation.engine import MS

@@ -12,7 +12,7 @@ from ferryline.protocol.metadata import NO_BROKER
 from ferryline.protocol.records import decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import ReplicaConfig
-from ferryline_broker.core.queue import QueueConfig
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_coordinator.core import events as ce
 from ferryline_coordinator.core.config import CoreConfig
 from tests.simulation.ambush import Ambushes

@@ -10,10 +10,12 @@ import pytest
 from ferryline.protocol.metadata import RetryPolicy
 from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, REJECT, RELEASE
 from ferryline_broker.core.intervals import Runs
-from ferryline_broker.core.queue import Queue, QueueConfig
+from ferryline_broker.core.queue import Queue
+from ferryline_broker.core.queue_config import QueueConfig, backoff_ms
 from ferryline_broker.core.queue_entries import Released, packed, unpacked
 from ferryline_broker.core.queue_events import Scanned, SettleItem
 from ferryline_broker.core.queue_table import QueueTable
+from ferryline_broker.core.queue_view import explain, stats
 
 LEASE_MS = 10_000
 EPOCH = 3
@@ -81,7 +83,7 @@ class World:
         """The next primary, which has nothing but the entries, or a snapshot of them."""
         table = QueueTable("g", self.queue.table.ordering, 0)
         if by_snapshot:
-            row = self.queue.table.row(lambda offset: 1 if 0 <= offset else -1)
+            row = self.queue.table.row(lambda offset: 1 if offset >= 0 else -1)
             row = msgspec.msgpack.decode(msgspec.msgpack.encode(row), type=type(row))
             table = QueueTable.of_row(row, lambda offset, epoch: True, 0)
         else:
@@ -241,8 +243,8 @@ def test_a_parked_lane_stands_until_it_is_redriven_in_place() -> None:
     world.settle(REJECT, 0, reason="poison")
     world.settle(ACK, 2)
     assert world.lease() == []
-    assert world.queue.stats(4)["parked"] == 1
-    assert world.queue.explain(1, 4, world.now) == {"offset": 1, "attempts": 0, "state": "waiting", "behind": 0}
+    assert stats(world.queue, 4)["parked"] == 1
+    assert explain(world.queue, 1, 4, world.now) == {"offset": 1, "attempts": 0, "state": "waiting", "behind": 0}
     assert world.queue.redrive(lambda offset: True, world.now) == [0]
     assert world.lease() == [0]
     world.settle(ACK, 0)
@@ -253,12 +255,11 @@ def test_a_parked_lane_stands_until_it_is_redriven_in_place() -> None:
 
 def test_back_off_is_drawn_from_the_policy_and_the_same_everywhere() -> None:
     policy = RetryPolicy(attempts=20, backoff_ms=1_000, backoff_max_ms=60_000)
-    queue = World("a").queue
-    draws = [queue.backoff_ms(offset, 3, policy) for offset in range(2_000)]
+    draws = [backoff_ms("g", offset, 3, policy) for offset in range(2_000)]
     assert all(0 <= draw <= 4_000 for draw in draws)
     assert 1_900 < sum(draws) / len(draws) < 2_100, "evenly drawn"
-    assert draws == [World("a").queue.backoff_ms(offset, 3, policy) for offset in range(2_000)]
-    assert all(queue.backoff_ms(offset, 19, policy) <= 60_000 for offset in range(100))
+    assert draws == [backoff_ms("g", offset, 3, policy) for offset in range(2_000)]
+    assert all(backoff_ms("g", offset, 19, policy) <= 60_000 for offset in range(100))
 
 
 # -- priority, delay, expiry -------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def test_a_new_primary_knows_what_was_leased_acked_and_parked(by_snapshot: bool)
     assert other.lease() == [6]
     other.tick(LEASE_MS - 2_000)
     assert other.lease() == [1, 3, 5]
-    assert other.queue.stats(7)["parked"] == 1
+    assert stats(other.queue, 7)["parked"] == 1
 
 
 def test_lanes_are_not_opened_before_everything_with_a_past_is_seen_again() -> None:

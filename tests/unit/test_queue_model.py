@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ferryline.protocol.metadata import RetryPolicy
 from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, ORDER_KEY, ORDER_NONE, ORDER_PARTITION, REJECT, RELEASE
-from ferryline_broker.core.queue import Queue, QueueConfig
+from ferryline_broker.core.queue import Queue
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_entries import Purged, Settled, unpacked
 from ferryline_broker.core.queue_events import MoveDead, Scanned, SettleItem
 from ferryline_broker.core.queue_table import QueueTable

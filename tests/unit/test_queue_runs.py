@@ -11,7 +11,8 @@ from ferryline_broker.core import events as ev
 from ferryline_broker.core import queue_events as qe
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, encode_entry
-from ferryline_broker.core.queue import Queue, QueueConfig
+from ferryline_broker.core.queue import Queue
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_entries import Dying, Opened, Purged
 from ferryline_broker.core.queue_table import QueueTable
 from unit.core_pair import KEY, part

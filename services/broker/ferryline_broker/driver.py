@@ -15,7 +15,6 @@ passes more, so that a busy broker flushes megabytes at a time.
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -25,6 +24,7 @@ from ferryline.protocol.messages import RECORDS, STATE, ResignEntry
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core import events as ev
 from ferryline_broker.core import queue_events as qe
+from ferryline_broker.deadlines import Deadlines
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.group import GroupFlush
 from ferryline_broker.log.interface import LogDamaged
@@ -59,14 +59,13 @@ class PartitionDriver:
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
-        self._token = self._timer_ms = 0
+        self._token = 0
         self._emitters: dict[Emitter, None] = {}
         self._answered: dict[Asker, None] = {}
         self._pass_due = self._sync_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
         self._appends = self._appends_seen = self._postponed = 0
-        self._heap: list[tuple[int, int, HostedReplica]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadlines = Deadlines(self._due)
         self._do: dict[type[ev.Effect], Callable[[HostedReplica, Any], None]] = {
             ev.Append: self._append,
             ev.Flush: self._flush,
@@ -115,7 +114,7 @@ class PartitionDriver:
             effects = hosted.core.handle(event, now_ms())
             if effects:
                 self._carry_out(hosted, effects)
-            self._arm(hosted)
+            self._deadlines.arm(hosted)
         except Exception as error:  # an assertion, or a mistake that leaves core and log in doubt about each other
             self._break(hosted, event, error)
 
@@ -127,7 +126,7 @@ class PartitionDriver:
 
     def host(self, hosted: HostedReplica) -> None:
         self.replicas[hosted.key] = hosted
-        self._arm(hosted)
+        self._deadlines.arm(hosted)
 
     def unhost(self, key: ev.Key) -> HostedReplica | None:
         """Forget a replica; whoever waits for it learns that it is gone."""
@@ -334,40 +333,14 @@ class PartitionDriver:
 
     # -- time ---------------------------------------------------------------------------------------
 
-    def _arm(self, hosted: HostedReplica) -> None:
-        deadline = hosted.core.next_deadline_ms()
-        hosted.deadline_ms = deadline
-        if deadline is None or (hosted.queued_ms is not None and hosted.queued_ms <= deadline):
-            return  # what is queued fires earlier, finds nothing due and queues the present deadline
-        hosted.queued_ms = deadline
-        heapq.heappush(self._heap, (deadline, id(hosted), hosted))
-        if self._timer is None or deadline < self._timer_ms:
-            self._set_timer(deadline)
-
-    def _set_timer(self, deadline_ms: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_ms = deadline_ms
-        self._timer = self._loop.call_later(max(0, deadline_ms - now_ms()) / 1000, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        now, heap = now_ms(), self._heap
-        due: list[HostedReplica] = []
-        while heap and heap[0][0] <= now:
-            queued, _, hosted = heapq.heappop(heap)
-            if hosted.queued_ms == queued:
-                hosted.queued_ms = None
-                if not hosted.broken:
-                    due.append(hosted)
-        for hosted in due:
-            if hosted.deadline_ms is not None and hosted.deadline_ms <= now:
-                self.feed(hosted, ev.Tick())
-            else:
-                self._arm(hosted)
-        if heap:
-            # A deadline that its Tick did not clear must not spin the loop.
-            self._set_timer(max(heap[0][0], now + 1))
+    def _due(self, hosted: HostedReplica, now: int) -> None:
+        """Its deadline may have come."""
+        if hosted.broken:
+            return
+        if hosted.deadline_ms is not None and hosted.deadline_ms <= now:
+            self.feed(hosted, ev.Tick())
+        else:
+            self._deadlines.arm(hosted)
 
     # -- failed assertions --------------------------------------------------------------------------
 

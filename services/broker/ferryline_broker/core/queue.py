@@ -5,22 +5,21 @@ that changes the table appends its entries to ``out``: they are applied already,
 
 The rules (docs/queues.md):
 
-* a record is ready only when nothing before it in its lane is out; what is leased leaves the window's `ready`;
-* after a promotion nothing is leased before the window has passed every record with a past: lanes are known only then;
-* what is released goes back to where it was: the record that failed first, those that were leased behind it after it.
+* a record is ready only when nothing before it in its lane is out;
+* after a promotion nothing is leased before the window has passed every record with a past;
+* what is released goes back to where it was, and what was leased behind it after it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import msgspec
 
 from ferryline.protocol.metadata import RetryPolicy
 from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, ORDER_KEY, ORDER_NONE, ORDER_PARTITION, REJECT
+from ferryline_broker.core.queue_config import QueueConfig, backoff_ms
 from ferryline_broker.core.queue_entries import (
     ACKED,
     COPIED,
@@ -39,23 +38,11 @@ from ferryline_broker.core.queue_entries import (
     packed,
 )
 from ferryline_broker.core.queue_events import MoveDead, Scanned, SettleItem
-from ferryline_broker.core.queue_table import NO_LEASE, Lease, LeaseId, QueueTable, Story
+from ferryline_broker.core.queue_table import Lease, LeaseId, QueueTable, Story
 from ferryline_broker.core.window import Window
 
 LANE_RUN = {ORDER_KEY: 1, ORDER_PARTITION: 10_000, ORDER_NONE: 1}  # records of a lane in one lease
 _WHOLE = b""  # the one lane of ordering="partition"
-
-
-class QueueConfig(msgspec.Struct, frozen=True):
-    """Limits of one queue in one partition."""
-
-    heads: int = 20_000  # ready records in the window: what priorities choose from
-    waiting: int = 1_000_000  # records in lanes behind them, 8 bytes each
-    read_bytes: int = 1024 * 1024  # of log, at a time
-    overdue_ms: int = 10_000  # ready for this long: before everything of a higher priority that is not
-    dedupe_ms: int = 300_000  # an id that comes again within this time is a duplicate
-    ids: int = 100_000  # that are remembered, the newest ones
-    idle_ms: int = 7 * 86_400_000  # nobody asked: it holds back retention no longer
 
 
 class Queue:
@@ -76,10 +63,6 @@ class Queue:
         self.moving: int | None = None  # offset that is being copied to the dead letters
         self._ids: dict[bytes, tuple[int, int]] = {}  # id -> (offset, when it was seen), oldest first
         self.restart(now_ms)
-
-    @property
-    def group(self) -> str:
-        return self.table.group
 
     def restart(self, now_ms: int) -> None:
         """Forget the window: it is read again from the start. Leases get a fresh deadline."""
@@ -143,7 +126,7 @@ class Queue:
             table.skip(at, next_offset)
         window.scanned = max(window.scanned, next_offset)
         if duplicates:
-            self._put(Settled(self.group, DUPLICATE, packed(duplicates), self._epoch_at(duplicates[-1])))
+            self._put(Settled(self.table.group, DUPLICATE, packed(duplicates), self._epoch_at(duplicates[-1])))
 
     def _seen(self, record: Scanned, now_ms: int) -> bool:
         """Has this id come by within the dedupe window, on an earlier record?"""
@@ -206,13 +189,15 @@ class Queue:
                 taken.append(more)
                 followed += 1
         if expired:
-            self._put(Settled(self.group, EXPIRED, packed(sorted(expired)), self._epoch_at(max(expired))))
+            self._put(Settled(self.table.group, EXPIRED, packed(sorted(expired)), self._epoch_at(max(expired))))
         if not taken:
             return None
         order = list(taken)
         taken.sort()
         number = table.next_lease
-        self._put(Leased(self.group, self._epoch, number, member, lease_ms, packed(taken), self._epoch_at(taken[-1])))
+        self._put(
+            Leased(self.table.group, self._epoch, number, member, lease_ms, packed(taken), self._epoch_at(taken[-1]))
+        )
         lease = table.leases[self._epoch, number]
         lease.order = order
         lease.since_ms = now_ms
@@ -277,7 +262,7 @@ class Queue:
         return good, stale, settled
 
     def _settle(self, offsets: list[int], why: str, now_ms: int) -> None:
-        self._put(Settled(self.group, why, packed(offsets), self._epoch_at(offsets[-1])))
+        self._put(Settled(self.table.group, why, packed(offsets), self._epoch_at(offsets[-1])))
         for offset in offsets:
             self.window.gone(offset, now_ms)
 
@@ -292,17 +277,10 @@ class Queue:
             if attempts >= policy.attempts:
                 dead.append(offset)
             else:
-                delays[offset] = delay_ms if delay_ms >= 0 else self.backoff_ms(offset, attempts, policy)
+                delays[offset] = delay_ms if delay_ms >= 0 else backoff_ms(self.table.group, offset, attempts, policy)
         self._release(sorted(delays), why, delays, now_ms, reason, detail)
         for offset in dead:
             self._kill(offset, policy, now_ms, reason or why, detail)
-
-    def backoff_ms(self, offset: int, attempts: int, policy: RetryPolicy) -> int:
-        """Drawn evenly from [0, limit], by a hash: the same on every replica and in every test."""
-        limit: int = min(policy.backoff_max_ms, policy.backoff_ms << min(attempts - 1, 40))
-        named = f"{self.group}/{offset}/{attempts}".encode()
-        draw = int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
-        return draw * (limit + 1) >> 64
 
     def _release(
         self, offsets: list[int], why: str, delays: dict[int, int], now_ms: int, reason: str = "", detail: str = ""
@@ -310,12 +288,8 @@ class Queue:
         """These are available again. What was leased behind one of them in its lane steps back behind it."""
         if not offsets:
             return
-        self._put(
-            Released(
-                self.group, why, packed(offsets), self._epoch_at(offsets[-1]), [delays[one] for one in offsets],
-                reason, detail,
-            )
-        )  # fmt: skip
+        epoch, waits = self._epoch_at(offsets[-1]), [delays[one] for one in offsets]
+        self._put(Released(self.table.group, why, packed(offsets), epoch, waits, reason, detail))
         self._give_back(self._behind(offsets[0]))
         for offset in reversed(offsets):
             self._available(offset, delays[offset], now_ms)
@@ -324,7 +298,9 @@ class Queue:
         """These were leased behind a record that failed: they step back into the line, and no attempt counts."""
         if not offsets:
             return
-        self._put(Released(self.group, GIVEN_BACK, packed(offsets), self._epoch_at(offsets[-1]), [0] * len(offsets)))
+        self._put(
+            Released(self.table.group, GIVEN_BACK, packed(offsets), self._epoch_at(offsets[-1]), [0] * len(offsets))
+        )
         for offset in reversed(offsets):
             if offset in self.window.lane_of:
                 self.window.put_back(offset)
@@ -334,10 +310,10 @@ class Queue:
         self._give_back(self._behind(offset))
         epoch = self._epoch_at(offset)
         if policy.on_dead == "park":
-            self._put(Parked(self.group, offset, epoch, reason, detail))
+            self._put(Parked(self.table.group, offset, epoch, reason, detail))
         else:
             table = self.table
-            self._put(Dying(self.group, offset, epoch, table.producer_epoch, table.next_sequence, reason, detail))
+            self._put(Dying(self.table.group, offset, epoch, table.producer_epoch, table.next_sequence, reason, detail))
         if offset in self.window.lane_of:
             self.window.stop(offset, now_ms)
 
@@ -360,7 +336,7 @@ class Queue:
         self.moving = offset
         history = list(story.history)
         reason = history[-1][1] if history else ""
-        return MoveDead(self.group, offset, epoch, sequence, story.attempts, reason, history)
+        return MoveDead(self.table.group, offset, epoch, sequence, story.attempts, reason, history)
 
     def first_dying(self) -> int | None:
         """The offset that is copied first: its sequence is the lowest."""
@@ -380,7 +356,7 @@ class Queue:
         dying = [(one.dying, at) for at, one in self.table.stories.items() if one.dying is not None]
         epoch = self.table.producer_epoch + 1
         for number, (_, at) in enumerate(sorted(dying)):
-            self._put(Dying(self.group, at, self._epoch_at(at), epoch, number))
+            self._put(Dying(self.table.group, at, self._epoch_at(at), epoch, number))
 
     # -- operators ----------------------------------------------------------------------------------
 
@@ -388,7 +364,7 @@ class Queue:
         """Parked records are available again, in place, with no attempts behind them."""
         offsets = sorted(o for o, story in self.table.stories.items() if story.parked and chosen(o))
         if offsets:
-            self._put(Redriven(self.group, packed(offsets), self._epoch_at(offsets[-1])))
+            self._put(Redriven(self.table.group, packed(offsets), self._epoch_at(offsets[-1])))
             for offset in offsets:
                 self._available(offset, 0, now_ms)
         return offsets
@@ -420,72 +396,3 @@ class Queue:
         if not deadlines:
             return due
         return deadlines[0][0] if due is None else min(due, deadlines[0][0])
-
-    # -- looking ------------------------------------------------------------------------------------
-
-    def stats(self, high_watermark: int) -> dict[str, Any]:
-        table, window = self.table, self.window
-        members: dict[str, int] = {}
-        for lease in table.leases.values():
-            members[lease.member] = members.get(lease.member, 0) + len(lease.offsets)
-        return {
-            "start": table.start,
-            "high_watermark": high_watermark,
-            "ordering": table.ordering,
-            "paused": table.paused,
-            "scanned": window.scanned,
-            "settled_above_start": table.settled.total,
-            "members": members,
-            **self.counts(high_watermark),
-        }
-
-    def counts(self, high_watermark: int) -> dict[str, int]:
-        """Records by state. ``unsettled`` counts offsets that hold no record (control batches) until they are seen."""
-        table, window = self.table, self.window
-        stories = table.stories.values()
-        return {
-            "unsettled": max(0, high_watermark - table.start - table.settled.total),
-            "ready": len(window.ready),
-            "waiting": window.waiting,
-            "delayed": len(window.scheduled) + len(window.backing_off),
-            "leased": len(table.holder),
-            "parked": sum(story.parked for story in stories),
-            "dying": sum(story.dying is not None for story in stories),
-        }
-
-    def explain(self, offset: int, high_watermark: int, now_ms: int) -> dict[str, Any]:
-        """Where a record is, and what it waits for."""
-        table = self.table
-        story = table.stories.get(offset)
-        told: dict[str, Any] = {"offset": offset, "attempts": story.attempts if story else 0}
-        if story is not None and story.history:
-            told["history"] = [{"attempt": a, "reason": r, "detail": d} for a, r, d in story.history]
-        lease = table.holder.get(offset)
-        if offset >= high_watermark:
-            state, detail = "not committed", 0
-        elif table.is_settled(offset):
-            state, detail = "settled", 0
-        elif lease is not None:
-            state, detail = "leased", 0
-            told |= {
-                "member": lease.member,
-                "leased_for_ms": now_ms - lease.since_ms,
-                "lease_ends_in_ms": lease.deadline_ms - now_ms,
-            }
-        elif story is not None and (story.parked or story.dying is not None):
-            state, detail = "parked" if story.parked else "dying", 0
-        else:
-            state, detail = self.window.place(offset)
-        told["state"] = state
-        if state == "waiting":
-            told["behind"] = detail
-        elif state == "delayed":
-            told["due_in_ms"] = max(0, detail - now_ms)
-        if state in ("available", "waiting") and table.paused:
-            told["paused"] = True
-        if state == "available" and not self.hungry:
-            told["why"] = "no receiver asks for records"
-        return told
-
-
-__all__ = ["NO_LEASE", "Queue", "QueueConfig"]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import msgspec
 
 from ferryline.protocol.messages import RECORDS, STATE
-from ferryline_broker.core.events import Effect, Event
+from ferryline_broker.core.events import Effect
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
-from ferryline_broker.core.queue import Queue, QueueConfig
+from ferryline_broker.core.queue import Queue
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_entries import COPIED, Dying, Opened, Purged, QueuePaused, Settled
 from ferryline_broker.core.queue_events import (
     DONE,
@@ -29,7 +30,7 @@ from ferryline_broker.core.queue_events import (
     WakeReceivers,
     WindowRead,
 )
-from ferryline_broker.core.queue_table import QueueTable
+from ferryline_broker.core.queue_view import counts, explain, stats
 from ferryline_broker.core.replica import Replica
 
 QueueEvent = LeaseAsked | SettleAsked | KeepAsked | QueueAsked | WindowRead | DeadMoved
@@ -162,9 +163,9 @@ class Queues:
         entry: StateEntry
         match event.op:
             case "stats":
-                return Outcome(answer=AnswerQueue(event.token, queue.stats(high)), at_once=True)
+                return Outcome(answer=AnswerQueue(event.token, stats(queue, high)), at_once=True)
             case "explain":
-                told = queue.explain(event.offset, high, now_ms)
+                told = explain(queue, event.offset, high, now_ms)
                 return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
             case "peek":
                 told = {"offsets": self._unsettled(queue, event.offset, event.count, high)}
@@ -243,10 +244,10 @@ class Queues:
             wanted = queue.next_read(self._replica.high_watermark[RECORDS])
             if wanted is not None:
                 queue.reading = True
-                self._replica.out.append(ReadWindow(queue.group, *wanted, self._config.read_bytes))
+                self._replica.out.append(ReadWindow(queue.table.group, *wanted, self._config.read_bytes))
         if queue.hungry and queue.filled and not queue.rebuilding and not queue.table.paused and queue.window.ready:
             queue.hungry = False
-            self._replica.out.append(WakeReceivers(queue.group, len(queue.window.ready)))
+            self._replica.out.append(WakeReceivers(queue.table.group, len(queue.window.ready)))
 
     def _follow_retention(self, queue: Queue, now_ms: int) -> None:
         start = self._replica.log_start[RECORDS]
@@ -336,16 +337,8 @@ class Queues:
     def counts(self) -> dict[str, dict[str, int]]:
         """Records of each queue by state, for metrics."""
         high = self._replica.high_watermark[RECORDS]
-        return {group: queue.counts(high) for group, queue in sorted(self._queues.items())}
+        return {group: counts(queue, high) for group, queue in sorted(self._queues.items())}
 
     def ready(self, group: str) -> int:
         queue = self._queues.get(group)
         return len(queue.window.ready) if queue is not None and queue.filled and not queue.rebuilding else 0
-
-
-def open_table(entry: Opened) -> QueueTable:
-    """The table that an `Opened` makes."""
-    return QueueTable(entry.group, entry.ordering, entry.start)
-
-
-__all__ = ["Event", "Outcome", "Queues", "open_table"]

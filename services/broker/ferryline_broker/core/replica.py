@@ -25,7 +25,7 @@ from ferryline_broker.core.events import (
     WakeReaders,
 )
 from ferryline_broker.core.producers import ProducerTable
-from ferryline_broker.core.queue import QueueConfig
+from ferryline_broker.core.queue_config import QueueConfig
 
 ROLE_PRIMARY = "primary"
 ROLE_SECONDARY = "secondary"
