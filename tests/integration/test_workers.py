@@ -53,9 +53,9 @@ def stuck(seconds: float) -> None:
     time.sleep(seconds)
 
 @app.task(queue="{name}.jobs")
-def die() -> None:
-    tell(began="die")
-    os._exit(7)
+async def block(seconds: float) -> None:
+    tell(began="block")
+    time.sleep(seconds)
 
 @app.on_stop
 async def stop():
@@ -217,7 +217,7 @@ async def test_a_worker_that_stops_gives_back_within_a_second(client: fl.Client)
         await worker.start()
         await poll(lambda: worker.lines[0].receiver.unsettled == 50)
         async with client.receiver("stopping", group="stopping", prefetch=100) as other:
-            await asyncio.sleep(0.2)  # parked at both brokers
+            assert not await other.receive(1, 0.2)  # now it is parked at both brokers
             began = time.monotonic()
             stopping = asyncio.create_task(worker.stop())
             back: list[fl.QueueMessage[Any]] = []
@@ -286,6 +286,27 @@ async def test_a_thread_that_does_not_end_holds_nothing_up(program: Program, cli
         assert await program.ended() == 0
         assert time.monotonic() - began < 10
         assert (await job.status()).state is fl.JobState.QUEUED
+
+
+async def test_a_second_signal_ends_what_does_not_hear_the_first(program: Program, client: fl.Client) -> None:
+    async with submitter(program, client) as tasks:
+        await tasks["block"].submit(60.0)
+        process = program.start("--grace", "60")
+        await poll(lambda: program.told, within_s=20)
+        process.send_signal(signal.SIGTERM)
+        await poll(lambda: "stopping" in program.log)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert await program.ended(5) == 0
+        assert "stopped" not in str(program.told)
+
+
+async def test_workers_end_with_the_program_that_watches_them(program: Program) -> None:
+    process = program.start("--autoscale", "2")
+    await poll(lambda: len(program.workers()) == 2, within_s=20)
+    workers = program.workers()
+    process.kill()
+    await poll(lambda: not any(psutil.pid_exists(pid) for pid in workers), within_s=20)
 
 
 async def test_a_worker_that_is_killed_is_replaced_and_its_job_runs_again(program: Program, client: fl.Client) -> None:
@@ -375,7 +396,7 @@ def test_show_says_what_an_app_declares(program: Program) -> None:
     assert [(row["kind"], row["name"], row["attempts"]) for row in rows] == [
         ("task", "work", 3),
         ("task", "stuck", None),
-        ("task", "die", None),
+        ("task", "block", None),
     ]
 
 

@@ -111,6 +111,7 @@ class Supervisor:
             for unit in self._units:
                 unit.kill_at = 0.0
         self._stopping = True
+        log.info("stopping; asked again, this kills what has not ended")
         for unit in self._units:
             unit.ask_to_end(self._end_s)
 
