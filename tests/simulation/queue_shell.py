@@ -235,11 +235,11 @@ class QueueShell:
             self.broker.replicas.feed(key, event)
 
     def _scanned(self, record: Any) -> Scanned:
-        facts, now_ms = self.part.fact(record.value or b""), self.broker.now_ms()
-        return Scanned(
-            record.offset, record.key, facts.priority, now_ms + facts.delay_ms if facts.delay_ms else 0,
-            now_ms + facts.ttl_ms if facts.ttl_ms else 0,
-        )  # fmt: skip
+        """As `queue_records.py`: moments of true time become moments of this broker's clock."""
+        facts, now_ms, now_us = self.part.fact(record.value or b""), self.broker.now_ms(), self.world.engine.now_us
+        due_ms = now_ms + facts.from_now_ms(facts.delay_ms, now_us) if facts.delay_ms else 0
+        expires_ms = now_ms + facts.from_now_ms(facts.ttl_ms, now_us) if facts.ttl_ms else 0
+        return Scanned(record.offset, record.key, facts.priority, due_ms, expires_ms)
 
     # -- dead letters ------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from ferryline.protocol.metadata import RetryPolicy
 from ferryline.protocol.queue_messages import ORDER_KEY, ORDER_NONE, ORDER_PARTITION
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.partition import PartitionCore
-from ferryline_broker.core.queue_config import QueueConfig
+from ferryline_broker.core.queue import QueueConfig
 from ferryline_broker.core.queue_events import MoveDead
 from ferryline_broker.core.queue_table import QueueTable
 from tests.simulation.engine import MS
@@ -34,12 +34,17 @@ DONE, FORGOTTEN = "done", "forgotten"
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a producer wrote into the headers of a record. Times count from when a broker reads it."""
+    """What a producer wrote into the headers of a record. Times count from ``sent_us``, 0: none."""
 
     lane: bytes | None = None
     priority: int = 4
     delay_ms: int = 0
     ttl_ms: int = 0
+    sent_us: int = 0
+
+    def from_now_ms(self, after_ms: int, now_us: int) -> int:
+        """How long it is to ``after_ms`` after the sending; below 0: it is over."""
+        return after_ms - (now_us - self.sent_us) // MS
 
 
 NOTHING = Facts()
@@ -185,6 +190,7 @@ class QueuePart:
             rng.choice((0, 9)) if rng.random() < drawn.priorities else 4,
             self.between(200, 3_000) if rng.random() < drawn.delays else 0,
             self.between(300, 4_000) if rng.random() < drawn.ttls else 0,
+            self.engine.now_us,
         )
         return lane
 
