@@ -28,7 +28,7 @@ from ferryline.protocol.queue_messages import (
     SettleEntry,
     SettleResult,
 )
-from ferryline.protocol.records import decode_batch, encode_batch
+from ferryline.protocol.records import _seal, decode_batch, encode_batch
 from ferryline_service.node import raise_error
 from unit.broker_world import BrokerWorld, RawClient, eventually
 
@@ -311,3 +311,22 @@ async def test_another_ordering_and_another_broker_are_refused_with_the_reason(t
         assert elsewhere is not None
         assert elsewhere[0].error is not None
         assert elsewhere[0].error.code == "NOT_PRIMARY"
+
+
+async def test_a_batch_that_does_not_decode_stops_no_queue(tmp_path: Path) -> None:
+    """Its CRC holds, so the log has taken it; brokers decode nothing before a queue looks at it."""
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        client = await world.client(broker.url)
+        rotten = encode_batch([(b"a", b"x" * 40, []), (b"b", b"y", [])])
+        rotten[61:90] = b"\xff" * 29
+        _seal(rotten)
+        entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(rotten))
+        assert (await client.produce_raw([(entry, bytes(rotten))]))[0].error is None
+        await produce(client, topic, ("a", "a1"))
+        found = await Receiver(client, topic).receive()
+        assert found is not None
+        assert found[1] == ["a1"]
+        assert not broker.broker.partitions.replicas[topic.id, 0].broken
+        assert broker.broker.partitions.replicas[topic.id, 0].core.role == "primary"

@@ -134,7 +134,7 @@ def apply_config(hosted: HostedReplica, config: TopicConfig) -> None:
 
 
 def retry_policy(topic: TopicMeta) -> RetryPolicy:
-    """How queues of this topic retry. What is dead in a topic of dead letters stays where it is: it has nowhere to go."""
+    """How queues of this topic retry. What is dead in a topic of dead letters stays there: it has nowhere to go."""
     retry = topic.config.retry
     return replace(retry, on_dead="park") if topic.name.endswith(DEAD_LETTERS_SUFFIX) else retry
 

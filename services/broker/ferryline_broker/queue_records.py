@@ -1,7 +1,7 @@
 """What queues read of the record log: keys and headers for the window, whole records for deliveries.
 
-A batch is decoded once and kept while there is room (one budget for all partitions); a delivery mostly finds its records
-here. Only committed records are asked for, and those never change, so nothing has to be thrown away but whole partitions.
+A batch is decoded once and kept while there is room (one budget for all partitions); a delivery mostly finds its
+records here. Only committed records are asked for, and those never change: nothing but whole partitions is thrown away.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from ferryline.protocol.records import BatchHeader, DecodedRecord, decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.queue_events import ReadWindow, Scanned, WindowRead
 from ferryline_broker.hosted import HostedReplica
-from ferryline_broker.log.interface import LogDamaged
 from ferryline_broker.log.walk import checked_batches
+from ferryline_service.logs import get_logger
 
 CACHE_BYTES = 64 * 1024 * 1024
 _READ_BYTES = 256 * 1024
 _RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
 _YEARS_MS = 100 * 365 * 86_400_000
+_log = get_logger()
 
 
 class _Batch:
-    """One decoded batch; ``records`` is empty for a control batch."""
+    """One decoded batch; ``records`` is empty for a control batch, and for one that does not decode."""
 
     __slots__ = ("cost", "header", "records")
 
@@ -113,8 +114,16 @@ class QueueRecords:
                 try:
                     records = [] if header.is_control else list(decode_batch(view[at : at + header.size], header))
                 except CorruptBatch as error:
-                    why = f"{log.path}: undecodable at offset {header.base_offset}: {error.message}"
-                    raise LogDamaged(why, offset=header.base_offset) from error
+                    # Its CRC holds, so the disk is good and a client sent it like that. To log readers it is an error;
+                    # a queue goes on behind it, as on every other copy.
+                    _log.error(
+                        "a batch does not decode, queues skip it",
+                        partition=hosted.name,
+                        offset=header.base_offset,
+                        records=header.record_count,
+                        error=error.message,
+                    )
+                    records = []
                 known = _Batch(header, records)
                 self._keep(hosted.key, known)
             found.append(known)
