@@ -45,8 +45,8 @@ async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
 async def test_an_answer_without_a_partition_is_no_failure_of_that_partition(
     cluster: FakeCluster, client: fl.Client
 ) -> None:
-    """A broker names only partitions that have something; the others were waited for in vain, and are asked again at once.
-    Taking them for lost made them wait for their back-off, and asked for the metadata each time."""
+    """A broker names only partitions that have something; the others are asked for again at once. Taking them for lost
+    made them wait for their back-off, and asked for the metadata each time."""
     asked: list[int] = []
     async with client.consumer("orders") as consumer:
         fetcher = consumer._fetcher

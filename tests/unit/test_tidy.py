@@ -39,7 +39,7 @@ LONG_FILES = {
     "sdk/ferryline/protocol/errors.py": "one tree of all errors: a reader looks a code up, not through",
     "sdk/ferryline/protocol/messages.py": "one flat list of all frame headers: a reader looks a kind up, not through",
     "services/broker/ferryline_broker/core/events.py": "one flat vocabulary of events and effects",
-    "services/broker/ferryline_broker/core/partition.py": "the funnel of a replica: a reader follows an event through it",
+    "services/broker/ferryline_broker/core/partition.py": "the funnel of a replica: an event is followed through it",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "sdk/ferryline/cli/bench/__init__.py::app": "a command's options are its parameters, one line each",
