@@ -32,8 +32,8 @@ class Receive(Message):
 
     ``ordering`` is a property of the group in a partition: the first receiver sets it, others must say the same.
     ``start`` ("start" or "end") is where a group begins that has never received here. ``strict``: the highest priority
-    first of all that is committed; otherwise a record that has waited for 10 s goes before higher ones that have not, and
-    what was committed last may not have been looked at yet.
+    first of all that is committed; otherwise a record that has waited for 10 s goes before higher ones that have not,
+    and what was committed last may not have been looked at yet.
     """
 
     group: str
