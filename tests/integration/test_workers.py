@@ -117,8 +117,14 @@ class Program:
 
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()  # its workers die with it
+            workers = psutil.Process(self.process.pid).children()
+            self.process.kill()
             self.process.wait()
+            for worker in workers:  # they end by themselves, unless a handler blocks them
+                try:
+                    worker.kill()
+                except psutil.NoSuchProcess:
+                    continue
 
 
 @pytest.fixture
@@ -379,14 +385,16 @@ async def test_a_schedule_fires_once_with_two_workers(program: Program, client: 
     )
     process = program.start("--autoscale", "2")
 
-    def ticks() -> list[str]:
-        return [one["tick"] for one in program.told if "tick" in one]
+    def ticks() -> list[dict[str, Any]]:
+        return [one for one in program.told if "tick" in one]
 
     await poll(lambda: len(ticks()) >= 6, within_s=40)
     assert len(program.workers()) == 2
     process.send_signal(signal.SIGTERM)
     assert await program.ended() == 0
-    assert set(Counter(ticks()).values()) == {1}
+    assert {one["tick"][:7] for one in ticks()} == {"tick@20"}  # by the time that was due
+    assert set(Counter(one["tick"] for one in ticks()).values()) == {1}
+    assert len(ticks()) <= ticks()[-1]["at"] - ticks()[0]["at"] + 2
 
 
 def test_show_says_what_an_app_declares(program: Program) -> None:
