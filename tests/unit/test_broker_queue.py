@@ -330,3 +330,16 @@ async def test_a_batch_that_does_not_decode_stops_no_queue(tmp_path: Path) -> No
         assert found[1] == ["a1"]
         assert not broker.broker.partitions.replicas[topic.id, 0].broken
         assert broker.broker.partitions.replicas[topic.id, 0].core.role == "primary"
+
+
+async def test_a_partition_in_order_is_handed_out_in_runs(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        client = await world.client(broker.url)
+        await produce(client, topic, *[(f"k{number}", str(number)) for number in range(8)])
+        found = await Receiver(client, topic).receive(ordering="partition", records_max=5)
+        assert found is not None
+        again = await Receiver(client, topic).receive(ordering="partition", records_max=5, wait_ms=0)
+        assert again is None, "somebody has a run"
+        assert found[1] == ["0", "1", "2", "3", "4"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from ferryline.protocol.messages import RECORDS, STATE
+from ferryline.protocol.queue_messages import ORDER_PARTITION
 from ferryline_broker.core.events import Effect
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
 from ferryline_broker.core.queue import Queue
@@ -340,5 +341,9 @@ class Queues:
         return {group: counts(queue, high) for group, queue in sorted(self._queues.items())}
 
     def ready(self, group: str) -> int:
+        """How many records could be leased now; of a lane that is leased in runs, all that stand in it."""
         queue = self._queues.get(group)
-        return len(queue.window.ready) if queue is not None and queue.filled and not queue.rebuilding else 0
+        if queue is None or not queue.filled or queue.rebuilding:
+            return 0
+        heads = len(queue.window.ready)
+        return heads + queue.window.waiting if heads and queue.table.ordering == ORDER_PARTITION else heads
