@@ -247,8 +247,9 @@ class QueuePart:
         self.note(QueueOp("copy", lane_of(key), t0=now, t1=now, offsets=[offset]))
 
     def gave_out(self, key: Key, start: int) -> None:
-        """The first lease of a partition was answered; the queue stood at ``start``."""
-        self.began.setdefault(key, start)
+        """The first lease of a partition was answered; the queue stood at ``start``. What an earlier primary had
+        retained away by then may still be here, and go when one leads that knows of it."""
+        self.began.setdefault(key, max(start, self.world.retained.get(key, 0)))
 
     def redrive(self) -> None:
         """After the faults: whatever is parked goes on."""

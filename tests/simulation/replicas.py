@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec.structs import replace
 
 from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import RECORDS, STATE, AlterIsrs, Report, Resign
 from ferryline.protocol.metadata import NO_BROKER
+from ferryline.protocol.records import decode_batch
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.events import Key
+from ferryline_broker.core.groups import SnapshotEntry, StateEntry
 from ferryline_broker.core.partition import PartitionCore
 from ferryline_broker.core.queue_events import (
     AnswerLease,
@@ -259,7 +262,7 @@ class Replicas:
             if log == RECORDS and header.producer_id >= 0 and not header.is_control and hosted.core.role == "primary":
                 identity = (header.producer_id, header.producer_epoch, header.base_sequence)
                 copy.truth.named[header.base_offset, header.crc] = identity
-        if log == STATE and self.asking is not None:
+        if log == STATE and self.asking is not None and not _is_snapshot(data, headers):
             self.asking.state_end, self.asking = headers[0][1].next_offset, None
 
     def _truncate(self, key: Key, hosted: Hosted, log: int, offset: int) -> None:
@@ -319,3 +322,12 @@ class Replicas:
         if hosted.core.role != "stopped" and self.host.now_ms() - hosted.marked_ms >= 1_000:
             hosted.marked_ms = self.host.now_ms()
             hosted.files.checkpoint(hosted.core.high_watermark)
+
+
+def _is_snapshot(data: ev.Bytes, headers: list[Any]) -> bool:
+    """Nobody's answer waits for a snapshot: a question that changes nothing may be what it is taken at."""
+    at, header = headers[0]
+    if header.is_control:
+        return False
+    record = next(iter(decode_batch(data[at : at + header.size], header)))
+    return isinstance(msgspec.msgpack.decode(record.value or b"", type=StateEntry), SnapshotEntry)
