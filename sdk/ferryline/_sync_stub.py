@@ -28,11 +28,11 @@ from ferryline.consumer import Position
 from ferryline.dead_letters import DeadLetter, Progress, Redrive
 from ferryline.message import Described, Headers, Message, RecordMetadata, TopicPartition
 from ferryline.options import Where
-from ferryline.record_checks import HeadersLike
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.queue_admin import QueuePart, Redriven, StoredRecord
+from ferryline.record_checks import HeadersLike
 from ferryline.retry import RetryLike
 from ferryline.subscription import Handler
 

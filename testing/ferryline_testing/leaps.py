@@ -54,6 +54,7 @@ class Leaps:
         self._look_at_s = clock.now_s + CALM_S
         self._seen: Any = None
         self._seen_since_s = clock.now_s
+        self._due_s = clock.now_s  # the last moment that mattered, or is to come
         self.count = 0
 
     def consider(self) -> None:
@@ -68,7 +69,9 @@ class Leaps:
         goal, calm_s = self._goal_s(), now - max(self._seen_since_s, self._events.last_s + START_S)
         by_s = goal - now - (BEFORE_S if goal - now > SHORT_S else BEFORE_SHORT_S)
         if goal == NEVER:
-            self._nothing_to_wait_for(now, calm_s)
+            self._nothing_to_wait_for(now, min(calm_s, now - self._due_s))
+        else:
+            self._due_s = goal
         if goal == NEVER or by_s < LEAST_S or self._busy():
             return
         if calm_s < (TROUBLED_CALM_S if self._troubled() else CALM_S) or self._leased():
@@ -81,7 +84,7 @@ class Leaps:
 
     def _nothing_to_wait_for(self, now: float, calm_s: float) -> None:
         if calm_s >= STUCK_S:
-            self._seen_since_s = now  # whoever cleans up has time again
+            self._seen_since_s = self._due_s = now  # whoever cleans up has time again
             raise Stuck(
                 f"for {STUCK_S:g} s of virtual time nothing has happened, and nothing is due: every task waits for "
                 "something without a deadline (asyncio.timeout gives one)"

@@ -124,10 +124,10 @@ def test_a_snapshot_anywhere_replays_to_the_same_table(rows: list[StateEntry], a
     log_end, epochs = 10, index_of([0] * 10)
     whole = GroupTable.replay([(i, 1, encode_entry(r)) for i, r in enumerate(rows)], epochs, 0, log_end)
     before = GroupTable.replay([(i, 1, encode_entry(r)) for i, r in enumerate(rows[:at])], epochs, 0, log_end)
-    short: list[StateEntry] = [before.snapshot(), *rows[at:]]
+    short: list[StateEntry] = [before.snapshot(lambda _: -1), *rows[at:]]
     again = GroupTable.replay([(i, 1, encode_entry(r)) for i, r in enumerate(short)], epochs, 0, log_end)
     assert [r for r in again.items() if r[1].offset >= 0] == [r for r in whole.items() if r[1].offset >= 0]
-    assert isinstance(before.snapshot(), SnapshotEntry)
+    assert isinstance(before.snapshot(lambda _: -1), SnapshotEntry)
 
 
 def test_a_lower_generation_and_another_member_of_the_same_are_refused() -> None:
