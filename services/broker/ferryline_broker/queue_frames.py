@@ -215,7 +215,7 @@ class QueueHandler:
             *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload)
         )
         mac = receipt(self._key(), ask.group, ask.member, delivery)
-        parked.add(_with_receipt(delivery, mac), payload)
+        parked.add(replace(delivery, receipt=mac), payload)
 
     def _give_back(self, hosted: HostedReplica, ask: Receive, answer: AnswerLease) -> None:
         sink = SettleRequest(self.driver, None, Kind.SETTLE, 0)
@@ -315,13 +315,6 @@ class QueueHandler:
         if not self._view.claim_key:
             raise NotReady("this broker has no key for receipts yet; it is not registered")
         return self._view.claim_key
-
-
-def _with_receipt(delivery: Delivery, mac: bytes) -> Delivery:
-    return Delivery(
-        delivery.topic_id, delivery.partition, delivery.epoch, delivery.lease, mac, delivery.lease_ms, delivery.offsets,
-        delivery.attempts, delivery.size,
-    )  # fmt: skip
 
 
 def _payload(records: list[DecodedRecord]) -> bytearray:

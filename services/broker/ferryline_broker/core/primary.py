@@ -142,7 +142,7 @@ class Primary:
             return
         if entry is not None:
             self.groups.apply(entry)
-            self._append_state(entry, now_ms)
+            self._append_entries([entry], now_ms)
         if isinstance(event, BarrierAsked):
             answer: Effect = AnswerBarrier(event.token)
         else:
@@ -213,9 +213,6 @@ class Primary:
             case CommittedAsked():
                 return None
 
-    def _append_state(self, entry: StateEntry, now_ms: int) -> None:
-        self._append_entries([entry], now_ms)
-
     def _append(self, log: int, data: bytearray, header: BatchHeader, now_ms: int) -> None:
         replica = self.replica
         if replica.high_watermark[log] == replica.log_end[log]:
@@ -259,7 +256,7 @@ class Primary:
             return epochs.before if at == start - 1 else epochs.epoch_at(at) if at < end else -1
 
         before = replica.state_bytes
-        self._append_state(self.groups.snapshot(epoch_at), now_ms)
+        self._append_entries([self.groups.snapshot(epoch_at)], now_ms)
         self.snapshot_bytes = replica.state_bytes - before
         replica.state_bytes = 0
 

@@ -346,9 +346,6 @@ class Window:
             heapq.heappop(later)
         return None
 
-    def priority(self, offset: int) -> int:
-        return self._priority.get(offset, PRIORITY_DEFAULT)
-
     def place(self, offset: int) -> tuple[str, int]:
         """(state, detail) of an offset for `explain`: what it waits behind, or until when."""
         if offset in self.ready:
