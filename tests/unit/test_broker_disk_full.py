@@ -31,8 +31,9 @@ class Disk:
         )  # looks at the file each time
 
     def fails(self, write: str) -> None:
+        """Let writes to records fail: a checkpoint that happens to be due must not be what fails first."""
         temp = self._switches.with_suffix(".new")
-        temp.write_text(json.dumps({"write": write}))
+        temp.write_text(json.dumps({"write": write, "path": "/records/"}))
         if self._switches.exists():
             stamp = self._switches.stat().st_mtime_ns + 1
             os.utime(temp, ns=(stamp, stamp))

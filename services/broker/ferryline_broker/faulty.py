@@ -29,11 +29,17 @@ _log = get_logger()
 
 
 class Switches(msgspec.Struct, frozen=True):
-    """What is wrong now: ``write`` and ``sync`` are errno names or "", ``wall_ms`` is added to the wall clock."""
+    """What is wrong now: ``write`` and ``sync`` are errno names or "" and hold for files with ``path`` in their
+    path; ``wall_ms`` is added to the wall clock."""
 
     write: str = ""
     sync: str = ""
+    path: str = ""
     wall_ms: int = 0
+
+    def of(self, path: str) -> Switches:
+        """What is wrong with the file at ``path``."""
+        return self if self.path in path else Switches()
 
 
 class FaultFile:
@@ -82,14 +88,14 @@ class _FaultyFile:
         self.close = real.close
 
     def pwrite(self, data: Bytes, position: int) -> None:
-        failing = self._faults.now().write
+        failing = self._faults.now().of(self._path).write
         if failing and len(data) > 1:  # a disk that fills up takes the beginning of a write
             self._real.pwrite(bytes(data[: len(data) // 2]), position)
         self._faults.check(failing, f"write {self._path}")
         self._real.pwrite(data, position)
 
     def fdatasync(self) -> None:
-        self._faults.check(self._faults.now().sync, f"fdatasync {self._path}")
+        self._faults.check(self._faults.now().of(self._path).sync, f"fdatasync {self._path}")
         self._real.fdatasync()
 
     def truncate(self, size: int) -> None:
@@ -113,7 +119,7 @@ class FaultyStorage(LossyStorage):
         return (0 if self._faults.now().write == "ENOSPC" else free), total
 
     def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
-        now = self._faults.now()
+        now = self._faults.now().of(path)
         self._faults.check(now.write or now.sync, f"write {path}")
         super().write_small_atomic(path, data, sync=sync)
 
