@@ -1,0 +1,66 @@
+"""Whoever asks something, as a service knows them once their token or certificate was checked. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ferryline.protocol.access import Grant, Quota
+from ferryline.protocol.errors import Forbidden
+
+SERVICE, EVERYBODY = "service", "everybody"
+
+
+class Caller:
+    """One principal, compiled for deciding often: answers are remembered, for as many names as one may ask about.
+
+    ``service``: a node of the cluster, or anybody while access is off: everything is allowed. ``expires_ms``: wall
+    clock time at which the token ends, 0 for never. ``key_id``: of the API key that was shown, "" for other tokens.
+    """
+
+    __slots__ = ("_answers", "_grants", "expires_ms", "key_id", "name", "quota", "service")
+
+    def __init__(
+        self,
+        name: str,
+        grants: Iterable[Grant] = (),
+        quota: Quota | None = None,
+        *,
+        service: bool = False,
+        expires_ms: int = 0,
+        key_id: str = "",
+    ) -> None:
+        self.name = name
+        self.quota = quota or Quota()
+        self.service = service
+        self.expires_ms = expires_ms
+        self.key_id = key_id
+        self._grants = tuple(grants)
+        self._answers: dict[tuple[str, str, str], bool] = {}
+
+    def may(self, action: str, resource: str, name: str) -> bool:
+        """Whether some grant allows it."""
+        if self.service:
+            return True
+        asked = (action, resource, name)
+        answer = self._answers.get(asked)
+        if answer is None:
+            answer = any(grant.allows(action, resource, name) for grant in self._grants)
+            if len(self._answers) >= 10_000:  # names come from outside
+                self._answers.clear()
+            self._answers[asked] = answer
+        return answer
+
+    def check(self, action: str, resource: str, name: str) -> None:
+        """Raises Forbidden, naming who, what and on what."""
+        if not self.may(action, resource, name):
+            raise Forbidden(
+                f"{self.name} may not {action} {resource} {name[:200]}",
+                principal=self.name,
+                action=action,
+                resource=resource,
+                name=name[:200],
+            )
+
+
+# While access is off everybody is this one; nodes are one of their own each, by the name of their certificate.
+UNCHECKED = Caller(EVERYBODY, service=True)
