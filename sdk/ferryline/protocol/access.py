@@ -94,6 +94,7 @@ class IssuerMeta(msgspec.Struct, array_like=True, frozen=True):
 
     ``name``: short, begins the names of its principals. ``jwks_url`` "": found through the issuer's discovery document.
     ``name_claim``: which claim names the principal. ``ca``: path of a CA file for its TLS, "" for the system's.
+    ``client_id`` and ``scopes``: for `ferryline login`, which asks for them; "" where nobody logs in with this issuer.
     """
 
     name: str
@@ -104,6 +105,8 @@ class IssuerMeta(msgspec.Struct, array_like=True, frozen=True):
     name_claim: str = "sub"
     ca: str = ""
     leeway_ms: int = 30_000
+    client_id: str = ""
+    scopes: tuple[str, ...] = ()
 
 
 class ClaimRule(msgspec.Struct, array_like=True, frozen=True):
