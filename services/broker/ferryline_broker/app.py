@@ -50,6 +50,7 @@ from ferryline_service.health import health_routes
 from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
 from ferryline_service.session import SessionEndpoint
+from ferryline_service.slow_connections import SlowConnections
 
 _log = get_logger()
 _FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
@@ -220,6 +221,8 @@ class Broker:
         self.runner = runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
         await runner.setup()
         await self._listen(runner)
+        slow = SlowConnections(runner)
+        slow.start()
         self.link.start()
         self.upkeep.start()
         self.renewal.start(self.config.coordinator)
@@ -229,6 +232,7 @@ class Broker:
         self.renewal.close()
         self.dead_letters.close()
         self.peers.close()
+        slow.close()
         await runner.cleanup()
         await self.link.close()
         self.node_driver.close()

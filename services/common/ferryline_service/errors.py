@@ -5,6 +5,7 @@ Body: ``{type, title, status, detail, code, retriable, definite, details, reques
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -22,6 +23,7 @@ from ferryline_service.metrics import ServiceMetrics
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID = web.RequestKey("ferryline_request_id", str)
 _REQUEST_ID_PATTERN = re.compile(r"\A[A-Za-z0-9._-]{1,64}\Z")
+BODY_S = 30.0  # for a whole body, 8 MiB at most: 2 Mbit/s
 _log = get_logger()
 
 
@@ -57,10 +59,18 @@ def from_validation(error: pydantic.ValidationError) -> InvalidArgument:
 
 
 async def read_json(request: web.Request) -> Any:
-    """Body as JSON. Raises MalformedRequest for anything else, also NaN and absurd nesting."""
+    """Body as JSON. Raises MalformedRequest for anything else, also NaN and absurd nesting, and 408 for one that does
+    not get whole: a sender that stops half-way would hold what it has sent for ever."""
     try:
-        return json.loads(await request.text(), parse_constant=_refuse_constant)
-    except (ValueError, UnicodeError, LookupError, RecursionError) as error:
+        async with asyncio.timeout(BODY_S):
+            text = await request.text()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(reason=f"body: not whole within {BODY_S:g} s") from None
+    except (UnicodeError, LookupError) as error:
+        raise MalformedRequest(f"body: not JSON: {str(error)[:200]}") from None
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise MalformedRequest(f"body: not JSON: {str(error)[:200]}") from None
 
 

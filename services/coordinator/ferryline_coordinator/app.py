@@ -31,6 +31,7 @@ from ferryline_service.health import health_routes
 from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
 from ferryline_service.session import SessionEndpoint
+from ferryline_service.slow_connections import SlowConnections
 from ferryline_service.tls import TlsFiles, identity_broker_id, node_identity
 
 _REFILL_S = 1.0
@@ -57,6 +58,7 @@ class Coordinator:
         self._endpoint: SessionEndpoint | None = None
         self._members: dict[str, float] = {}  # URL -> when it was last seen to run
         self._runner: web.AppRunner | None = None
+        self._slow: SlowConnections | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self._driver_made = False
 
@@ -93,6 +95,8 @@ class Coordinator:
         )
         await self._runner.setup()
         await web.SockSite(self._runner, listener, ssl_context=self._tls.server if self._tls else None).start()
+        self._slow = SlowConnections(self._runner)
+        self._slow.start()
         active = self.driver.serving
         _log.info("serving", url=self.url, cluster_id=cluster_id, active=active, epoch=self.driver.core.coord_epoch)
         announce_ready(
@@ -166,6 +170,8 @@ class Coordinator:
             self._upkeep.cancel()
         if self._driver_made:
             await self.driver.step_down()  # first of all: the next one begins while we say goodbye
+        if self._slow is not None:
+            self._slow.close()
         if self._runner is not None:
             await self._runner.cleanup()
             await self._prober.close()
