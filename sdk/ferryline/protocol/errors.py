@@ -12,16 +12,17 @@ Behaviour sits on the class, so that nobody compares codes by hand:
 
     FerrylineError
     ├─ InvalidRequest            MalformedRequest UnsupportedVersion UnknownKind InvalidName InvalidArgument
-    │                            RecordTooLarge CorruptBatch SerializationFailed
+    │                            RecordTooLarge CorruptBatch SerializationFailed MethodNotAllowed
+    │                            UnsupportedMediaType
     ├─ Unauthorized              BadCredentials Forbidden
     ├─ NotFound                  UnknownTopic UnknownPartition UnknownGroup UnknownBroker UnknownExchange Unroutable
     │                            OffsetOutOfRange LogTruncated
     ├─ Conflict                  TopicExists ExchangeExists StalePartitioning OutOfOrderSequence UnknownProducer
-    │                            ClusterMismatch
+    │                            ClusterMismatch PreconditionFailed
     ├─ Fenced                    StaleEpoch StaleBrokerEpoch StaleCoordinator StaleMember UnknownMember ProducerFenced
     │                            LeaseLost VersionConflict
     ├─ NotPrimary                carries the primary's id when known
-    ├─ Throttled                 BufferFull
+    ├─ Throttled                 BufferFull QuotaExceeded
     ├─ Unavailable               PrimaryNotAvailable NotEnoughReplicas CoordinatorUnavailable CoordinatorLoading
     │                            CoordinatorStandby ShuttingDown StorageFull NotReady NotCommittedYet
     ├─ RequestTimedOut
@@ -112,6 +113,19 @@ class CorruptBatch(InvalidRequest):
 
 class SerializationFailed(InvalidRequest):
     code = "SERIALIZATION_FAILED"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """Over REST: the header ``Allow`` names what the address takes."""
+
+    code = "METHOD_NOT_ALLOWED"
+    http_status = 405
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "UNSUPPORTED_MEDIA_TYPE"
+    http_status = 415
+    remedy = "Send JSON, with the header Content-Type: application/json."
 
 
 class Unauthorized(FerrylineError):
@@ -217,6 +231,14 @@ class ClusterMismatch(Conflict):
     code = "CLUSTER_MISMATCH"
 
 
+class PreconditionFailed(Conflict):
+    """It has changed since the asker saw it. ``details``: etag, as it is now."""
+
+    code = "PRECONDITION_FAILED"
+    http_status = 412
+    remedy = "Get it again, and change what is there now."
+
+
 class Fenced(FerrylineError):
     code = "FENCED"
     http_status = 409
@@ -283,6 +305,13 @@ class Throttled(FerrylineError):
 class BufferFull(Throttled):
     code = "BUFFER_FULL"
     remedy = "Await send() instead of send_nowait(), or raise buffer_bytes."
+
+
+class QuotaExceeded(Throttled):
+    """The principal has used what it may. ``details``: quota (which one), limit, principal, retry_after_ms."""
+
+    code = "QUOTA_EXCEEDED"
+    remedy = "Wait as told, or have the principal's quota raised."
 
 
 class Unavailable(FerrylineError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import time
 import uuid
@@ -16,7 +17,15 @@ from typing import Any
 import pydantic
 from aiohttp import web
 
-from ferryline.protocol.errors import ConnectionLost, FerrylineError, InternalError, InvalidArgument, MalformedRequest
+from ferryline.protocol.errors import (
+    ConnectionLost,
+    FerrylineError,
+    InternalError,
+    InvalidArgument,
+    MalformedRequest,
+    MethodNotAllowed,
+    NotFound,
+)
 from ferryline_service.logs import get_logger
 from ferryline_service.metrics import ServiceMetrics
 
@@ -47,8 +56,14 @@ def problem(error: FerrylineError, request_id: str, *, status: int | None = None
         status=number, body=json.dumps(body, default=str).encode(), content_type="application/problem+json"
     )
     if number in (429, 503):
-        response.headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = str(_retry_after_s(error))
     return response
+
+
+def _retry_after_s(error: FerrylineError) -> int:
+    """Whole seconds, never too few: whoever comes when told is let in, as far as this can be known."""
+    after_ms = error.details.get("retry_after_ms", 0)
+    return max(1, math.ceil(after_ms / 1000)) if isinstance(after_ms, int | float) else 1
 
 
 def from_validation(error: pydantic.ValidationError) -> InvalidArgument:
@@ -56,6 +71,12 @@ def from_validation(error: pydantic.ValidationError) -> InvalidArgument:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "body"
     return InvalidArgument(f"{field}: {first['msg']}", field=field, errors=error.error_count())
+
+
+def from_http(request: web.Request, http: web.HTTPException) -> FerrylineError:
+    """What the HTTP library refused, as one of ours."""
+    cls = {404: NotFound, 405: MethodNotAllowed}.get(http.status, MalformedRequest)
+    return cls(f"{request.method} {request.path[:200]}: {http.reason}")
 
 
 async def read_json(request: web.Request) -> Any:
@@ -101,7 +122,7 @@ async def _answer(
 ) -> web.StreamResponse:
     resource = request.match_info.route.resource
     metrics.request(f"{request.method} {resource.canonical if resource else 'unmatched'}")
-    status = None
+    status, allow = None, ""
     error: FerrylineError
     try:
         return await handler(request)
@@ -112,11 +133,16 @@ async def _answer(
     except web.HTTPException as http:
         if http.status < 400:
             raise
-        error, status = MalformedRequest(f"{request.method} {request.path[:200]}: {http.reason}"), http.status
+        error, status = from_http(request, http), http.status
+        if isinstance(http, web.HTTPMethodNotAllowed):
+            allow = ",".join(sorted(http.allowed_methods))
     except ConnectionResetError:
         error = ConnectionLost("the client was gone before it was answered")  # nobody hears this
     except Exception as unexpected:
         _log.exception("request failed", request_id=request_id, path=request.path)
         error = InternalError(f"{type(unexpected).__name__}; see the log for request {request_id}")
     metrics.error(error.code)
-    return problem(error, request_id, status=status)
+    response = problem(error, request_id, status=status)
+    if allow:
+        response.headers["Allow"] = allow
+    return response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ferryline.protocol.access import Grant, Quota
 from ferryline.protocol.errors import Forbidden
@@ -15,9 +16,10 @@ class Caller:
 
     ``service``: a node of the cluster, or anybody while access is off: everything is allowed. ``expires_ms``: wall
     clock time at which the token ends, 0 for never. ``key_id``: of the API key that was shown, "" for other tokens.
+    ``limited``: there is some quota.
     """
 
-    __slots__ = ("_answers", "_grants", "expires_ms", "key_id", "name", "quota", "service")
+    __slots__ = ("_answers", "_grants", "expires_ms", "key_id", "limited", "name", "quota", "service")
 
     def __init__(
         self,
@@ -28,13 +30,16 @@ class Caller:
         service: bool = False,
         expires_ms: int = 0,
         key_id: str = "",
+        verified: Any = None,
     ) -> None:
         self.name = name
         self.quota = quota or Quota()
+        self.limited = self.quota != Quota()
         self.service = service
         self.expires_ms = expires_ms
         self.key_id = key_id
-        self._grants = tuple(grants)
+        self.verified = verified
+        self.grants = tuple(grants)
         self._answers: dict[tuple[str, str, str], bool] = {}
 
     def may(self, action: str, resource: str, name: str) -> bool:
@@ -44,7 +49,7 @@ class Caller:
         asked = (action, resource, name)
         answer = self._answers.get(asked)
         if answer is None:
-            answer = any(grant.allows(action, resource, name) for grant in self._grants)
+            answer = any(grant.allows(action, resource, name) for grant in self.grants)
             if len(self._answers) >= 10_000:  # names come from outside
                 self._answers.clear()
             self._answers[asked] = answer
@@ -64,3 +69,5 @@ class Caller:
 
 # While access is off everybody is this one; nodes are one of their own each, by the name of their certificate.
 UNCHECKED = Caller(EVERYBODY, service=True)
+# Whoever was not asked who they are, or has no right to be here any more. Nothing is granted to it.
+NOBODY = Caller("")

@@ -1,0 +1,218 @@
+"""Quotas of principals, as one service keeps them: what is let in, what has to wait, and how long.
+
+    quotas.take(policy, services=3)          # each later policy, too; and quotas.live(brokers) as brokers come and go
+    quotas.request(caller)                   # one REST request or frame of a session
+    quotas.spend(caller, records=10, bytes=4096)   # before anything is appended
+    quotas.charge(caller, records=10, bytes=4096)  # what was read: the next reader waits
+    quotas.opened(caller), quotas.closed(caller)   # a session
+
+All of it is synchronous, and costs a caller without a quota one attribute. Rates hold for the whole cluster. Where
+services settle through Redis (`shared_quotas`), each has the whole rate and hears what the others have spent; else each
+has its share, the rate divided by the number of live brokers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from ferryline.protocol.access import AccessPolicy, Quota
+from ferryline.protocol.errors import QuotaExceeded
+from ferryline_service.access.caller import Caller
+from ferryline_service.access.gcra import Bucket
+
+REQUESTS, RECORDS, BYTES = "requests", "records", "bytes"
+RATES = (REQUESTS, RECORDS, BYTES)
+CONNECTIONS, STORED_BYTES = "connections", "stored_bytes"
+METERS_MAX = 20_000  # principals with a quota that were seen of late; idle ones make room
+CONNECT_AGAIN_MS = 1_000
+STORED_AGAIN_MS = 5_000  # room is made by retention or deletion, not by waiting a little
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1_000
+
+
+class Meter:
+    """What one principal has used at this service.
+
+    ``spent_ms``: by rate, what was paid and not settled with other services yet, as time at the whole rate.
+    """
+
+    __slots__ = ("buckets", "connections", "name", "quota", "spent_ms", "touched")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.quota = Quota()
+        self.buckets: dict[str, Bucket] = {}
+        self.spent_ms: dict[str, float] = {}
+        self.connections = 0
+        self.touched = False  # since the last settlement
+
+    def limit(self, quota: Quota, services: int) -> None:
+        """Take over other limits; what was used stays used. Each of ``services`` has an equal share."""
+        self.quota = quota
+        for name in RATES:
+            rate: int = getattr(quota, name)
+            if not rate:
+                self.buckets.pop(name, None)
+                self.spent_ms.pop(name, None)
+            elif name in self.buckets:
+                self.buckets[name].rate = rate / services
+            else:
+                self.buckets[name] = Bucket(rate / services)
+
+    def pay(self, name: str, amount: int, now_ms: float) -> None:
+        """Book it, if this is limited at all."""
+        bucket = self.buckets.get(name)
+        if bucket is not None:
+            bucket.pay(amount, now_ms)
+            self.spent_ms[name] = self.spent_ms.get(name, 0.0) + amount * 1_000 / getattr(self.quota, name)
+
+    def idle(self, now_ms: float) -> bool:
+        """Whether forgetting it changes nothing."""
+        return not self.connections and all(not bucket.behind_ms(now_ms) for bucket in self.buckets.values())
+
+
+class Quotas:
+    """All meters of one service. Used from the loop's thread only.
+
+    ``touched``: meters that somebody drew on since they were settled; `shared_quotas` empties it. ``refused`` counts
+    refusals by the quota that was used up.
+    """
+
+    def __init__(self, now_ms: Callable[[], float] = _now_ms) -> None:
+        self.touched: list[Meter] = []
+        self.refused: dict[str, int] = {}
+        self.shared = False
+        self.redis_url = ""
+        self.on_policy: Callable[[], None] = lambda: None
+        self._now_ms = now_ms
+        self._meters: dict[str, Meter] = {}
+        self._services = 1
+        self._over: frozenset[str] = frozenset()
+
+    # -- what is allowed ----------------------------------------------------------------------------
+
+    def take(self, policy: AccessPolicy, services: int | None = None) -> None:
+        """A policy, and how many brokers share its rates. Limits of a principal change with its next request."""
+        self._over = frozenset(policy.over)
+        self.redis_url = policy.redis_url if policy.enabled else ""
+        if services is not None:
+            self.live(services)
+        self.on_policy()
+
+    def live(self, brokers: int) -> None:
+        """So many brokers serve now."""
+        if self._services != max(1, brokers):
+            self._services = max(1, brokers)
+            self._limit_all()
+
+    def share(self, shared: bool) -> None:
+        """Whether what others spend is heard of from now on."""
+        if self.shared != shared:
+            self.shared = shared
+            self._limit_all()
+
+    def _limit_all(self) -> None:
+        for meter in self._meters.values():
+            meter.limit(meter.quota, self._divided_by)
+
+    @property
+    def _divided_by(self) -> int:
+        return 1 if self.shared else self._services
+
+    # -- what is used -------------------------------------------------------------------------------
+
+    def request(self, caller: Caller) -> None:
+        """One request. Raises QuotaExceeded; it has cost nothing then."""
+        if caller.limited:
+            meter, now_ms = self._meter(caller), self._now_ms()
+            self._admit(meter, REQUESTS, now_ms)
+            meter.pay(REQUESTS, 1, now_ms)
+
+    def spend(self, caller: Caller, *, records: int = 0, bytes: int = 0) -> None:
+        """Something that is about to be written. Raises QuotaExceeded; nothing is booked then."""
+        if not caller.limited:
+            return
+        meter, now_ms = self._meter(caller), self._now_ms()
+        if caller.name in self._over:
+            self._refuse(meter, STORED_BYTES, caller.quota.stored_bytes, STORED_AGAIN_MS)
+        self._admit(meter, RECORDS, now_ms)
+        self._admit(meter, BYTES, now_ms)
+        meter.pay(RECORDS, records, now_ms)
+        meter.pay(BYTES, bytes, now_ms)
+
+    def charge(self, caller: Caller, *, records: int = 0, bytes: int = 0) -> None:
+        """Something that was read: whoever comes next waits for it."""
+        if caller.limited:
+            meter, now_ms = self._meter(caller), self._now_ms()
+            meter.pay(RECORDS, records, now_ms)
+            meter.pay(BYTES, bytes, now_ms)
+
+    def check(self, caller: Caller) -> None:
+        """Raises QuotaExceeded while ``caller`` has to wait before it reads or writes records."""
+        if caller.limited:
+            meter, now_ms = self._meter(caller), self._now_ms()
+            self._admit(meter, RECORDS, now_ms)
+            self._admit(meter, BYTES, now_ms)
+
+    def wait_ms(self, caller: Caller) -> int:
+        """How long ``caller`` has to wait before it is given more records; 0: not at all."""
+        if not caller.limited:
+            return 0
+        meter, now_ms = self._meter(caller), self._now_ms()
+        found = [meter.buckets[name].wait_ms(now_ms) for name in (RECORDS, BYTES) if name in meter.buckets]
+        return math.ceil(max(found, default=0.0))
+
+    def opened(self, caller: Caller) -> None:
+        """One session more. Raises QuotaExceeded; else `closed` follows once."""
+        if caller.limited:
+            meter = self._meter(caller)
+            limit = meter.quota.connections
+            if limit and meter.connections >= limit:
+                self._refuse(meter, CONNECTIONS, limit, CONNECT_AGAIN_MS)
+            meter.connections += 1
+
+    def closed(self, caller: Caller) -> None:
+        """A session that was `opened` has ended."""
+        meter = self._meters.get(caller.name)
+        if caller.limited and meter is not None:
+            meter.connections = max(0, meter.connections - 1)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _meter(self, caller: Caller) -> Meter:
+        meter = self._meters.get(caller.name)
+        if meter is None:
+            if len(self._meters) >= METERS_MAX:
+                self._forget_idle()
+            meter = self._meters[caller.name] = Meter(caller.name)
+        if meter.quota is not caller.quota and meter.quota != caller.quota:
+            meter.limit(caller.quota, self._divided_by)
+        if not meter.touched:
+            meter.touched = True
+            self.touched.append(meter)
+        return meter
+
+    def _forget_idle(self) -> None:
+        now_ms = self._now_ms()
+        self._meters = {name: meter for name, meter in self._meters.items() if not meter.idle(now_ms)}
+
+    def _admit(self, meter: Meter, name: str, now_ms: float) -> None:
+        bucket = meter.buckets.get(name)
+        if bucket is not None and (wait_ms := bucket.wait_ms(now_ms)):
+            self._refuse(meter, name, getattr(meter.quota, name), math.ceil(wait_ms))
+
+    def _refuse(self, meter: Meter, quota: str, limit: int, after_ms: int) -> NoReturn:
+        self.refused[quota] = self.refused.get(quota, 0) + 1
+        unit = "" if quota in (CONNECTIONS, STORED_BYTES) else " a second"
+        raise QuotaExceeded(
+            f"{meter.name} has used its {quota}: {limit}{unit}; again in {after_ms} ms",
+            retry_after_ms=after_ms,
+            quota=quota,
+            limit=limit,
+            principal=meter.name,
+        )
