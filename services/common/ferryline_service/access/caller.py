@@ -19,7 +19,17 @@ class Caller:
     ``limited``: there is some quota.
     """
 
-    __slots__ = ("_answers", "_grants", "expires_ms", "key_id", "limited", "name", "quota", "service")
+    __slots__ = (
+        "_answers",
+        "expires_ms",
+        "grants",
+        "key_id",
+        "limited",
+        "name",
+        "quota",
+        "service",
+        "verified",
+    )
 
     def __init__(
         self,
@@ -59,7 +69,7 @@ class Caller:
         """Raises Forbidden, naming who, what and on what."""
         if not self.may(action, resource, name):
             raise Forbidden(
-                f"{self.name} may not {action} {resource} {name[:200]}",
+                f"{self.name or 'nobody'} may not {action} {resource} {name[:200]}",
                 principal=self.name,
                 action=action,
                 resource=resource,
