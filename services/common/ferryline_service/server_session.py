@@ -32,6 +32,8 @@ from ferryline.protocol.frames import (
     encode_value,
 )
 from ferryline.protocol.messages import ROLE_BROKER, Hello
+from ferryline_service.access.caller import UNCHECKED
+from ferryline_service.access.gate import CALLER
 from ferryline_service.logs import get_logger
 from ferryline_service.receiver import Receiver
 
@@ -64,7 +66,8 @@ class ServerSession:
     """One open session. Created by the endpoint after a good HELLO; used from the loop's thread only.
 
     ``role``/``broker_id``: "client"/0, or "broker" with the id that the peer's certificate proves. ``identity`` is the
-    role of the certificate even when the peer said it is a client. ``state`` belongs to the handler.
+    role of the certificate even when the peer said it is a client. ``caller``: whoever opened it and what they may do
+    now; the gate replaces it. ``state`` belongs to the handler.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ServerSession:
         self.broker_id = hello.broker_id if hello.role == ROLE_BROKER else 0
         self.hello = hello
         self.identity: str | None = None
+        self.caller = request.get(CALLER, UNCHECKED)
         self.remote = request.remote or ""
         self.version = 0
         self.state: Any = None

@@ -37,6 +37,7 @@ from ferryline.protocol.frames import (
 )
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import PROTOCOL_MAX, PROTOCOL_MIN, ROLE_BROKER, Hello, HelloOk
+from ferryline_service.access.gate import Gate
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.receiver import Receiver
 from ferryline_service.server_session import Buffer, ServerSession, websocket_prefix
@@ -79,6 +80,7 @@ class SessionEndpoint:
         metrics: ServiceMetrics,
         on_open: Callable[[ServerSession], None] | None = None,
         admit: Callable[[], None] | None = None,
+        gate: Gate | None = None,
         broker_id: int = 0,
         versions: tuple[int, int] = (PROTOCOL_MIN, PROTOCOL_MAX),
         trust_hello: bool = False,
@@ -92,6 +94,7 @@ class SessionEndpoint:
         self.on_frame = on_frame
         self.on_open = on_open
         self.admit = admit  # raises what every HELLO is refused with
+        self.gate = gate or Gate(server, cluster_id)  # without one nobody is asked who they are
         self.metrics = metrics
         self.out_bytes_max = out_bytes_max
         self.sessions: set[ServerSession] = set()
@@ -130,6 +133,7 @@ class SessionEndpoint:
         self.sessions.add(session)
         self.metrics.sessions.set(len(self.sessions))
         try:
+            self.gate.opened(session)
             if self.on_open is not None:
                 self.on_open(session)
             session._begin()
@@ -137,6 +141,7 @@ class SessionEndpoint:
         finally:
             self.sessions.discard(session)
             self.metrics.sessions.set(len(self.sessions))
+            self.gate.closed(session)
             session._finish()
 
     async def _greet(self, request: web.Request, ws: web.WebSocketResponse, receiver: Receiver) -> ServerSession | None:

@@ -16,7 +16,7 @@ class Caller:
 
     ``service``: a node of the cluster, or anybody while access is off: everything is allowed. ``expires_ms``: wall
     clock time at which the token ends, 0 for never. ``key_id``: of the API key that was shown, "" for other tokens.
-    ``limited``: there is some quota.
+    ``verified``: what the JWT said that was shown, None for other tokens. ``limited``: there is some quota.
     """
 
     __slots__ = (
