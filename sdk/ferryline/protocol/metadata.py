@@ -12,6 +12,7 @@ import msgspec
 from ferryline.protocol.exchanges import ExchangeMeta
 
 NO_BROKER = 0  # broker ids begin at 1
+RESTORING = -1  # as recovery epoch: a backup is being put in, and nobody leads before that has ended
 FLUSH_FSYNC = "fsync"  # an acknowledgement means fsynced on every in-sync replica
 FLUSH_REPLICATED = "replicated"  # ... in the page cache of every in-sync replica; a power cut of all may lose it
 
@@ -90,7 +91,7 @@ class PartitionMeta(msgspec.Struct, array_like=True, frozen=True):
     last_known_elr: tuple[int, ...] = ()
     min_isr: int = 1
     flush: str = FLUSH_FSYNC
-    recovery_epoch: int = 0  # epoch of the last unclean recovery, 0 if there never was one
+    recovery_epoch: int = 0  # epoch of the last unclean recovery, 0 if there never was one; RESTORING
     adding: tuple[int, ...] = ()  # replicas that are catching up to replace others
     removing: tuple[int, ...] = ()  # replicas that leave once `adding` is in sync
 

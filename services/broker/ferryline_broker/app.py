@@ -41,6 +41,7 @@ from ferryline_broker.peers import Peers
 from ferryline_broker.queue_port import Queues
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
+from ferryline_broker.rest_backup import BackupApi
 from ferryline_broker.rest_queues import QueueApi
 from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
@@ -135,6 +136,7 @@ class Broker:
         self.rest = RestApi(partitions, view)
         self.rest_queues = QueueApi(partitions, view, self.frames.queues)
         self.audit = AuditApi(partitions, view, store.broker_id)
+        self.backup = BackupApi(partitions, view)
         partitions.on_damaged = self._on_damaged
         partitions.on_unwritable = self._leave_soon
         self.node_driver.on_metadata = self._on_metadata
@@ -186,6 +188,7 @@ class Broker:
         app.router.add_routes(self.rest.routes())
         app.router.add_routes(self.rest_queues.routes())
         app.router.add_routes(self.audit.routes())
+        app.router.add_routes(self.backup.routes())
         app.router.add_get("/openapi.json", openapi_handler(app.router))
         app.on_shutdown.append(self._shut_down)
         return app

@@ -72,12 +72,12 @@ class AuditApi:
             raise InvalidArgument(f"log: {name[:40]!r} is not one of {', '.join(LOGS)}", field="log")
         number = LOGS.index(name)
         log = hosted.logs[number]
-        below = min(_number(request, "below", OFFSET_MAX, 0, OFFSET_MAX), hosted.core.high_watermark[number])
-        start = _number(request, "from", log.log_start, 0, OFFSET_MAX)
-        limit = _number(request, "limit", _LIMIT_BYTES, 1, _LIMIT_BYTES_MAX)
+        below = min(number_of(request, "below", OFFSET_MAX, 0, OFFSET_MAX), hosted.core.high_watermark[number])
+        start = number_of(request, "from", log.log_start, 0, OFFSET_MAX)
+        limit = number_of(request, "limit", _LIMIT_BYTES, 1, _LIMIT_BYTES_MAX)
         producer: int | None = None
         if request.query.get("batches", "") in ("1", "true"):
-            producer = _number(request, "producer", Walk.ALL, 0, 2**63 - 1)
+            producer = number_of(request, "producer", Walk.ALL, 0, 2**63 - 1)
         walk = Walk(log, start, below, limit, producer=producer)
         if start < log.log_start:
             walk.found.gone = True
@@ -106,13 +106,7 @@ class AuditApi:
     # -- inside -------------------------------------------------------------------------------------
 
     def _hosted(self, request: web.Request) -> HostedReplica:
-        topic_id, text = request.match_info["topic_id"], request.match_info["partition"]
-        if not (text.isascii() and text.isdigit() and len(text) <= 10):
-            raise InvalidArgument(f"partition: {text[:40]!r} is not a number", field="partition")
-        hosted = self._driver.replicas.get((topic_id, int(text)))
-        if hosted is None:
-            raise self._view.not_here(topic_id, int(text))
-        return hosted
+        return hosted_of(self._driver, self._view, request)
 
     def _status(self, hosted: HostedReplica) -> dict[str, Any]:
         core = hosted.core
@@ -166,6 +160,17 @@ class AuditApi:
             await asyncio.sleep(_POLL_S)
 
 
+def hosted_of(driver: PartitionDriver, view: ClusterView, request: web.Request) -> HostedReplica:
+    """The copy that a path names. Raises InvalidArgument, NotPrimary, UnknownPartition."""
+    topic_id, text = request.match_info["topic_id"], request.match_info["partition"]
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InvalidArgument(f"partition: {text[:40]!r} is not a number", field="partition")
+    hosted = driver.replicas.get((topic_id, int(text)))
+    if hosted is None:
+        raise view.not_here(topic_id, int(text))
+    return hosted
+
+
 async def _in_turns(steps: Iterator[None]) -> None:
     """Run ``steps`` beside the traffic."""
     began = perf_counter()
@@ -193,7 +198,8 @@ def _shown(found: Digests) -> dict[str, Any]:
     }
 
 
-def _number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+def number_of(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """An integer of the query string. Raises InvalidArgument naming it and its limits."""
     text = request.query.get(name)
     if text is None:
         return default

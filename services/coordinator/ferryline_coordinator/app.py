@@ -22,6 +22,7 @@ from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
 from ferryline_coordinator.openapi import document
 from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
+from ferryline_coordinator.rest_backup import BackupRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
@@ -188,6 +189,7 @@ class Coordinator:
         app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=BODY_BYTES_MAX)
         app.router.add_routes(endpoint.routes())
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
+        app.router.add_routes(BackupRest(self.driver).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
         app.router.add_routes(self.metrics.routes())

@@ -19,6 +19,7 @@ from ferryline_coordinator.models import (
     Recover,
     Renew,
 )
+from ferryline_coordinator.rest_backup import Finish, Restore
 from ferryline_service.openapi import document as describe
 
 _BODIES: dict[tuple[str, str], type[BaseModel]] = {
@@ -29,6 +30,8 @@ _BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/exchanges/{exchange}/bindings"): Bind,
     ("POST", "/v1/partitions/recover"): Recover,
     ("POST", "/v1/groups/{group}/heartbeat"): MemberHeartbeat,
+    ("POST", "/v1/restore"): Restore,
+    ("POST", "/v1/restore/finish"): Finish,
     ("POST", "/v1/join"): Join,
     ("POST", "/v1/renew"): Renew,
 }

@@ -224,6 +224,20 @@ class LogStartAdvanced(Event):
     log_start: int
 
 
+class Imported(Event):
+    """Batches of a backup that continue ``log``; an empty log begins at ``start`` instead, behind a record of
+    ``epoch_before`` (-1: of none). Only while the partition is being restored: the shell has checked it."""
+
+    log: int
+    start: int
+    epoch_before: int
+    data: Bytes
+    headers: list[tuple[int, BatchHeader]]
+
+    def story(self) -> Any:
+        return ("Imported", self.log, self.start, self.epoch_before, len(self.data))
+
+
 class StateReplayed(Event):
     """Answer to ReplayState: (offset, epoch, value) of every non-control state record below the log end."""
 

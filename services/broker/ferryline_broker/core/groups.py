@@ -43,6 +43,11 @@ class BarrierEntry(msgspec.Struct, array_like=True, frozen=True, tag=4):
     """Changes nothing; its commit proves that this primaryship still stood."""
 
 
+class RestoredEntry(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """All before it comes from a backup of another cluster: its members and generations are nobody's here, and copies
+    to the dead letters go on under a new producer epoch, for the target may hold later ones than this log knows."""
+
+
 class GroupRow(msgspec.Struct, array_like=True, frozen=True):
     group: str
     member: str
@@ -61,7 +66,7 @@ class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
 
 
 COPIED_MAX = 1_000  # deleted queues that are remembered
-StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | AnyQueueEntry
+StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | RestoredEntry | AnyQueueEntry
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEntry)
 
@@ -159,8 +164,15 @@ class GroupTable:
                     table.apply(entry)
             case SnapshotEntry(rows):
                 self._rows = {row.group: row for row in rows}
+            case RestoredEntry():
+                self._restored()
             case BarrierEntry():
                 pass
+
+    def _restored(self) -> None:
+        self._rows = {name: msgspec.structs.replace(row, member="", generation=0) for name, row in self._rows.items()}
+        for table in self.queues.values():
+            table.producer_epoch, table.next_sequence = table.producer_epoch + 1, 0
 
     def snapshot(self, epoch_at: Callable[[int], int]) -> SnapshotEntry:
         """``epoch_at`` tells the epoch of a record, -1 where there is none."""

@@ -26,7 +26,7 @@ from ferryline.protocol.messages import (
     ReplicaData,
     ReplicaReport,
 )
-from ferryline.protocol.metadata import NO_BROKER, PartitionMeta, check_partition
+from ferryline.protocol.metadata import NO_BROKER, RESTORING, PartitionMeta, check_partition
 from ferryline_broker.core.events import (
     AlterIsrAnswered,
     DataCorrupt,
@@ -38,6 +38,7 @@ from ferryline_broker.core.events import (
     FetchReceived,
     Flushed,
     HandOverAsked,
+    Imported,
     Key,
     LogStartAdvanced,
     MetaReceived,
@@ -201,6 +202,8 @@ class PartitionCore:
             self.replica.advance_start(event.log, event.log_start)
         elif isinstance(event, ProducersRebuilt):
             self.replica.producers = event.table
+        elif isinstance(event, Imported):
+            self._imported(event)
         elif self.primary is not None:
             self._primary_event(self.primary, event, now_ms)
         elif self.secondary is not None:
@@ -387,6 +390,19 @@ class PartitionCore:
             self.primary.advance(now_ms)
         elif self.secondary is not None:
             self.secondary.flushed()
+
+    def _imported(self, event: Imported) -> None:
+        """Nobody leads and nobody follows: these bytes are claimed by no epoch but those that they carry."""
+        replica, log = self.replica, event.log
+        assert replica.part is not None, event
+        assert replica.part.recovery_epoch == RESTORING, replica.part
+        assert self._role == ROLE_IDLE, self._role
+        if replica.log_end[log] != event.start:
+            assert replica.epochs[log].tail_epoch == -1, f"{self.key} log {log} ends at {replica.log_end[log]}"
+            replica.reset(log, event.start, event.epoch_before)
+        if event.headers:
+            replica.append(log, event.data, event.headers)
+            replica.flush(log)
 
     def _alter_answered(self, event: AlterIsrAnswered, now_ms: int) -> None:
         """The answer's record is as good as one from the metadata; a bare refusal is the primary's business."""

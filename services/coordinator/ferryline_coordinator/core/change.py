@@ -159,6 +159,11 @@ class Change:
         if isinstance(record, BrokerRecord):
             self._brokers[record.meta.id] = record
 
+    def put_new(self, record: Record) -> None:
+        """`put`, unless there is such a record."""
+        if self.state.record(record_key(record)) is None:
+            self.put(record)
+
     def put_part(self, meta: PartitionMeta, *, frozen: bool | None = None, touched: bool = False) -> PartitionMeta:
         """Store a partition with the version after the stored one. Returns it as stored; unchanged stays unchanged,
         unless it is to be ``touched``: then its version rises all the same."""

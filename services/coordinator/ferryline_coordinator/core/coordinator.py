@@ -35,6 +35,8 @@ from ferryline_coordinator.core.events import (
     RegisterReceived,
     ReportReceived,
     ResignReceived,
+    RestoreBegun,
+    RestoreEnded,
     SessionClosed,
     SessionOpened,
     Tick,
@@ -53,6 +55,7 @@ from ferryline_coordinator.core.polls import Polls
 from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord, TopicGone
 from ferryline_coordinator.core.recovery import Recovery, Reports
 from ferryline_coordinator.core.registration import Registration
+from ferryline_coordinator.core.restoring import Restoring
 from ferryline_coordinator.core.sessions import Sessions
 from ferryline_coordinator.core.state import CoordinatorState
 from ferryline_coordinator.core.topics import Topics
@@ -88,6 +91,7 @@ class CoordinatorCore:
         self.topics = Topics(self.config)
         self.exchanges = Exchanges(self.config)
         self.recovery = Recovery(self.config, self.reports)
+        self.restoring = Restoring(self.config)
         self.moves = Moves(self.config)
         self.groups = Groups(self.config, self.state)
         self.polls = Polls(self.config, self.state, 0)
@@ -259,6 +263,10 @@ class CoordinatorCore:
                 self.membership.forget(change, event)
             case RecoveryAsked():
                 self.recovery.asked(change, event)
+            case RestoreBegun():
+                self.restoring.begin(change, event)
+            case RestoreEnded():
+                self.restoring.end(change, event)
             case GroupDeleted():
                 self.groups.delete(change, event)
             case CoordinatorsKnown(urls):

@@ -241,6 +241,25 @@ class BrokerForgotten(Event):
     broker_id: int
 
 
+class RestoreBegun(Event):
+    """Put records of a backup into an empty cluster; topics get partitions that nobody leads yet. ``records`` are
+    encoded, by key; ``epochs``: of each partition, not below any that its logs hold. Repeating changes nothing.
+    Answer: list of (topic id, partition, broker that takes the logs in)."""
+
+    reply: int
+    records: dict[str, bytes]
+    epochs: dict[tuple[str, int], int]
+
+
+class RestoreEnded(Event):
+    """The broker holds both logs of the backup: let it lead. Answer: PartitionMeta."""
+
+    reply: int
+    topic_id: str
+    partition: int
+    broker_id: int
+
+
 class RecoveryAsked(Event):
     """Choose a primary for a partition that has no candidate (rule C7). Answer: PartitionMeta.
 

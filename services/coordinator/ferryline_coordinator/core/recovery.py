@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from ferryline.protocol.errors import Conflict, NotReady, UnknownPartition, UnknownTopic
 from ferryline.protocol.messages import LOG_OK, ReplicaReport
-from ferryline.protocol.metadata import NO_BROKER, PartitionMeta
+from ferryline.protocol.metadata import NO_BROKER, RESTORING, PartitionMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.events import RecoveryAsked
@@ -78,6 +78,8 @@ class Recovery:
         part = record.meta
         if part.primary != NO_BROKER and not record.frozen:
             raise Conflict(f"{event.topic}/{event.partition} has a primary, broker {part.primary}: nothing to recover")
+        if part.recovery_epoch == RESTORING:
+            raise Conflict(f"{event.topic}/{event.partition} is being restored: ferryline restore goes on with it")
         stored = self._recover(change, record, forced=event.accept_data_loss)
         change.reply(event.reply, stored)
 
@@ -87,6 +89,8 @@ class Recovery:
             return
         for record in change.parts():
             part = record.meta
+            if part.recovery_epoch == RESTORING:
+                continue  # half of a backup must not be taken for all there is
             if part.primary == NO_BROKER and not part.isr and not any(change.unfenced(b) for b in part.elr):
                 try:
                     self._recover(change, record, forced=False)

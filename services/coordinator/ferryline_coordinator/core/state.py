@@ -90,6 +90,15 @@ class CoordinatorState:
     def part(self, topic_id: str, partition: int) -> PartRecord | None:
         return self.parts.get((topic_id, partition))
 
+    def records(self) -> list[Record]:
+        """Everything durable that people have made: topics, exchanges; in a fixed order."""
+        kinds: tuple[dict[str, TopicMeta] | dict[str, ExchangeMeta], ...] = (self.topics, self.exchanges)
+        return [kind[name] for kind in kinds for name in sorted(kind)]
+
+    def record(self, key: str) -> Record | None:
+        """One of `records`."""
+        return next((record for record in self.records() if record_key(record) == key), None)
+
     def part_keys(self) -> list[Key]:
         """Keys of all partitions, in a fixed order. Not to be changed by the caller."""
         if self._part_keys is None:
