@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+from yarl import URL
 
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.frames import Frame, Kind, decode_frame, decode_header, encode_frame
@@ -163,13 +164,16 @@ class Rest:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
-        """``body``: bytes as they are, anything else as JSON."""
+    async def call(
+        self, method: str, path: str, body: Any = None, *, encoded: bool = False, **options: Any
+    ) -> tuple[int, Any]:
+        """``body``: bytes as they are, anything else as JSON. ``encoded``: the path goes out as it is given."""
         if body is not None:
             options["data"] = body if isinstance(body, bytes | str) else json.dumps(body)
             options.setdefault("headers", {}).setdefault("Content-Type", "application/json")
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        async with self._http.request(method, self.url + path, timeout=timeout, **options) as response:
+        url = URL(self.url + path, encoded=encoded)
+        async with self._http.request(method, url, timeout=timeout, **options) as response:
             text = await response.text(errors="replace")
             try:
                 return response.status, json.loads(text)
