@@ -27,7 +27,8 @@ class Curl:
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
         raw = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
-        async with self._http.post(self._url + path, ssl=self._ssl, data=raw) as response:
+        headers = {"Content-Type": "application/json"}
+        async with self._http.post(self._url + path, ssl=self._ssl, data=raw, headers=headers) as response:
             return response.status, await self._body(response)
 
     async def _body(self, response: aiohttp.ClientResponse) -> Any:
@@ -79,17 +80,18 @@ async def test_a_long_poll_ends_with_the_record_or_with_its_time(tmp_path: Path)
         assert [record["value"] for record in body["records"]] == ["now"]
 
 
-async def test_a_broker_that_is_not_the_primary_names_the_one_that_is(tmp_path: Path) -> None:
+async def test_a_broker_that_is_not_the_primary_forwards_what_is_posted_and_names_it_to_readers(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         first, second = await world.broker(), await world.broker()
-        await world.topic("orders", [(first.id, second.id)])
+        topic = await world.topic("orders", [(first.id, second.id)])
         await eventually(lambda: second.broker.view.metadata.topic("orders"), "the metadata arrives")
         curl = Curl(world, second)
-        status, body = await curl.post("/v1/topics/orders/records", {"records": [{"value": "x"}]})
-        assert (status, body["code"]) == (421, "NOT_PRIMARY")
-        assert body["details"]["primary_url"] == first.url
+        status, body = await curl.post("/v1/topics/orders/records", {"records": [{"value": "x"}, {"value": "y"}]})
+        assert (status, [result["partition"] for result in body["results"]]) == (200, [0, 0])
+        core = first.broker.partitions.replicas[topic.id, 0].core
+        assert [result["offset"] for result in body["results"]] == [core.log_end[0] - 2, core.log_end[0] - 1]
         status, body = await curl.get("/v1/topics/orders/partitions/0/records")
-        assert (status, body["details"]["primary_url"]) == (421, first.url)
+        assert (status, body["code"], body["details"]["primary_url"]) == (421, "NOT_PRIMARY", first.url)
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ async def test_nonsense_is_refused_by_field_and_limit(
         ("/v1/queues/jobs/g/peek?count=1001", 400, "INVALID_ARGUMENT"),
         ("/v1/queues/jobs/g/explain?partition=0", 400, "INVALID_ARGUMENT"),
         ("/v1/queues/jobs/g/explain?offset=0", 400, "INVALID_ARGUMENT"),
-        ("/v1/queues/jobs/g/nonsense", 404, "MALFORMED_REQUEST"),
+        ("/v1/queues/jobs/g/nonsense", 404, "NOT_FOUND"),
     ],
 )
 async def test_bad_paths_and_queries_are_refused(world: BrokerWorld, path: str, status: int, code: str) -> None:

@@ -65,6 +65,7 @@ class Here:
 
     async def rest(self, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
         data: Any = None if body is None else io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
+        options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
         async with self.http.request(method, self.url + path, data=data, ssl=self.trust, **options) as response:
             return response.status, await response.json(content_type=None)
 
@@ -463,8 +464,8 @@ BAD_REQUESTS: list[tuple[str, str, Any, int, str]] = [
     ("PATCH", "/v1/topics/none", {"config": {}}, 404, "UNKNOWN_TOPIC"),
     ("DELETE", "/v1/topics/none", None, 404, "UNKNOWN_TOPIC"),
     ("POST", "/v1/topics/none/partitions", {"partitions": 3}, 404, "UNKNOWN_TOPIC"),
-    ("PUT", "/v1/topics", {}, 405, "MALFORMED_REQUEST"),
-    ("GET", "/v2/topics", None, 404, "MALFORMED_REQUEST"),
+    ("PUT", "/v1/topics", {}, 405, "METHOD_NOT_ALLOWED"),
+    ("GET", "/v2/topics", None, 404, "NOT_FOUND"),
     ("POST", "/v1/brokers/7/drain", None, 404, "UNKNOWN_BROKER"),
     ("POST", "/v1/brokers/x/drain", None, 400, "INVALID_ARGUMENT"),
     ("POST", "/v1/brokers/99999999999/drain", None, 400, "INVALID_ARGUMENT"),
@@ -540,7 +541,7 @@ async def test_metrics_name_what_the_issue_asks_for(here: Here) -> None:
         "ferryline_fencings_total 0.0",
         "ferryline_consumers 0.0",
         "ferryline_metadata_revision",
-        'ferryline_errors_total{code="MALFORMED_REQUEST",service="coordinator"} 1.0',
+        'ferryline_errors_total{code="NOT_FOUND",service="coordinator"} 1.0',
         'ferryline_requests_total{kind="REGISTER",service="coordinator"} 1.0',
     ):
         assert line in text, line

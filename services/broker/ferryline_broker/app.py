@@ -17,6 +17,7 @@ from aiohttp import web
 
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.messages import LOG_DAMAGED
+from ferryline_broker.appending import Appender
 from ferryline_broker.audit import AuditApi
 from ferryline_broker.clients import FrameRouter
 from ferryline_broker.config import BrokerConfig
@@ -43,6 +44,7 @@ from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
 from ferryline_broker.rest_backup import BackupApi
 from ferryline_broker.rest_queues import QueueApi
+from ferryline_broker.rest_read import ReadApi
 from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
@@ -133,7 +135,9 @@ class Broker:
         sessions = NodeSessions(node, http, files)
         self.dead_letters = DeadLetters(partitions, view, self.frames.records, link, sessions, store.broker_id)
         self.queues.move = self.dead_letters.move
-        self.rest = RestApi(partitions, view)
+        appender = Appender(partitions, view, sessions, store.broker_id)
+        self.rest = RestApi(view, appender)
+        self.rest_read = ReadApi(partitions, view)
         self.rest_queues = QueueApi(partitions, view, self.frames.queues)
         self.audit = AuditApi(partitions, view, store.broker_id)
         self.backup = BackupApi(partitions, view)
@@ -185,7 +189,7 @@ class Broker:
         app.router.add_routes(self.endpoint.routes())
         app.router.add_routes(health_routes(self._not_ready, self._about))
         app.router.add_routes(self.metrics.routes())
-        app.router.add_routes(self.rest.routes())
+        app.router.add_routes([*self.rest.routes(), *self.rest_read.routes()])
         app.router.add_routes(self.rest_queues.routes())
         app.router.add_routes(self.audit.routes())
         app.router.add_routes(self.backup.routes())
@@ -215,7 +219,7 @@ class Broker:
     async def _shut_down(self, _: web.Application) -> None:
         self.partitions.settle_everything("COMMIT_UNKNOWN", "this broker stopped before the outcome was known")
         self.frames.close()
-        self.rest.close()
+        self.rest_read.close()
         self.rest_queues.close()
         await self.endpoint.close()
 

@@ -6,8 +6,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from ferryline_broker.audit import RepairIn
-from ferryline_broker.rest import RecordsIn
-from ferryline_broker.rest_models import KeepIn, PurgeIn, ReceiveIn, RedriveIn, SelectIn, SettleIn
+from ferryline_broker.rest_models import KeepIn, PurgeIn, ReceiveIn, RecordsIn, RedriveIn, SelectIn, SettleIn
 from ferryline_service.errors import Handler
 from ferryline_service.openapi import document
 

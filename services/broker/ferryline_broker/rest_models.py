@@ -1,12 +1,21 @@
-"""Bodies of the REST of queues. A field that nobody knows is refused; limits are those of the frames."""
+"""Bodies of a broker's REST. A field that nobody knows is refused; limits are those of the frames."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ferryline.protocol.limits import OFFSET_MAX, WAIT_MS_MAX
+from ferryline.protocol.exchanges import ROUTING_KEY_BYTES_MAX
+from ferryline.protocol.limits import (
+    COMMIT_METADATA_BYTES_MAX,
+    HEADER_NAME_BYTES_MAX,
+    HEADERS_MAX,
+    NAME_PATTERN,
+    OFFSET_MAX,
+    PARTITIONS_MAX,
+    WAIT_MS_MAX,
+)
 from ferryline.protocol.queue_messages import ORDER_KEY
 from ferryline_broker.queue_frames import (
     DELAY_MS_MAX,
@@ -17,15 +26,64 @@ from ferryline_broker.queue_frames import (
     REASON_CHARS_MAX,
 )
 from ferryline_broker.queue_requests import RECORDS_MAX
-from ferryline_broker.rest_shared import Bytes64
+from ferryline_broker.rest_shared import Base64
 
 RECEIPT_CHARS_MAX = 2_048  # a member's name of 256 characters, in base64, and what is small
 Receipt = Annotated[str, Field(max_length=RECEIPT_CHARS_MAX)]
-PartitionIn = Annotated[int | None, Field(ge=0)]
+PartitionIn = Annotated[int | None, Field(ge=0, lt=PARTITIONS_MAX)]
+APPEND_RECORDS_MAX = 10_000  # of one request
+Text = str | Base64
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RecordIn(_Body):
+    """One record. Key and values are text, or bytes in base64."""
+
+    key: Text | None = None
+    value: Text | None = None
+    headers: dict[Annotated[str, Field(max_length=HEADER_NAME_BYTES_MAX)], Text | None] = Field(
+        default={}, max_length=HEADERS_MAX
+    )
+
+
+class AppendedIn(RecordIn):
+    """``partition``: left out, the key chooses it."""
+
+    partition: PartitionIn = None
+
+
+class RecordsIn(_Body):
+    records: list[AppendedIn] = Field(min_length=1, max_length=APPEND_RECORDS_MAX)
+
+
+class PublishedIn(RecordIn):
+    routing_key: str = Field("", max_length=ROUTING_KEY_BYTES_MAX)
+
+
+class PublishIn(_Body):
+    """``mandatory``: refuse them all if one of them would reach no topic."""
+
+    records: list[PublishedIn] = Field(min_length=1, max_length=APPEND_RECORDS_MAX)
+    mandatory: bool = False
+
+
+class OffsetIn(_Body):
+    """``offset``: of the next record to read, or "start" or "end" of what is retained."""
+
+    topic: str = Field(pattern=NAME_PATTERN.pattern.replace(r"\A", "^").replace(r"\Z", "$"))
+    partition: int = Field(ge=0, lt=PARTITIONS_MAX)
+    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] | Literal["start", "end"]
+    metadata: str = Field("", max_length=COMMIT_METADATA_BYTES_MAX // 4)
+
+
+class OffsetsIn(_Body):
+    """Where a group goes on. ``dry_run``: only say what would change."""
+
+    offsets: list[OffsetIn] = Field(min_length=1, max_length=PARTITIONS_MAX)
+    dry_run: bool = False
 
 
 class ReceiveIn(_Body):
@@ -78,6 +136,6 @@ class RedriveIn(SelectIn):
 
     offset: int = Field(-1, ge=-1, le=OFFSET_MAX)
     count: int = Field(0, ge=0, le=RECORDS_MAX)
-    key: str | Bytes64 | None = None
+    key: str | Base64 | None = None
     reason: str = Field("", max_length=REASON_CHARS_MAX)
     dry_run: bool = False

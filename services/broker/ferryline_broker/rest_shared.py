@@ -6,6 +6,7 @@ import base64
 import binascii
 
 from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field
 
 from ferryline.protocol.errors import FerrylineError, InvalidArgument, NotPrimary
 from ferryline.protocol.limits import check_range
@@ -14,6 +15,14 @@ from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.view import ClusterView
 
 Bytes64 = dict[str, str]
+
+
+class Base64(BaseModel):
+    """Bytes that are no text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    base64: str = Field(pattern=r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$")
 
 
 def shown_bytes(value: bytes | None) -> str | Bytes64 | None:
@@ -25,19 +34,14 @@ def shown_bytes(value: bytes | None) -> str | Bytes64 | None:
         return {"base64": base64.b64encode(value).decode()}
 
 
-def raw_bytes(value: str | Bytes64 | None, field: str) -> bytes | None:
+def raw_bytes(value: str | Base64 | None, field: str) -> bytes | None:
     """What ``value`` stands for. Raises InvalidArgument, naming ``field``."""
     if value is None:
         return None
-    if isinstance(value, str):
-        try:
-            return value.encode()
-        except UnicodeEncodeError:
-            raise InvalidArgument(f"{field}: not valid UTF-8", field=field) from None
-    if set(value) != {"base64"}:
-        raise InvalidArgument(f'{field}: expected text or {{"base64": "..."}}', field=field)
     try:
-        return base64.b64decode(value["base64"], validate=True)
+        return value.encode() if isinstance(value, str) else base64.b64decode(value.base64, validate=True)
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{field}: not valid UTF-8", field=field) from None
     except (binascii.Error, ValueError):
         raise InvalidArgument(f"{field}.base64: not base64", field=field) from None
 
@@ -45,6 +49,14 @@ def raw_bytes(value: str | Bytes64 | None, field: str) -> bytes | None:
 def query_int(request: web.Request, name: str, default: int, low: int, high: int) -> int:
     text = request.query.get(name)
     return default if text is None else whole(text, name, low, high)
+
+
+def query_flag(request: web.Request, name: str) -> bool:
+    """Raises InvalidArgument for anything but true, false, 1 and 0."""
+    text = request.query.get(name, "false")
+    if text not in ("true", "false", "1", "0"):
+        raise InvalidArgument(f"{name}: {text[:40]!r} is neither true nor false", field=name)
+    return text in ("true", "1")
 
 
 def whole(text: str, name: str, low: int, high: int) -> int:
@@ -65,7 +77,11 @@ def leads(driver: PartitionDriver, key: Key) -> bool:
 
 def elsewhere(view: ClusterView, topic_id: str, partition: int) -> FerrylineError:
     """The refusal that names the primary and where it is."""
-    error = view.not_here(topic_id, partition)
+    return with_address(view, view.not_here(topic_id, partition))
+
+
+def with_address(view: ClusterView, error: FerrylineError) -> FerrylineError:
+    """The same error; if it names a primary, with its address."""
     if isinstance(error, NotPrimary):
         broker = view.broker(error.details.get("primary", 0))
         if broker is not None:
