@@ -50,8 +50,8 @@ test: venv ## all tests that need neither docker nor root
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-all: venv ## all tests; installs and starts what they need (Debian, root)
-	@scripts/install-parts etcd gcc
-	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow --etcd $(ARGS)
+	@scripts/install-parts etcd redis-server gcc
+	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow --etcd --redis $(ARGS)
 
 test-containers: venv ## the tests of the compose cluster; installs and starts docker if need be (Debian, root)
 	@scripts/with-docker $(BIN)/python -m pytest --docker -m docker $(ARGS) tests/integration

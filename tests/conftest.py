@@ -21,7 +21,11 @@ NEEDS = {
     "root": "needs root: `make test-all`, or --root",
     "slow": "takes long: `make test-all`, or --slow",
 }
-PROGRAMS = {"etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it"}  # tests run where these are found
+PROGRAMS = {  # tests run where these are found
+    "etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it",
+    "redis": "needs redis-server (Debian: redis-server): `make test-all` installs it",
+}
+_COMMANDS = {"redis": "redis-server"}  # where it is not called like the marker
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
                 item.add_marker(pytest.mark.skip(reason=reason))
         for program, reason in PROGRAMS.items():
-            missing = shutil.which(program) is None and not config.getoption(f"--{program}")
+            missing = shutil.which(_COMMANDS.get(program, program)) is None and not config.getoption(f"--{program}")
             if item.get_closest_marker(program) and missing:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -87,11 +87,10 @@ class Quotas:
         self.touched: list[Meter] = []
         self.refused: dict[str, int] = {}
         self.shared = False
-        self.redis_url = ""
-        self.on_policy: Callable[[], None] = lambda: None
+        self.redis_url = ""  # of the policy: where they are to be shared
+        self.services = 1  # that have a share each while they are not
         self._now_ms = now_ms
         self._meters: dict[str, Meter] = {}
-        self._services = 1
         self._over: frozenset[str] = frozenset()
 
     # -- what is allowed ----------------------------------------------------------------------------
@@ -102,12 +101,11 @@ class Quotas:
         self.redis_url = policy.redis_url if policy.enabled else ""
         if services is not None:
             self.live(services)
-        self.on_policy()
 
     def live(self, brokers: int) -> None:
         """So many brokers serve now."""
-        if self._services != max(1, brokers):
-            self._services = max(1, brokers)
+        if self.services != max(1, brokers):
+            self.services = max(1, brokers)
             self._limit_all()
 
     def share(self, shared: bool) -> None:
@@ -116,13 +114,39 @@ class Quotas:
             self.shared = shared
             self._limit_all()
 
+    def drained(self) -> list[tuple[Meter, dict[str, float]]]:
+        """Meters that were drawn on, with what was spent of each of their rates: a settlement begins."""
+        touched, self.touched = self.touched, []
+        found = []
+        for meter in touched:
+            spent, meter.spent_ms, meter.touched = meter.spent_ms, {}, False
+            if meter.buckets:
+                found.append((meter, {name: spent.get(name, 0.0) for name in meter.buckets}))
+        return found
+
+    def settled(self, meter: Meter, behind_ms: dict[str, float]) -> None:
+        """How far behind the shared buckets are; what was spent here since they were asked comes on top."""
+        now_ms = self._now_ms()
+        for name, ms in behind_ms.items():
+            bucket = meter.buckets.get(name)
+            if bucket is not None and self.shared:
+                bucket.owe(ms + meter.spent_ms.get(name, 0.0), now_ms)
+
+    def hand_in(self) -> None:
+        """Sharing begins: what each bucket is behind, at its share of the rate, is what this service has spent."""
+        now_ms = self._now_ms()
+        for meter in self._meters.values():
+            for name, bucket in meter.buckets.items():
+                meter.spent_ms[name] = bucket.behind_ms(now_ms) / self.services
+            self._touch(meter)
+
     def _limit_all(self) -> None:
         for meter in self._meters.values():
             meter.limit(meter.quota, self._divided_by)
 
     @property
     def _divided_by(self) -> int:
-        return 1 if self.shared else self._services
+        return 1 if self.shared else self.services
 
     # -- what is used -------------------------------------------------------------------------------
 
@@ -192,10 +216,13 @@ class Quotas:
             meter = self._meters[caller.name] = Meter(caller.name)
         if meter.quota is not caller.quota and meter.quota != caller.quota:
             meter.limit(caller.quota, self._divided_by)
+        self._touch(meter)
+        return meter
+
+    def _touch(self, meter: Meter) -> None:
         if not meter.touched:
             meter.touched = True
             self.touched.append(meter)
-        return meter
 
     def _forget_idle(self) -> None:
         now_ms = self._now_ms()
