@@ -138,6 +138,11 @@ class Gate:
         if missing:
             raise RuleMissing(f"{self.service}: no access rule for {', '.join(missing)}")
 
+    def rule_of(self, request: web.Request) -> Rule | None:
+        """The rule of the route that was found; None where there is no such route."""
+        info = request.match_info
+        return self._rules.get(info.route) if info.http_exception is None else None
+
     def middleware(self) -> Any:
         """Authenticates, applies the rule of the route, and leaves the caller under CALLER."""
 

@@ -1,0 +1,155 @@
+"""What the audit log is told: changes and refusals, as requests and frames come by. The gate decides, this listens.
+
+    auditor = Auditor(AuditLog(data_dir / "audit"), gate)
+    app = web.Application(middlewares=[error_middleware(metrics), auditor.middleware(), gate.middleware()])
+    endpoint.on_refused = auditor.refused_frame
+
+A change is a request that takes ``manage`` on something and is no GET, and a node's joining and renewing. Changes are
+told while access is off, too; then everybody does them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+from aiohttp import web
+
+from ferryline.protocol.access import CLUSTER, MANAGE
+from ferryline.protocol.errors import (
+    FerrylineError,
+    InternalError,
+    InvalidArgument,
+    QuotaExceeded,
+    Unauthorized,
+    Unavailable,
+)
+from ferryline.protocol.frames import Kind
+from ferryline_service.access.audit_log import DONE, FAILED, REFUSED, AuditLog
+from ferryline_service.access.caller import NOBODY, Caller
+from ferryline_service.access.gate import CALLER, SESSION_PATH, Gate
+from ferryline_service.access.rules import NODE, PATH, PUBLIC, Need, Rule
+from ferryline_service.errors import REQUEST_ID
+
+if TYPE_CHECKING:
+    from ferryline_service.server_session import ServerSession
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_LOOKS = ("GET", "HEAD", "OPTIONS")
+_CONNECT = "connect"
+_NAMES = ("name", "topic")  # of a JSON body, where the path names nothing
+_KIND_NAMES = {int(kind): kind.name.lower() for kind in Kind}
+
+
+class Auditor:
+    """Between one gate and one log."""
+
+    def __init__(self, log: AuditLog, gate: Gate) -> None:
+        self.log = log
+        self._gate = gate
+
+    def middleware(self) -> Any:
+        """Stands before the gate's, which it hears refuse."""
+
+        @web.middleware
+        async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+            rule = self._gate.rule_of(request)
+            if rule is None:  # there is no such route
+                return await handler(request)
+            try:
+                response = await handler(request)
+            except (Unauthorized, QuotaExceeded) as error:
+                self._refused(request, rule, error)
+                raise
+            except Unavailable:
+                raise  # nothing was decided, here and now
+            except Exception as error:
+                if _changes(request, rule):
+                    await self._changed(request, rule, FAILED, _code(error))
+                raise
+            if _changes(request, rule):
+                await self._changed(request, rule, DONE, "")
+            return response
+
+        return middleware
+
+    def refused_frame(self, session: ServerSession, kind: int, error: FerrylineError) -> None:
+        """A frame, or an entry of one, that the caller may not send."""
+        details = error.details
+        self.log.note(
+            _known(session.caller),
+            session.remote,
+            _KIND_NAMES.get(kind, str(kind)),
+            str(details.get("resource", "")),
+            str(details.get("name", "")),
+            REFUSED,
+            error.code,
+        )
+
+    def _refused(self, request: web.Request, rule: Rule, error: FerrylineError) -> None:
+        need = _need(rule)
+        resource = str(error.details.get("resource", need.resource if need is not None else ""))
+        name = str(error.details.get("name", _name(request, need, None)))
+        self._note(request, resource, name, REFUSED, error.code, {})
+
+    async def _changed(self, request: web.Request, rule: Rule, outcome: str, code: str) -> None:
+        need = _need(rule)
+        body = await _body(request) if rule is not PUBLIC else None  # what nodes send to join holds a token
+        details = {"body": json.dumps(body, separators=(",", ":"))} if body else {}
+        resource = need.resource if need is not None else CLUSTER
+        self._note(request, resource, _name(request, need, body), outcome, code, details)
+
+    def _note(
+        self, request: web.Request, resource: str, name: str, outcome: str, code: str, details: dict[str, Any]
+    ) -> None:
+        action = _CONNECT if request.path == SESSION_PATH else request.match_info.handler.__name__.strip("_")
+        request_id = request.get(REQUEST_ID, "")
+        caller = _known(request.get(CALLER))
+        self.log.note(caller, request.remote, action, resource, name, outcome, code, request_id, **details)
+
+
+def _known(caller: Caller | None) -> Caller | None:
+    return None if caller is NOBODY else caller
+
+
+def _changes(request: web.Request, rule: Rule) -> bool:
+    if request.method in _LOOKS or rule is NODE:
+        return False
+    return rule is PUBLIC or any(need.action == MANAGE for need in rule.needs)
+
+
+def _need(rule: Rule) -> Need | None:
+    """What the request was about: what it takes to manage, or else the first thing that is needed."""
+    return next((need for need in rule.needs if need.action == MANAGE), rule.needs[0] if rule.needs else None)
+
+
+def _name(request: web.Request, need: Need | None, body: Any) -> str:
+    """Name of what was changed: a topic, a principal, a broker's number."""
+    found = request.match_info
+    if need is not None and need.source == PATH and need.resource in found:
+        others = [value for name, value in found.items() if name != need.resource]
+        return "/".join([found[need.resource], *others])
+    if found:
+        return "/".join(found.values())
+    named = [body[name] for name in _NAMES if isinstance(body.get(name), str)] if isinstance(body, Mapping) else []
+    return named[0] if named else ""
+
+
+async def _body(request: web.Request) -> Any:
+    """The JSON that the handler has read, or None."""
+    if not request.body_exists or request.content_type != "application/json":
+        return None
+    try:
+        return json.loads(await request.text())
+    except (ValueError, LookupError, web.HTTPException, OSError):
+        return None
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, FerrylineError):
+        return error.code
+    if isinstance(error, pydantic.ValidationError):
+        return InvalidArgument.code
+    return f"HTTP_{error.status}" if isinstance(error, web.HTTPException) else InternalError.code
