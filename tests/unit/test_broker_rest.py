@@ -158,7 +158,7 @@ async def test_health_metadata_and_metrics_tell_what_is_going_on(tmp_path: Path)
         _, text = await curl.get("/metrics")
         lines = set(text.splitlines())
         assert 'ferryline_records_in_total{topic="orders"} 2.0' in lines
-        assert 'ferryline_partitions{role="primary"} 1.0' in lines
+        assert 'ferryline_partition_replicas{role="primary"} 1.0' in lines
         assert 'ferryline_in_sync_replicas{partition="0",topic="orders"} 2.0' in lines
         assert "ferryline_under_replicated_partitions 0.0" in lines
         assert 'ferryline_secondary_lag_records{broker="2",partition="0",topic="orders"} 0.0' in lines

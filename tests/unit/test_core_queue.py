@@ -95,7 +95,7 @@ def test_an_ack_is_answered_only_when_both_copies_have_it() -> None:
     token = pair.token
     pair.send(2, ev.Flushed(STATE, pair.disks[2].end(STATE)))
     pair.run()
-    assert pair.answer_to(token) == qe.AnswerSettle(token, [[]], [[]])
+    assert pair.answer_to(token) == qe.AnswerSettle(token, [[]], [[]], [0])
 
 
 def test_an_extension_is_promised_only_by_a_primary_that_can_commit() -> None:

@@ -28,6 +28,7 @@ from ferryline_broker.core.partition import ReplicaConfig
 from ferryline_broker.dead_letters import DeadLetters
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.faulty import open_storage
+from ferryline_broker.gauges import Gauges
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.join import TlsFolder, join
 from ferryline_broker.log.group import GroupFlush
@@ -49,6 +50,7 @@ from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
 from ferryline_service.errors import error_middleware
+from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
 from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
@@ -97,7 +99,7 @@ class Broker:
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.leaving: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._status = EXIT_FAILED  # of an end that is not clean
-        self.metrics = metrics = BrokerMetrics()
+        self.metrics = metrics = BrokerMetrics(config.metrics_topics_max)
         self.tls = files = tls.files()
         group = GroupFlush(store.storage)
         self.partitions = partitions = PartitionDriver(metrics, group, self._on_fatal)
@@ -144,7 +146,9 @@ class Broker:
         partitions.on_damaged = self._on_damaged
         partitions.on_unwritable = self._leave_soon
         self.node_driver.on_metadata = self._on_metadata
-        metrics.partitions = lambda: [hosted.gauges() for hosted in partitions.replicas.values()]
+        metrics.partitions = Gauges(partitions, view)
+        metrics.exists = lambda name: view.metadata.topic(name) is not None or not view.metadata.cluster_id
+        metrics.certificates = Expiry({"node": tls.cert, "ca": tls.ca}).seconds
         self.endpoint = SessionEndpoint(
             server="broker",
             cluster_id=store.cluster_id,

@@ -66,6 +66,9 @@ class BrokerConfig(BaseSettings):
     disk_check_ms: int = Field(1_000, ge=50, description="How often free space is looked at.")
     checkpoint_ms: int = Field(1_000, ge=50, le=1_000, description="How often each changed log gets its checkpoint.")
     retention_ms: int = Field(10_000, ge=50, description="How often retention is applied.")
+    metrics_topics_max: int = Field(
+        200, ge=1, le=10_000, description="Topics with metrics of their own; further ones are counted together."
+    )
     scrub_bytes_per_s: int = Field(4 * MIB, ge=0, description="Read rate of the scrubber; 0 turns it off.")
 
     @field_validator("coordinator", "tls_names", mode="before")

@@ -165,6 +165,7 @@ class DeadLetters:
                 await self._pause(failures, news)
                 continue
             if hosted.core.primary is primary and not hosted.broken:
+                hosted.counts.group(move.group).dead += outcome == DONE
                 self.tell(hosted, DeadMoved(move.group, move.offset, move.sequence, outcome))
             return
 

@@ -249,11 +249,16 @@ class PartitionDriver:
 
     def _wake_readers(self, hosted: HostedReplica, effect: ev.WakeReaders) -> None:
         hosted.unsaved = True
-        if effect.log == RECORDS and hosted.readers:
-            self._wake(hosted)
+        if effect.log == RECORDS:
+            if 0 < hosted.sampled_end <= effect.high_watermark:
+                self.metrics.commit_seconds.observe(perf_counter() - hosted.sampled_s)
+                hosted.sampled_end = 0
+            if hosted.readers:
+                self._wake(hosted)
 
     def _role_changed(self, hosted: HostedReplica, effect: ev.RoleChanged) -> None:
         _log.info("role", partition=hosted.name, role=effect.role, epoch=effect.epoch, reason=effect.reason)
+        hosted.sampled_end = 0
         self._wake(hosted)
         self.queues.role_changed(hosted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import traceback
+from time import perf_counter
 
 import msgspec
 
@@ -15,8 +16,9 @@ from ferryline_broker.core.partition import PartitionCore, ReadVerdict
 from ferryline_broker.core.replica import ROLE_PRIMARY
 from ferryline_broker.log.partition_log import PartitionLog
 from ferryline_broker.log.replica_store import ReplicaStore
-from ferryline_broker.metrics import PartitionGauges, TopicCounts
+from ferryline_broker.partition_metrics import PartitionGauges
 from ferryline_broker.ports import Emitter
+from ferryline_broker.traffic import TopicCounts
 from ferryline_service.logs import get_logger
 
 _log = get_logger()
@@ -39,6 +41,8 @@ class HostedReplica:
         "logs",
         "queued_ms",
         "readers",
+        "sampled_end",
+        "sampled_s",
         "store",
         "topic",
         "unsaved",
@@ -58,6 +62,8 @@ class HostedReplica:
         self.deadline_ms: int | None = None  # of the core
         self.queued_ms: int | None = None  # earliest entry in the driver's heap; never later than deadline_ms
         self.readers: dict[Emitter, None] = {}  # parked fetches, in order of arrival
+        self.sampled_end = 0  # how long it takes until this offset is committed is being measured; 0: of none
+        self.sampled_s = 0.0  # since when
 
     @property
     def topic_name(self) -> str:
@@ -72,6 +78,8 @@ class HostedReplica:
         """Book what producers brought; control records and what a secondary fetched are not theirs."""
         if self.core.primary is None:
             return
+        if not self.sampled_end:
+            self.sampled_end, self.sampled_s = self.logs[RECORDS].log_end, perf_counter()
         counts = self.counts
         for _, header in headers:
             if not header.is_control:

@@ -34,6 +34,7 @@ from ferryline.protocol.queue_messages import (
     SettleEntry,
 )
 from ferryline.protocol.records import BatchBuilder, DecodedRecord
+from ferryline_broker.clock import now_ms
 from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.queue_events import (
     AnswerLease,
@@ -111,6 +112,7 @@ class QueueHandler:
                 if ask.strict:
                     parked.seen[len(parked.hosted)] = hosted.core.high_watermark[RECORDS]
                 parked.hosted.append(hosted)
+        self._saw(parked.hosted, ask)
         order = range(len(parked.hosted))
         first = self._count % len(order) if order else 0
         self._count += 1
@@ -150,7 +152,9 @@ class QueueHandler:
                 for index in numbers:
                     request.refuse(index, self._view.not_here(*where).info())
                 continue
-            token = self.driver.token(request, request.part(numbers), hosted)
+            counts = hosted.counts.group(ask.group)
+            counts.saw(ask.member, now_ms())
+            token = self.driver.token(request, request.part(numbers, told, counts), hosted)
             self.driver.feed(hosted, SettleAsked(token, ask.group, ask.member, told))
         self.driver.at_end(request)
 
@@ -164,6 +168,7 @@ class QueueHandler:
                 continue
             # What waits here would lease for somebody who has just said all that he has.
             self._replace(self._parked.get((hosted.key, ask.group), ()), ask)
+            self._saw([hosted], ask)
             token = self.driver.token(request, request.part([index]), hosted)
             self.driver.feed(hosted, KeepAsked(token, ask.group, ask.member, entry.leases))
         self.driver.at_end(request)
@@ -182,6 +187,14 @@ class QueueHandler:
             event = QueueAsked(token, ask.group, ask.op, ask.offset, ask.count, ask.key, ask.reason, ask.dry_run)
             self.driver.feed(hosted, event)
         self.driver.at_end(request)
+
+    def _saw(self, asked: Iterable[HostedReplica], ask: Receive | Keep) -> None:
+        """Count whoever asks among the live receivers of each topic."""
+        last = None
+        for hosted in asked:
+            if hosted.counts is not last:
+                last = hosted.counts
+                last.group(ask.group).saw(ask.member, now_ms())
 
     # -- deliveries ---------------------------------------------------------------------------------
 
@@ -210,6 +223,7 @@ class QueueHandler:
             there = {record.offset for record in records}
             attempts = [count for offset, count in zip(offsets, attempts, strict=True) if offset in there]
             offsets = [record.offset for record in records]
+        hosted.counts.group(ask.group).handed_out(attempts)
         payload = _payload(records)
         delivery = Delivery(
             *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload)

@@ -6,6 +6,7 @@ Who asked may be a session or a request over REST: an `Asker` either way.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ferryline.protocol.errors import ErrorInfo, StorageFailed
@@ -22,11 +23,12 @@ from ferryline.protocol.queue_messages import (
 )
 from ferryline.protocol.records import DecodedRecord
 from ferryline_broker.core.events import Bytes, Key, Refuse
-from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked
+from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked, SettleItem
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.ports import Answer, Asker
 from ferryline_broker.produce import refusal_info
+from ferryline_broker.traffic import GroupCounts
 
 if TYPE_CHECKING:
     from ferryline_broker.queue_frames import QueueHandler
@@ -135,22 +137,25 @@ class SettleRequest:
         self._kind = kind
         self._correlation = correlation
         self._left = 0
-        self._parts: list[list[int]] = []  # numbers of the entries in each part
+        self._parts: list[tuple[list[int], list[SettleItem], GroupCounts | None]] = []
         self._results: list[SettleResult] = []
 
     def refuse(self, index: int, error: ErrorInfo) -> None:
         self._results.append(SettleResult(index, error=error))
 
-    def part(self, entries: list[int]) -> int:
-        """The number under which the entries of one partition are settled."""
+    def part(self, entries: list[int], items: Sequence[SettleItem] = (), counts: GroupCounts | None = None) -> int:
+        """The number under which the entries of one partition are settled. ``counts`` is told what ``items`` did."""
         self._left += 1
-        self._parts.append(entries)
+        self._parts.append((entries, list(items), counts))
         return len(self._parts) - 1
 
     def settle(self, index: int, answer: Answer) -> None:
         self._left -= 1
-        entries = self._parts[index]
+        entries, items, counts = self._parts[index]
         if isinstance(answer, AnswerSettle):
+            if counts is not None:
+                for item, stale, settled, held in zip(items, answer.stale, answer.settled, answer.held_ms, strict=True):
+                    counts.settled(item.action, len(item.offsets) - len(stale) - len(settled), held)
             for number, entry in enumerate(entries):
                 stale, settled = (answer.stale[number], answer.settled[number]) if answer.stale else ([], [])
                 self._results.append(SettleResult(entry, stale, settled))

@@ -82,7 +82,10 @@ class Upkeep:
         config = self._config
         due = dict.fromkeys(("checkpoint", "disk", "retention", "scrub"), now_ms())
         while True:
+            asked = perf_counter()
             await asyncio.sleep(self.tick_ms / 1000)
+            late_s = perf_counter() - asked - self.tick_ms / 1000
+            self._metrics.loop_lag_s = max(self._metrics.loop_lag_s, late_s)
             now = now_ms()
             try:
                 if now >= due["disk"]:
@@ -252,6 +255,7 @@ class Upkeep:
         """Compare free space with the reserve and tell the cores when the answer changed (rule L12)."""
         free, reserve = self._room()
         self._metrics.disk_free_bytes = free
+        self._metrics.disk_total_bytes = self._store.usage()[1]
         # Half of what is left above the reserve: appends come in bursts, and other programs write too.
         self._budget = max(_SCRUB_STEP_BYTES, (free - reserve) // 2)
         if self._wanting:

@@ -6,18 +6,24 @@ more than the rest of dispatching a small frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.metadata
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from ferryline.protocol.frames import Kind
+from ferryline_service.histogram import Buckets, Histograms
 
+KINDS_MAX = 500  # of requests; methods of HTTP are invented by whoever asks, and each would be a series
+# Shown from the start: the first increase of a counter that was not there before is no increase to Prometheus.
+_SHOWN = ("INTERNAL", "STORAGE_FAILED", "FORBIDDEN", "BAD_CREDENTIALS", "THROTTLED", "QUOTA_EXCEEDED")
 _KIND_NAMES = {int(kind): kind.name for kind in Kind}
+_VERSION = importlib.metadata.version("ferryline-service")
 
 
 class ServiceMetrics:
@@ -32,18 +38,21 @@ class ServiceMetrics:
         self.registry = CollectorRegistry()
         self.frames = [0] * 256
         self.requests: dict[str, int] = {}
-        self.errors: dict[str, int] = {}
+        self.errors: dict[str, int] = dict.fromkeys(_SHOWN, 0)
+        self.sessions = Level()
+        self.request_seconds = Buckets()
+        self.certificates: Callable[[], dict[str, float]] = dict  # name -> seconds until it ends
         ProcessCollector(registry=self.registry)
         self.registry.register(_Counts(self))
-        self.request_seconds = Histogram(
-            "ferryline_http_request_seconds", "Duration of REST requests", ["service"], registry=self.registry
-        ).labels(service)
-        self.sessions = Gauge("ferryline_sessions", "Open sessions", ["service"], registry=self.registry).labels(
-            service
-        )
+        requests = {"ferryline_http_request_seconds": ("Duration of REST requests", self.request_seconds)}
+        self.registry.register(Histograms(requests, {"service": service}))
 
     def request(self, kind: str) -> None:
-        self.requests[kind] = self.requests.get(kind, 0) + 1
+        count = self.requests.get(kind)
+        if count is None and len(self.requests) >= KINDS_MAX:
+            kind = "other"
+            count = self.requests.get(kind)
+        self.requests[kind] = (count or 0) + 1
 
     def error(self, code: str) -> None:
         self.errors[code] = self.errors.get(code, 0) + 1
@@ -53,6 +62,18 @@ class ServiceMetrics:
             return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
         return [web.get("/metrics", metrics)]
+
+
+class Level:
+    """A number that goes up and down."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def set(self, value: int) -> None:
+        self.value = value
 
 
 class _Counts(Collector):
@@ -72,3 +93,17 @@ class _Counts(Collector):
         for code, count in metrics.errors.items():
             errors.add_metric([metrics.service, code], count)
         yield errors
+        sessions = GaugeMetricFamily("ferryline_sessions", "Open sessions", labels=["service"])
+        sessions.add_metric([metrics.service], metrics.sessions.value)
+        yield sessions
+        ends = GaugeMetricFamily(
+            "ferryline_certificate_expires_in_seconds",
+            "Time until a certificate of this service ends",
+            labels=["service", "certificate"],
+        )
+        for name, left in metrics.certificates().items():
+            ends.add_metric([metrics.service, name], left)
+        yield ends
+        info = GaugeMetricFamily("ferryline_build_info", "1, with the version", labels=["service", "version"])
+        info.add_metric([metrics.service, _VERSION], 1)
+        yield info

@@ -11,8 +11,10 @@ import secrets
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import (
     CoordinatorLoading,
     CoordinatorStandby,
@@ -47,6 +49,9 @@ class Surroundings(Protocol):
 
     def noted(self, note: ev.Note) -> None:
         """Something to count."""
+
+    def access_changed(self, policy: AccessPolicy) -> None:
+        """Decide by this policy from now on; it is durable."""
 
     def term_ended(self) -> None:
         """Primaryship began anew: brokers must open sessions and register again."""
@@ -95,6 +100,8 @@ class Driver:
         if not core.founded:
             self.post(ev.Founded(uuid.uuid4().hex, secrets.token_bytes(CLAIM_KEY_BYTES)))
             await self.settled()
+        if self._config.access is not None:
+            self.post(ev.AccessFileRead(self._config.access))
         _log.info("primaryship won", coord_epoch=primaryship.coord_epoch, records=len(values))
         self._arm()
         return None
@@ -178,6 +185,12 @@ class Driver:
         await self._store.close()
 
     # -- events -------------------------------------------------------------------------------------
+
+    def take_access(self, file: AccessPolicy) -> None:
+        """The access file says something else now: in this term, and in those that follow."""
+        self._config = replace(self._config, access=file)
+        if self.serving:
+            self.post(ev.AccessFileRead(file))
 
     @property
     def serving(self) -> bool:
@@ -326,6 +339,8 @@ class Driver:
                     self._surroundings.probe(effect)
                 case ev.Note():
                     self._surroundings.noted(effect)
+                case ev.AccessChanged(policy):
+                    self._surroundings.access_changed(policy)
                 case ev.Recampaign(coord_epoch):
                     self._spawn(self._begin_again("brokers have seen a later coordinator", coord_epoch))
                     return

@@ -11,7 +11,11 @@ from ferryline.protocol.metadata import NO_BROKER
 from ferryline_coordinator.core.coordinator import CoordinatorCore
 from ferryline_coordinator.core.events import Note
 from ferryline_coordinator.views import under_replicated
+from ferryline_service.histogram import Buckets, Histograms
 from ferryline_service.metrics import ServiceMetrics
+
+GROUPS_MAX = 1_000  # shown by name, the first ones in order; all others are `OTHERS`
+OTHERS = "(others)"
 
 # Notes of the core -> name of the counter and what it counts.
 _COUNTED = {
@@ -35,14 +39,22 @@ class CoordinatorMetrics(ServiceMetrics):
     def __init__(self, core: Callable[[], CoordinatorCore | None]) -> None:
         super().__init__("coordinator")
         self.notes: dict[str, int] = dict.fromkeys(_COUNTED, 0)
+        self.isr_shrinks = self.isr_expands = 0
+        self.commit_seconds = Buckets()
         self.active: Callable[[], bool] = lambda: False
         self.terms_lost: Callable[[], int] = lambda: 0
         self.deposed: Callable[[], int] = lambda: 0
+        text = "One commit of the store, with everything that was decided since the last"
+        self.registry.register(Histograms({"ferryline_store_commit_seconds": (text, self.commit_seconds)}))
         self.registry.register(_State(self, core))
 
     def noted(self, note: Note) -> None:
         if note.name in self.notes:
             self.notes[note.name] += note.fields.get("count", 1)
+        if note.name == "isr_changed":
+            before, after = len(note.fields["before"]), len(note.fields["after"])
+            self.isr_shrinks += after < before
+            self.isr_expands += after > before
 
 
 class _State(Collector):
@@ -54,6 +66,10 @@ class _State(Collector):
         for note, (name, documentation) in _COUNTED.items():
             yield CounterMetricFamily(f"ferryline_{name}", documentation, value=self._metrics.notes[note])
         metrics = self._metrics
+        shrinks = "In-sync sets that became smaller, as primaries asked"
+        yield CounterMetricFamily("ferryline_isr_shrinks", shrinks, value=metrics.isr_shrinks)
+        expands = "In-sync sets that became larger"
+        yield CounterMetricFamily("ferryline_isr_expands", expands, value=metrics.isr_expands)
         active = metrics.active()
         yield GaugeMetricFamily("ferryline_coordinator_active", "1: this coordinator is the active one", value=active)
         lost = "Times that this coordinator had to give primaryship up"
@@ -68,11 +84,12 @@ class _State(Collector):
         brokers = [record.meta for record in state.brokers.values()]
         primaries = GaugeMetricFamily("ferryline_primaries", "Partitions led, by broker", labels=["broker"])
         replicas = GaugeMetricFamily("ferryline_replicas", "Replicas held, by broker", labels=["broker"])
+        running = GaugeMetricFamily("ferryline_broker_running", "1 while the broker serves", labels=["broker"])
         for broker in brokers:
+            running.add_metric([str(broker.id)], not broker.fenced)
             primaries.add_metric([str(broker.id)], state.led.get(broker.id, 0))
             replicas.add_metric([str(broker.id)], len(state.held.get(broker.id, ())))
-        yield primaries
-        yield replicas
+        yield from (running, primaries, replicas, _members(core))
         missing = sum(under_replicated(part) for part in parts)
         gauges = {
             "brokers_registered": ("Brokers that are registered", len(brokers)),
@@ -92,3 +109,17 @@ class _State(Collector):
         }
         for name, (documentation, value) in gauges.items():
             yield GaugeMetricFamily(f"ferryline_{name}", documentation, value=value)
+
+
+def _members(core: CoordinatorCore) -> Metric:
+    """How many members each group of log consumers has."""
+    family = GaugeMetricFamily("ferryline_group_members", "Consumers in a group", labels=["group"])
+    rest = 0
+    for number, (name, group) in enumerate(sorted(core.state.groups.items())):
+        if number < GROUPS_MAX:
+            family.add_metric([name], len(group.members))
+        else:
+            rest += len(group.members)
+    if rest:
+        family.add_metric([OTHERS], rest)
+    return family

@@ -141,11 +141,13 @@ class AnswerLease(Effect, frozen=True):
 
 
 class AnswerSettle(Effect, frozen=True):
-    """For each item: offsets that were leased again or given up since, and such as were settled before."""
+    """For each item: offsets that were leased again or given up since, such as were settled before, and how long its
+    lease had lasted until now, -1 where it is over."""
 
     token: int
     stale: list[list[int]]
     settled: list[list[int]]
+    held_ms: list[int] = []
 
 
 class AnswerQueue(Effect, frozen=True):

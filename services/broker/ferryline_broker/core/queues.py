@@ -28,6 +28,7 @@ from ferryline_broker.core.queue_events import (
     QueueAsked,
     ReadWindow,
     SettleAsked,
+    SettleItem,
     WakeReceivers,
     WindowRead,
 )
@@ -96,8 +97,9 @@ class Queues:
         if queue is None:
             return Outcome(refused=Refused("UNKNOWN_GROUP", f"no queue group {event.group!r} has received here"))
         if isinstance(event, SettleAsked):
+            held = [_held_ms(queue, item, now_ms) for item in event.items]
             outcomes = [queue.settle(item, event.member, self._replica.retry, now_ms) for item in event.items]
-            answer: Effect = AnswerSettle(event.token, [one[0] for one in outcomes], [one[1] for one in outcomes])
+            answer: Effect = AnswerSettle(event.token, [one[0] for one in outcomes], [one[1] for one in outcomes], held)
             return self._outcome(queue, answer, now_ms)
         if isinstance(event, KeepAsked):
             queue.keep(event.member, set(event.leases), now_ms)
@@ -340,6 +342,10 @@ class Queues:
         high = self._replica.high_watermark[RECORDS]
         return {group: counts(queue, high) for group, queue in sorted(self._queues.items())}
 
+    def starts(self) -> dict[str, int]:
+        """The first offset that each queue has not settled."""
+        return {group: queue.table.start for group, queue in sorted(self._queues.items())}
+
     def ready(self, group: str) -> int:
         """How many records could be leased now; of a lane that is leased in runs, all that stand in it."""
         queue = self._queues.get(group)
@@ -347,3 +353,8 @@ class Queues:
             return 0
         heads = len(queue.window.ready)
         return heads + queue.window.waiting if heads and queue.table.ordering == ORDER_PARTITION else heads
+
+
+def _held_ms(queue: Queue, item: SettleItem, now_ms: int) -> int:
+    lease = queue.table.leases.get((item.epoch, item.lease))
+    return now_ms - lease.since_ms if lease is not None else -1
