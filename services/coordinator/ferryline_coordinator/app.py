@@ -28,6 +28,7 @@ from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
 from ferryline_service.errors import error_middleware, read_json
+from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
 from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
@@ -79,6 +80,7 @@ class Coordinator:
             hosts = [socket.gethostname(), *self._listening_name(), *config.hosts, *self._url_host()]
             cert, key = self.authority.coordinator_files(cluster_id, hosts)
             self._tls = TlsFiles(cert, key, self.authority.ca_path)
+            self.metrics.certificates = Expiry({"node": cert, "ca": self.authority.ca_path}).seconds
         self._prober = Prober(self._tls.client if self._tls is not None else None, self._probed)
         self._endpoint = SessionEndpoint(
             server="coordinator",
@@ -123,6 +125,7 @@ class Coordinator:
         self.driver = driver = Driver(store, config.core((self.url,)), self)
         self._driver_made = True
         self._sessions = Sessions(driver)
+        driver.on_committed = self.metrics.commit_seconds.observe
         self.metrics.active = lambda: driver.serving
         self.metrics.terms_lost = lambda: driver.terms_lost
         self.metrics.deposed = lambda: getattr(store, "deposed", 0)

@@ -12,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, Protocol
 
 from ferryline.protocol.access import AccessPolicy
@@ -79,6 +80,7 @@ class Driver:
         self._serving = False
         self._beginning = False
         self._stopping = False
+        self.on_committed: Callable[[float], None] = _ignore  # seconds that the store took
         self.terms_lost = 0  # primaryships that ended without being asked to
 
     # -- terms --------------------------------------------------------------------------------------
@@ -312,7 +314,9 @@ class Driver:
         written = {key: value for key, value in puts.items() if value is not None}
         deleted = [key for key, value in puts.items() if value is None]
         guards = [(key, self._versions.get(key, 0)) for key in puts]
+        began = perf_counter()
         committed = await self._store.commit(written, deleted, guards)
+        self.on_committed(perf_counter() - began)
         if committed.outcome is Outcome.OK:
             for key in written:
                 self._versions[key] = committed.revision
@@ -383,3 +387,7 @@ class Driver:
             self.post(ev.Tick())
         except Exception:
             return  # logged, and `failed` is set: the process ends
+
+
+def _ignore(_: float) -> None:
+    return
