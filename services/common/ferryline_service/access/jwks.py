@@ -33,6 +33,7 @@ FETCH_S = 5.0  # for discovery and keys together
 DOCUMENT_BYTES_MAX = 256 * 1024
 KEYS_MAX = 64
 RSA_BITS = (2048, 8192)  # below: can be broken; above: costs us too much
+_KINDS = (("RSA", None, "RS256"), ("EC", "P-256", "ES256"), ("OKP", "Ed25519", "EdDSA"))
 _P25519 = 2**255 - 19
 _D25519 = -121665 * pow(121666, -1, _P25519)
 _log = get_logger()
@@ -77,11 +78,9 @@ def read_key(given: Any) -> Key | None:
     kid = given.get("kid", "")
     if not isinstance(uses, list) or "verify" not in uses or not isinstance(kid, str):
         return None
-    curves = {("RSA", None): "RS256", ("EC", "P-256"): "ES256", ("OKP", "Ed25519"): "EdDSA"}
-    try:
-        algorithm = curves.get((given.get("kty"), given.get("crv")))
-    except TypeError:  # unhashable
-        return None
+    algorithm = next(
+        (name for kind, curve, name in _KINDS if given.get("kty") == kind and given.get("crv") == curve), None
+    )
     if algorithm is None or given.get("alg", algorithm) not in (algorithm, "Ed25519" if algorithm == "EdDSA" else ""):
         return None
     try:
@@ -235,9 +234,10 @@ class IssuerKeys:
             about = await self._get(checked_url(discovery, "issuer"))
             if not isinstance(about, dict) or about.get("issuer") != issuer.issuer:
                 raise UnusableKeys("its discovery document is that of another issuer")
-            url = about.get("jwks_uri")
-            if not isinstance(url, str):
+            named = about.get("jwks_uri")
+            if not isinstance(named, str):
                 raise UnusableKeys("its discovery document names no jwks_uri")
+            url = named
             if issuer.issuer.startswith("https:") and not url.startswith("https:"):
                 raise UnusableKeys("its discovery document leads from https to http")
         keys = read_keys(await self._get(checked_url(url, "jwks_uri")))

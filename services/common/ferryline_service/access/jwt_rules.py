@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import msgspec
@@ -33,8 +32,8 @@ _LOGOUT = "http://schemas.openid.net/event/backchannel-logout"
 class Verified(msgspec.Struct, array_like=True, frozen=True):
     """A token that was believed.
 
-    ``issuer``: its short name in the policy; ``name``: of the principal, with the issuer in front
-    (``google:ann@example.org``); ``claims``: those that rules of the policy look at; ``expires_ms``: wall clock time
+    ``issuer``: its short name in the policy; ``name``: what its claim names the principal, who is ``issuer:name``;
+    ``claims``: what rules can look at, nested ones by path (``realm_access.roles``); ``expires_ms``: wall clock time
     from which the token is refused.
     """
 
@@ -153,11 +152,8 @@ def _issuer(claims: dict[str, Any]) -> str:
     return issuer
 
 
-def believe(parsed: Parsed, issuer: IssuerMeta, now_ms: int, wanted: Iterable[str] = ()) -> Verified:
-    """What a token says, once its signature was found to be the issuer's. Raises BadCredentials.
-
-    ``wanted``: names of claims to keep.
-    """
+def believe(parsed: Parsed, issuer: IssuerMeta, now_ms: int) -> Verified:
+    """What a token says, once its signature was found to be the issuer's. Raises BadCredentials."""
     claims = parsed.claims
     if parsed.issuer != issuer.issuer:
         refuse("issuer", "is of another issuer")
@@ -171,8 +167,24 @@ def believe(parsed: Parsed, issuer: IssuerMeta, now_ms: int, wanted: Iterable[st
         refuse("malformed", "is a logout token")
     if claims.get("email_verified") is not True:  # anybody may claim an address that nobody has checked
         claims = {name: value for name, value in claims.items() if name != "email"}
-    name = _name(claims, issuer)
-    return Verified(issuer.name, name, {key: claims[key] for key in wanted if key in claims}, expires_ms)
+    return Verified(issuer.name, _name(claims, issuer), _plain(claims), expires_ms)
+
+
+def _plain(claims: dict[str, Any]) -> dict[str, Any]:
+    """Texts, numbers, truths and lists of them; members of objects by their path, unless a claim has that very name."""
+    found: dict[str, Any] = {}
+    inner: list[tuple[str, dict[str, Any]]] = []
+    for name, value in claims.items():
+        if isinstance(value, dict):
+            inner.append((name, value))
+        elif isinstance(value, list):
+            found[name] = [item for item in value if isinstance(item, (str, int))]
+        elif isinstance(value, (str, int)):
+            found[name] = value
+    for name, value in inner:
+        for member, item in _plain(value).items():
+            found.setdefault(f"{name}.{member}", item)
+    return found
 
 
 def _meant_for(audience: Any, ours: str) -> bool:
@@ -209,6 +221,7 @@ def _name(claims: dict[str, Any], issuer: IssuerMeta) -> str:
         why = " (an email counts if email_verified is true)" if issuer.name_claim == "email" else ""
         refuse("claims", f"has no {issuer.name_claim} that could name a principal{why}")
     try:
-        return check_principal(f"{issuer.name}:{value}")
+        check_principal(f"{issuer.name}:{value}")
     except InvalidArgument:
         refuse("claims", f"its {issuer.name_claim} holds characters that no principal's name may have")
+    return value

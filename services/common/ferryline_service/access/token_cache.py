@@ -17,7 +17,7 @@ import msgspec
 from ferryline_service.access.jwt_rules import Verified
 from ferryline_service.access.redis_link import RedisAway, RedisLink
 
-ENTRIES_MAX = 10_000
+ENTRIES_MAX = 5_000  # of some KiB each
 WRITES_MAX = 100  # on their way to Redis; more are left out
 _MAC_BYTES = 32
 
@@ -33,7 +33,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
 class TokenCache:
     """Bounded, least recently used goes first. ``secret``: the cluster's claim key, b"" while it is not known.
 
-    ``scope``: what the entries depend on (issuers and rules of the policy); another scope finds none of them.
+    ``scope``: what the entries depend on (the issuers of the policy); another scope finds none of them.
     """
 
     def __init__(self, secret: Callable[[], bytes], *, entries_max: int = ENTRIES_MAX) -> None:

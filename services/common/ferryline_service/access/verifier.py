@@ -49,7 +49,6 @@ class Verifier:
         self.cache = TokenCache(claim_key)
         self._wall_ms = wall_ms
         self._issuers: dict[str, IssuerKeys] = {}  # by the issuer's own name for itself: its `iss`
-        self._wanted: dict[str, tuple[str, ...]] = {}
         self._http: aiohttp.ClientSession | None = None
         self._link: RedisLink | None = None
         self._redis_url = ""
@@ -64,11 +63,8 @@ class Verifier:
         for name, meta in issuers.items():
             if name not in self._issuers:
                 self._issuers[name] = IssuerKeys(meta, self._session)
-            claims = {rule.claim for rule in policy.rules if rule.issuer == meta.name}
-            self._wanted[name] = tuple(sorted(claims))
         self._use_redis(policy.redis_url if policy.enabled else "")
-        about = msgspec.msgpack.encode((policy.issuers, sorted(self._wanted.items())))
-        self.cache.use(self._link, hashlib.sha256(about).digest())
+        self.cache.use(self._link, hashlib.sha256(msgspec.msgpack.encode(policy.issuers)).digest())
 
     async def verify(self, token: str) -> Verified:
         """Who a token is. Raises BadCredentials, or Unavailable while its issuer's keys cannot be had."""
@@ -100,7 +96,7 @@ class Verifier:
         if not key.verifies(token):
             refuse("signature", "its signature is wrong")
         now_ms = self._wall_ms()
-        verified = believe(parsed, keys.issuer, now_ms, self._wanted.get(parsed.issuer, ()))
+        verified = believe(parsed, keys.issuer, now_ms)
         until_ms = min(verified.expires_ms, now_ms + VERIFIED_MS_MAX)
         if self._issuers.get(parsed.issuer) is keys:  # else the policy changed while the keys were fetched
             self.cache.keep(token, Entry(verified, key.thumbprint, until_ms), now_ms)
