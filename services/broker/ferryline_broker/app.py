@@ -229,7 +229,9 @@ class Broker:
 
     async def serve(self, stop: asyncio.Event) -> int:
         """Serve until asked to stop, or until the disk fails. Returns the exit status."""
-        self.runner = runner = web.AppRunner(self.application(), access_log=None, shutdown_timeout=2.0)
+        self.runner = runner = web.AppRunner(
+            self.application(), access_log=None, shutdown_timeout=2.0, auto_decompress=False
+        )
         await runner.setup()
         await self._listen(runner)
         slow = SlowConnections(runner)

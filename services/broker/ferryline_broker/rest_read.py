@@ -22,6 +22,7 @@ from aiohttp import web
 from ferryline.protocol.access import READ, TOPIC
 from ferryline.protocol.errors import (
     BY_CODE,
+    CorruptBatch,
     FerrylineError,
     InternalError,
     ShuttingDown,
@@ -171,11 +172,14 @@ class ReadApi:
                 raise cls(verdict.message, log_start=hosted.core.log_start[RECORDS], high_watermark=verdict.below)
             found: list[dict[str, Any]] = []
             if offset < verdict.below:
+                began = offset
                 try:
                     found, offset = _shown(hosted, offset, verdict.below, limit)
                 except StorageFailed as failure:
                     self._driver.storage_failed(hosted, RECORDS, failure)
                     raise
+                if not found and offset > began:
+                    continue  # there was nothing but control batches before one that did not fit beside them
             left = deadline - asyncio.get_running_loop().time()
             if found or left <= 0 or self._stopping.is_set():
                 return found, offset
@@ -250,7 +254,13 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
         if header.is_control:
             offset = max(offset, header.next_offset)
             continue
-        for record in decode_batch(memoryview(data)[at : at + header.size], header):
+        try:
+            records = decode_batch(memoryview(data)[at : at + header.size], header)
+        except CorruptBatch:
+            if found:
+                return found, offset  # whoever goes on from here is told
+            raise
+        for record in records:
             if record.offset < offset:
                 continue
             found.append(

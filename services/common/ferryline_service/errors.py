@@ -125,6 +125,9 @@ async def _answer(
     status, allow = None, ""
     error: FerrylineError
     try:
+        if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            # Nothing is unpacked before anybody could say how large it gets.
+            raise web.HTTPUnsupportedMediaType(reason="send the body as it is, without Content-Encoding")
         return await handler(request)
     except FerrylineError as raised:
         error = raised
