@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ferryline.message import at as at
     from ferryline.producer import Producer as Producer
     from ferryline.protocol import errors as errors
+    from ferryline.protocol.access import Grant as Grant
+    from ferryline.protocol.access import Quota as Quota
     from ferryline.protocol.errors import *  # noqa: F403  (fl.UnknownTopic and the like)
     from ferryline.queues.message import QueueMessage as QueueMessage
     from ferryline.queues.receiver import Receiver as Receiver
@@ -62,6 +64,7 @@ _MODULES = {
     "Consumer": "ferryline.consumer",
     "Context": "ferryline.app.context",
     "FerrylineError": "ferryline.protocol.errors",
+    "Grant": "ferryline.protocol.access",
     "Headers": "ferryline.message",
     "Job": "ferryline.app.job",
     "JobFailed": "ferryline.app.errors",
@@ -71,6 +74,7 @@ _MODULES = {
     "OutcomeUnknown": "ferryline.protocol.errors",
     "Producer": "ferryline.producer",
     "QueueMessage": "ferryline.queues.message",
+    "Quota": "ferryline.protocol.access",
     "Receiver": "ferryline.queues.receiver",
     "RecordMetadata": "ferryline.message",
     "Reject": "ferryline.app.errors",

@@ -23,11 +23,13 @@ from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, Generic, Self, TypeVar, overload
 
+from ferryline.access_admin import AuditRecords, NewKey, PrincipalInfo, Whoami
 from ferryline.admin import BrokerInfo, ClusterInfo, TopicInfo
 from ferryline.consumer import Position
 from ferryline.dead_letters import DeadLetter, Progress, Redrive
 from ferryline.message import Described, Headers, Message, RecordMetadata, TopicPartition
 from ferryline.options import Where
+from ferryline.protocol.access import Grant, Quota
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta

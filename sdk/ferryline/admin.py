@@ -1,4 +1,4 @@
-"""Administration: topics, groups, brokers, the cluster, exchanges.
+"""Administration: topics, groups, brokers, the cluster, exchanges, principals.
 
 Changes go to the coordinator; what exists is read from the cluster's metadata, so that it can be asked during a
 coordinator outage, too.
@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from ferryline.access_admin import AccessAdmin
 from ferryline.exchange_admin import ExchangeAdmin
 from ferryline.message import TopicPartition
 from ferryline.protocol.errors import InvalidArgument, TopicExists, UnknownTopic
@@ -69,7 +70,7 @@ class ClusterInfo(msgspec.Struct, frozen=True):
     offline: list[TopicPartition]
 
 
-class Admin(ExchangeAdmin):
+class Admin(ExchangeAdmin, AccessAdmin):
     """Administration of the cluster that the client is connected to. Made by ``client.admin``.
 
     Every call ends within ``timeout`` seconds (default: the client's), with a value or a FerrylineError.

@@ -9,6 +9,7 @@ import aiohttp
 import msgspec
 import tenacity
 
+from ferryline.core.retry import told_ms
 from ferryline.finding import hinted
 from ferryline.protocol.errors import (
     BY_CODE,
@@ -21,6 +22,7 @@ from ferryline.protocol.errors import (
     FerrylineError,
     InternalError,
     RequestTimedOut,
+    Throttled,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class CoordinatorCalls:
         await self._client.start()
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(again),
-            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+            wait=_pause_s,
             stop=tenacity.stop_before_delay(timeout),
             reraise=True,
         )
@@ -106,9 +108,12 @@ class CoordinatorCalls:
             raise last
         raise ConnectionFailed(f"no coordinator answers: {last.message}") from last
 
-    async def _send(self, url: str, method: str, path: str, body: Any) -> Any:
+    async def _send(self, url: str, method: str, path: str, body: Any, *, token: str = "") -> Any:
+        """One request. ``token``: shown instead of the client's own."""
         data = msgspec.json.encode(body) if body is not None else None
         headers = {"Content-Type": "application/json"} if data is not None else {}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         limits = aiohttp.ClientTimeout(total=_ATTEMPT_S, connect=self._client.connector.connect_timeout)
         try:
             async with self._client.connector.http.request(
@@ -126,7 +131,18 @@ class CoordinatorCalls:
         return msgspec.json.decode(raw) if raw.strip() else {}
 
 
+_BACKOFF_S = tenacity.wait_random_exponential(multiplier=0.05, max=1.0)
+
+
+def _pause_s(state: tenacity.RetryCallState) -> float:
+    """As long as the service told, or a random time that grows."""
+    told = told_ms(state.outcome.exception()) if state.outcome is not None else 0
+    return told / 1000 if told else _BACKOFF_S(state)
+
+
 def _surely_not_sent(error: BaseException) -> bool:
+    if isinstance(error, Throttled):
+        return told_ms(error) > 0  # refused for now; whoever does not say for how long means a limit of the cluster
     return isinstance(error, (ConnectionFailed, CoordinatorStandby, CoordinatorLoading))
 
 

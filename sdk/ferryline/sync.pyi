@@ -6,11 +6,13 @@ from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, Generic, Self, TypeVar, overload
 
+from ferryline.access_admin import AuditRecords, NewKey, PrincipalInfo, Whoami
 from ferryline.admin import BrokerInfo, ClusterInfo, TopicInfo
 from ferryline.consumer import Position
 from ferryline.dead_letters import DeadLetter, Progress, Redrive
 from ferryline.message import Described, Headers, Message, RecordMetadata, TopicPartition
 from ferryline.options import Where
+from ferryline.protocol.access import Grant, Quota
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta
@@ -220,6 +222,44 @@ class Admin:
         *,
         timeout: float | None = None,
     ) -> list[str]: ...
+    def create_principal(
+        self,
+        name: str,
+        grants: Iterable[Grant] = ...,
+        *,
+        quota: Quota | None = None,
+        comment: str = ...,
+        timeout: float | None = None,
+    ) -> PrincipalInfo: ...
+    def list_principals(self, *, timeout: float | None = None) -> list[PrincipalInfo]: ...
+    def describe_principal(self, name: str, *, timeout: float | None = None) -> PrincipalInfo: ...
+    def alter_principal(
+        self,
+        name: str,
+        *,
+        grants: Iterable[Grant] | None = None,
+        quota: Quota | None = None,
+        disabled: bool | None = None,
+        comment: str | None = None,
+        version: int | None = None,
+        timeout: float | None = None,
+    ) -> PrincipalInfo: ...
+    def grant(self, name: str, *grants: Grant, timeout: float | None = None) -> PrincipalInfo: ...
+    def revoke(self, name: str, *grants: Grant, timeout: float | None = None) -> PrincipalInfo: ...
+    def delete_principal(self, name: str, *, timeout: float | None = None) -> None: ...
+    def create_key(self, name: str, *, expires: float | None = None, timeout: float | None = None) -> NewKey: ...
+    def delete_key(self, name: str, key_id: str, *, timeout: float | None = None) -> None: ...
+    def whoami(self, *, timeout: float | None = None) -> Whoami: ...
+    def audit(
+        self,
+        after: str | None = None,
+        *,
+        limit: int = 100,
+        principal: str = ...,
+        outcome: str = ...,
+        broker: int | None = None,
+        timeout: float | None = None,
+    ) -> AuditRecords: ...
 
 class Queue:
     def stats(self, *, timeout: float | None = None) -> list[QueuePart]: ...
