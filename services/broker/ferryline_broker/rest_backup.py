@@ -66,6 +66,8 @@ class BackupApi:
         if hosted.broken or (core.role != ROLE_PRIMARY and not restoring):
             primary, epoch = (core.part.primary, core.part.epoch) if core.part is not None else (0, 0)
             raise NotPrimary(f"{hosted.name}: this broker is {core.role} of it", primary=primary, epoch=epoch)
+        if not restoring and not core.ready:
+            raise NotReady(f"{hosted.name}: its primary does not know yet what is committed; ask again")
         start = number_of(request, "from", hosted.logs[log].log_start, 0, OFFSET_MAX)
         limit = number_of(request, "limit", _LIMIT_BYTES, 0, _LIMIT_BYTES_MAX)
         data = b"" if restoring else await self._bytes(hosted, log, start, limit)
