@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -147,7 +148,7 @@ class AccessAdmin(CoordinatorCalls):
 
         The only time that it is shown. Raises UnknownPrincipal, Conflict when there are too many.
         """
-        body = {} if expires is None else {"expires_ms": max(1, int(expires * 1000))}
+        body = {} if expires is None else {"expires_ms": int((time.time() + expires) * 1000)}
         made = await self._change("POST", f"{_path(name)}/keys", body, timeout)
         key = NewKey(str(made["id"]), str(made["key"]), int(made.get("expires_ms") or 0))
         await self._known_everywhere(key.key, min(self._limit(timeout), _SERVED_S))

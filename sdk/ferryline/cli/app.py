@@ -22,7 +22,7 @@ from ferryline.cli.settings import UsageError
 if TYPE_CHECKING:
     from ferryline.protocol.errors import FerrylineError
 
-LOCAL, DATA, CLUSTER, TOOLS = "This machine", "Records", "Cluster", "Tools"
+LOCAL, DATA, CLUSTER, ACCESS, TOOLS = "This machine", "Records", "Cluster", "Access", "Tools"
 # name -> (module below ferryline.cli, panel of --help, one line)
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "up": ("up", LOCAL, "Start a coordinator and brokers here, over TLS."),
@@ -36,6 +36,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "group": ("group", CLUSTER, "Look at consumer groups and their lag; seek; delete."),
     "broker": ("broker", CLUSTER, "List brokers; drain one for maintenance."),
     "cluster": ("cluster", CLUSTER, "Health, partitions and in-sync sets."),
+    "principal": ("principal", ACCESS, "Who may use the cluster, and for what."),
+    "token": ("token", ACCESS, "API keys of principals: made, listed, rotated, revoked."),
+    "audit": ("audit", ACCESS, "Who changed what, and who was refused."),
     "produce": ("produce", DATA, "Send lines, files or JSON as records."),
     "consume": ("consume", DATA, "Print records, from any offset or time."),
     "explain": ("explain", DATA, "Say where one record is, and why it is not delivered."),
