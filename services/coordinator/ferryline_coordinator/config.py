@@ -62,6 +62,9 @@ class CoordinatorConfig(BaseSettings):
     cluster_secret_file: Path | None = Field(
         None, description="Secret of at least 32 bytes that all coordinators share; seals the CA's key in etcd."
     )
+    bootstrap_admin: Path | None = Field(
+        None, description="With --access: the first start makes a principal admin, whose key is put into this file."
+    )
     plain_http: bool = Field(False, description="Serve without TLS, on loopback only: for tests.")
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
