@@ -173,6 +173,7 @@ class ScriptedCoordinator:
         self.reports: list[Any] = []
         self.proposals: list[Any] = []
         self.ensured: list[EnsureTopic] = []
+        self.members: dict[str, list[str]] = {}  # of groups
         self.answer_alter_isr = True
         self.tokens = {"token-1", "token-2", "token-3", "token-4"}
         self.ids: dict[str, int] = {}
@@ -194,6 +195,7 @@ class ScriptedCoordinator:
         app.router.add_routes(self.endpoint.routes())
         app.router.add_post("/v1/join", self.join)
         app.router.add_post("/v1/renew", self.renew)
+        app.router.add_get("/v1/groups/{group}", self.group)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=self.tls.server)
@@ -220,6 +222,10 @@ class ScriptedCoordinator:
                 "cluster_id": self.cluster_id,
             }
         )
+
+    async def group(self, request: web.Request) -> web.Response:
+        members = self.members.get(request.match_info["group"])
+        return web.json_response({"members": members}, status=404 if members is None else 200)
 
     async def renew(self, request: web.Request) -> web.Response:
         body = await request.json()

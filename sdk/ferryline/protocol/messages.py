@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.metadata import PartitionMeta
 
@@ -185,8 +186,12 @@ class CommittedAnswer(Message):
     results: list[CommittedResult]
 
 
+ANY_GENERATION = -1  # an operator moves a group that has no members
+
+
 class CommitEntry(Message):
-    """``offset`` is the next to read. Monotonic unless ``reset``. Generation 0: only while nobody has claimed."""
+    """``offset`` is the next to read. Monotonic unless ``reset``. Generation 0: only while nobody has claimed;
+    `ANY_GENERATION`, from nodes only: whoever has."""
 
     topic_id: str
     partition: int
@@ -371,7 +376,8 @@ class Register(Message):
 
 class RegisterOk(Message):
     """``claim_key`` checks the tokens of group claims. Assignments follow in the metadata. ``request``: which
-    registration of this process life is answered."""
+    registration of this process life is answered. ``access``: who may do what, None: everybody everything; later ones
+    follow as frames of kind ACCESS."""
 
     broker_id: int
     broker_epoch: int
@@ -381,6 +387,7 @@ class RegisterOk(Message):
     heartbeat_ms: int = 500
     revision: int = 0  # metadata revision after this registration; the broker acts on nothing older
     request: int = 0
+    access: AccessPolicy | None = None
 
 
 class Heartbeat(Message):

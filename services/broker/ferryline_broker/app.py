@@ -44,6 +44,7 @@ from ferryline_broker.queue_port import Queues
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
 from ferryline_broker.rest_backup import BackupApi
+from ferryline_broker.rest_offsets import Members, OffsetsApi
 from ferryline_broker.rest_queues import QueueApi
 from ferryline_broker.rest_read import ReadApi
 from ferryline_broker.sabotage import core_class
@@ -140,6 +141,8 @@ class Broker:
         appender = Appender(partitions, view, sessions, store.broker_id)
         self.rest = RestApi(view, appender)
         self.rest_read = ReadApi(partitions, view)
+        members = Members(http, files, view, config.coordinator)
+        self.rest_offsets = OffsetsApi(partitions, view, self.frames.groups, sessions, members)
         self.rest_queues = QueueApi(partitions, view, self.frames.queues)
         self.audit = AuditApi(partitions, view, store.broker_id)
         self.backup = BackupApi(partitions, view)
@@ -193,7 +196,7 @@ class Broker:
         app.router.add_routes(self.endpoint.routes())
         app.router.add_routes(health_routes(self._not_ready, self._about))
         app.router.add_routes(self.metrics.routes())
-        app.router.add_routes([*self.rest.routes(), *self.rest_read.routes()])
+        app.router.add_routes([*self.rest.routes(), *self.rest_read.routes(), *self.rest_offsets.routes()])
         app.router.add_routes(self.rest_queues.routes())
         app.router.add_routes(self.audit.routes())
         app.router.add_routes(self.backup.routes())

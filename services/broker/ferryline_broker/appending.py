@@ -163,7 +163,8 @@ class Appender:
             here.append((self._driver.replicas[key], number, batch))
         for hosted, number, batch in here:
             self._feed(hosted, waiting, number, batch)
-        return await asyncio.gather(*tasks, return_exceptions=True)
+        outcomes: list[Appended | BaseException] = await asyncio.gather(*tasks, return_exceptions=True)
+        return outcomes
 
     def _feed(self, hosted: HostedReplica, waiting: _Local, number: int, batch: _Batch) -> None:
         token = self._driver.token(waiting, number, hosted)

@@ -39,7 +39,7 @@ class FrameRouter:
             driver, view, metrics, answer_bytes_max=config.answer_bytes_max, parked_max=config.parked_max
         )
         self.metadata = MetadataHandler(view, parked_max=config.parked_max)
-        groups = GroupHandler(driver, view, metrics)
+        self.groups = groups = GroupHandler(driver, view, metrics)
         self.records = QueueRecords()
         self.queues = QueueHandler(driver, view, metrics, self.records)
         self._closed = False

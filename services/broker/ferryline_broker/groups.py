@@ -24,6 +24,7 @@ from ferryline.protocol.limits import (
     check_range,
 )
 from ferryline.protocol.messages import (
+    ANY_GENERATION,
     RECORDS,
     Claim,
     ClaimEntry,
@@ -37,11 +38,12 @@ from ferryline_broker.core.events import AnswerGroup, Claimed, CommitAsked, Comm
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
-from ferryline_broker.ports import Answer
+from ferryline_broker.ports import Answer, Asker
 from ferryline_broker.produce import refusal_info
 from ferryline_broker.view import ClusterView
 from ferryline_service.claims import claim_token_valid
 from ferryline_service.server_session import ServerSession
+from ferryline_service.tls import identity_broker_id
 
 _MEMBER_CHARS_MAX = 256
 _GENERATION_MAX = 2**62
@@ -50,13 +52,11 @@ _GENERATION_MAX = 2**62
 class GroupRequest:
     """One frame; results keep the order of its entries."""
 
-    __slots__ = ("_correlation", "_driver", "_hosted", "_kind", "_left", "_results", "_session")
+    __slots__ = ("_asker", "_correlation", "_driver", "_hosted", "_kind", "_left", "_results")
 
-    def __init__(
-        self, driver: PartitionDriver, session: ServerSession, kind: Kind, correlation: int, count: int
-    ) -> None:
+    def __init__(self, driver: PartitionDriver, asker: Asker, kind: Kind, correlation: int, count: int) -> None:
         self._driver = driver
-        self._session = session
+        self._asker = asker
         self._kind = kind
         self._correlation = correlation
         self._left = count
@@ -100,8 +100,8 @@ class GroupRequest:
         if self._left == 0:
             self._left = -1
             results = [result for result in self._results if result is not None]
-            self._session.answer(self._kind, self._correlation, CommittedAnswer(results))
-            self._driver.answered(self._session)
+            self._asker.answer(self._kind, self._correlation, CommittedAnswer(results))
+            self._driver.answered(self._asker)
 
 
 class GroupHandler:
@@ -115,7 +115,7 @@ class GroupHandler:
     def claim(self, session: ServerSession, frame: Frame) -> None:
         ask = decode_header(frame.header, Claim)
         _check_group(ask.group, ask.member)
-        request = self._request(session, Kind.CLAIM, frame, ask.entries)
+        request = self._request(session, Kind.CLAIM, frame.correlation, ask.entries)
         for index, entry in enumerate(ask.entries):
             try:
                 hosted = self._hosted(entry.topic_id, entry.partition)
@@ -128,13 +128,17 @@ class GroupHandler:
         self._driver.at_end(request)
 
     def commit(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, Commit)
+        lowest = ANY_GENERATION if identity_broker_id(session.identity) else 0
+        self.ask_commit(session, frame.correlation, decode_header(frame.header, Commit), lowest)
+
+    def ask_commit(self, asker: Asker, correlation: int, ask: Commit, lowest: int = 0) -> None:
+        """``lowest``: generation that may be named."""
         _check_group(ask.group, ask.member)
-        request = self._request(session, Kind.COMMIT, frame, ask.entries)
+        request = self._request(asker, Kind.COMMIT, correlation, ask.entries)
         for index, entry in enumerate(ask.entries):
             try:
                 hosted = self._hosted(entry.topic_id, entry.partition)
-                _check_commit(entry)
+                _check_commit(entry, lowest)
             except FerrylineError as error:
                 self._refuse(request, index, entry.topic_id, entry.partition, error)
                 continue
@@ -146,9 +150,11 @@ class GroupHandler:
         self._driver.at_end(request)
 
     def committed(self, session: ServerSession, frame: Frame) -> None:
-        ask = decode_header(frame.header, Committed)
+        self.ask_committed(session, frame.correlation, decode_header(frame.header, Committed))
+
+    def ask_committed(self, asker: Asker, correlation: int, ask: Committed) -> None:
         _check_group(ask.group, "")
-        request = self._request(session, Kind.COMMITTED, frame, ask.entries)
+        request = self._request(asker, Kind.COMMITTED, correlation, ask.entries)
         for index, (topic_id, partition) in enumerate(ask.entries):
             try:
                 hosted = self._hosted(topic_id, partition)
@@ -160,10 +166,10 @@ class GroupHandler:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _request(self, session: ServerSession, kind: Kind, frame: Frame, entries: Sequence[object]) -> GroupRequest:
+    def _request(self, asker: Asker, kind: Kind, correlation: int, entries: Sequence[object]) -> GroupRequest:
         if not 0 < len(entries) <= FRAME_ENTRIES_MAX:
             raise MalformedRequest(f"entries: {len(entries)} is outside 1..{FRAME_ENTRIES_MAX}")
-        return GroupRequest(self._driver, session, kind, frame.correlation, len(entries))
+        return GroupRequest(self._driver, asker, kind, correlation, len(entries))
 
     def _refuse(self, request: GroupRequest, index: int, topic_id: str, partition: int, error: FerrylineError) -> None:
         self._metrics.error(error.code)
@@ -196,8 +202,8 @@ def _check_group(group: str, member: str) -> None:
         raise InvalidArgument(f"member: {len(member)} characters, limit {_MEMBER_CHARS_MAX}", field="member")
 
 
-def _check_commit(entry: CommitEntry) -> None:
-    check_range(entry.generation, "generation", 0, _GENERATION_MAX)
+def _check_commit(entry: CommitEntry, lowest: int) -> None:
+    check_range(entry.generation, "generation", lowest, _GENERATION_MAX)
     check_range(entry.offset, "offset", 0, OFFSET_MAX)
     size = len(entry.metadata.encode())
     if size > COMMIT_METADATA_BYTES_MAX:

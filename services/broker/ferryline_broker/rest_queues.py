@@ -55,15 +55,20 @@ _PEEK_MAX = 1_000
 
 
 class RestAsker:
-    """One request that waits for its answer, in the place of a session. ``answered``: header and payload."""
+    """One request that waits for its answer, in the place of a session. ``answered``: header and payload.
 
-    def __init__(self, request: web.Request) -> None:
+    ``request``: None for one whose answer is worth having although its client has gone.
+    """
+
+    def __init__(self, request: web.Request | None = None) -> None:
         self._request = request
         self.close_callbacks: list[Callable[[Any], None]] = []
         self.answered: asyncio.Future[tuple[Any, list[Bytes]]] = asyncio.get_running_loop().create_future()
 
     @property
     def closed(self) -> bool:
+        if self._request is None:
+            return False
         transport = self._request.transport
         return transport is None or transport.is_closing()
 

@@ -48,6 +48,7 @@ _READ_BYTES = 1024 * 1024
 STREAMS_MAX = 1_000  # each holds a connection and up to `_READ_BYTES` of records
 _PIECE = 500  # records written at once to a stream
 _SLOW_S = 30.0  # a reader that takes nothing for so long is gone
+_LOOK_MS = 1_000  # an idle stream looks whether its reader is still there
 HEARTBEAT_MS = 15_000  # a comment on an idle stream: proxies end connections on which nothing happens
 NDJSON, EVENTS = "application/x-ndjson", "text/event-stream"
 
@@ -131,12 +132,20 @@ class ReadApi:
             response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
             await response.prepare(request)
             try:
+                silent_ms = 0
                 while not self._stopping.is_set():
-                    piece = b"".join(_event(record) if events else _line(record) for record in records)
-                    if not piece:
+                    if records:
+                        await _write(request, response, b"".join(map(_event if events else _line, records)))
+                        silent_ms = 0
+                    elif silent_ms >= self._heartbeat_ms:
                         await self._still_allowed(request, topic)
-                    await _write(request, response, piece or (b": alive\n\n" if events else b"\n"))
-                    records, offset = await self._records(hosted, topic, offset, self._heartbeat_ms, _PIECE, secondary)
+                        await _write(request, response, b": alive\n\n" if events else b"\n")
+                        silent_ms = 0
+                    wait_ms = min(_LOOK_MS, self._heartbeat_ms)
+                    records, offset = await self._records(hosted, topic, offset, wait_ms, _PIECE, secondary)
+                    silent_ms += wait_ms
+                    if request.transport is None:
+                        raise ConnectionResetError("the reader is gone")
                 raise ShuttingDown("this broker is stopping")
             except FerrylineError as ended:
                 await _write(request, response, _end(ended, events))

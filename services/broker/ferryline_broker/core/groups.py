@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ferryline.protocol.messages import ANY_GENERATION
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.events import GroupOffset
 from ferryline_broker.core.queue_entries import AnyQueueEntry, Opened, QueueEntry, QueueRow, last_of
@@ -129,7 +130,8 @@ class GroupTable:
         """None: nothing to do, the group is already there (commits never go back unless ``reset``)."""
         row = self._rows.get(group)
         current = row.generation if row else 0
-        if generation != current or (row and generation and member != row.member):
+        stale = generation != current or (row and generation and member != row.member)
+        if stale and generation != ANY_GENERATION:
             return Refused("STALE_MEMBER", f"group {group!r} is at generation {current}, the commit says {generation}")
         if not 0 <= offset <= high_watermark:
             return Refused("OFFSET_OUT_OF_RANGE", f"offset: {offset} is outside 0..{high_watermark} (high watermark)")
