@@ -99,6 +99,24 @@ def test_a_bucket_that_nobody_used_for_long_holds_one_second_not_more() -> None:
     assert let_in == 11  # a second, and the one that finds it just empty
 
 
+def test_those_who_are_refused_together_are_told_to_come_one_after_the_other() -> None:
+    bucket = Bucket(100)
+    bucket.pay(200, 0.0)  # a second beyond the burst
+    assert [bucket.turn_ms(20, 0.0) for _ in range(3)] == [1_000, 1_200, 1_400]
+    assert bucket.wait_ms(1_000.0) == 0
+    bucket.pay(20, 1_000.0)
+    assert bucket.wait_ms(1_000.0) == 200  # the second one comes just in time
+    assert bucket.wait_ms(1_200.0) == 0
+
+
+def test_who_was_refused_and_does_not_come_keeps_nobody_out_for_more_than_a_second() -> None:
+    bucket = Bucket(100)
+    bucket.pay(200, 0.0)
+    told = [bucket.turn_ms(1_000, 0.0) for _ in range(50)]
+    assert max(told) == 2_000
+    assert bucket.turn_ms(1, 5_000.0) <= BURST_MS
+
+
 # -- who is let in ----------------------------------------------------------------------------------
 
 

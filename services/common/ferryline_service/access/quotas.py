@@ -154,7 +154,7 @@ class Quotas:
         """One request. Raises QuotaExceeded; it has cost nothing then."""
         if caller.limited:
             meter, now_ms = self._meter(caller), self._now_ms()
-            self._admit(meter, REQUESTS, now_ms)
+            self._admit(meter, REQUESTS, 1, now_ms)
             meter.pay(REQUESTS, 1, now_ms)
 
     def spend(self, caller: Caller, *, records: int = 0, bytes: int = 0) -> None:
@@ -164,8 +164,8 @@ class Quotas:
         meter, now_ms = self._meter(caller), self._now_ms()
         if caller.name in self._over:
             self._refuse(meter, STORED_BYTES, caller.quota.stored_bytes, STORED_AGAIN_MS)
-        self._admit(meter, RECORDS, now_ms)
-        self._admit(meter, BYTES, now_ms)
+        self._admit(meter, RECORDS, records, now_ms)
+        self._admit(meter, BYTES, bytes, now_ms)
         meter.pay(RECORDS, records, now_ms)
         meter.pay(BYTES, bytes, now_ms)
 
@@ -180,8 +180,8 @@ class Quotas:
         """Raises QuotaExceeded while ``caller`` has to wait before it reads or writes records."""
         if caller.limited:
             meter, now_ms = self._meter(caller), self._now_ms()
-            self._admit(meter, RECORDS, now_ms)
-            self._admit(meter, BYTES, now_ms)
+            self._admit(meter, RECORDS, 0, now_ms)
+            self._admit(meter, BYTES, 0, now_ms)
 
     def wait_ms(self, caller: Caller) -> int:
         """How long ``caller`` has to wait before it is given more records; 0: not at all."""
@@ -228,10 +228,11 @@ class Quotas:
         now_ms = self._now_ms()
         self._meters = {name: meter for name, meter in self._meters.items() if not meter.idle(now_ms)}
 
-    def _admit(self, meter: Meter, name: str, now_ms: float) -> None:
+    def _admit(self, meter: Meter, name: str, amount: int, now_ms: float) -> None:
         bucket = meter.buckets.get(name)
-        if bucket is not None and (wait_ms := bucket.wait_ms(now_ms)):
-            self._refuse(meter, name, getattr(meter.quota, name), math.ceil(wait_ms))
+        if bucket is not None and bucket.wait_ms(now_ms):
+            after_ms = math.ceil(bucket.turn_ms(amount, now_ms))
+            self._refuse(meter, name, getattr(meter.quota, name), after_ms)
 
     def _refuse(self, meter: Meter, quota: str, limit: int, after_ms: int) -> NoReturn:
         self.refused[quota] = self.refused.get(quota, 0) + 1
