@@ -347,7 +347,7 @@ class Fetcher:
 
     def _failed(self, partition: Partition, error: FerrylineError | None) -> None:
         partition.failures += 1
-        delay_ms = _BACKOFF.delay_ms(partition.failures, self._jitter.next())
+        delay_ms = _BACKOFF.pause_ms(partition.failures, self._jitter.next(), error)
         partition.retry_at = self._loop.time() + delay_ms / 1000
         if error is None or error.refresh_metadata:
             self._client.watch.refresh()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.finding import hinted
 from ferryline.protocol.errors import (
     ClientClosed,
@@ -31,6 +31,7 @@ from ferryline.protocol.errors import (
     FerrylineError,
     InternalError,
     RequestTimedOut,
+    Throttled,
     Unavailable,
 )
 from ferryline.protocol.frames import Kind
@@ -274,7 +275,8 @@ class HeartbeatThread:
                         error = InternalError(str(error))
                     log.debug("heartbeat of group %s: %s", member.declared.group, error)
                     self._tell(member, member.on_error, error)
-                    pause_s = min(pause_s, backoff.delay_ms(failures, jitter.next()) / 1000)
+                    pause_s = backoff.pause_ms(failures, jitter.next(), error) / 1000
+                    pause_s = pause_s if told_ms(error) else min(member.interval_s, pause_s)
             try:
                 async with asyncio.timeout(pause_s):
                     await wake.wait()
@@ -333,6 +335,8 @@ class HeartbeatThread:
                     return session
                 await session.close()
                 last = ConnectionFailed(f"{url} is a broker, not a coordinator")
+            if isinstance(last, Throttled):  # it does answer: not now
+                raise last
             raise CoordinatorUnavailable(f"no coordinator answers: {last}") from last
 
     def _tell(self, member: Member, callback: Callable[..., None], *args: object) -> None:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.dead_letters import PAGE, REDRIVE_GROUP, Choice, DeadLetter, Progress, Redrive
 from ferryline.message import Headers
 from ferryline.protocol.errors import (
@@ -220,9 +220,14 @@ class Run:
                 )
                 if not again or self._loop.time() >= end:
                     raise
+                told = told_ms(error)
+                pause = backoff.pause_ms(failures + 1, jitter.next(), error) / 1000
             failures += 1
+            if told:
+                await asyncio.sleep(pause)
+                continue
             self._client.watch.refresh()
-            await self._client.watch.wait_for(changed, backoff.delay_ms(failures, jitter.next()) / 1000)
+            await self._client.watch.wait_for(changed, pause)
 
     # -- time --------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.protocol.errors import (
     ConnectionFailed,
     DeadlineExceeded,
@@ -80,8 +80,11 @@ async def ask_primaries(
             break
         failures += 1
         client.watch.refresh()
-        pause = min(deadline - loop.time(), backoff.delay_ms(failures, jitter.next()) / 1000)
-        if pause > 0:
+        told = max((errors[key] for key in pending if key in errors), key=told_ms, default=None)
+        pause = min(deadline - loop.time(), backoff.pause_ms(failures, jitter.next(), told) / 1000)
+        if pause > 0 and told_ms(told):
+            await asyncio.sleep(pause)
+        elif pause > 0:
             await client.watch.wait_for(changed, pause)
     for key in pending:
         outcomes[key] = _late(errors.get(key), timeout)

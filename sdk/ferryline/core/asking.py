@@ -179,14 +179,14 @@ class Asking:
             part = self.parts.get(key)
             if part is not None and not error.definite:
                 part.must_keep = True
-        self._fail(self._peers[ask.broker], now_ms, self._told(error, out))
+        self._fail(self._peers[ask.broker], now_ms, error, self._told(error, out))
 
     def refused(self, key: PartitionKey, error: FerrylineError, now_ms: int, out: list[Effect]) -> None:
         """One partition of a RECEIVE was refused."""
         part = self.parts.get(key)
         if part is not None:
             self._changed = True
-            self._fail(part, now_ms, self._told(error, out))
+            self._fail(part, now_ms, error, self._told(error, out))
 
     def kept(
         self,
@@ -207,7 +207,7 @@ class Asking:
                 part.must_keep = False
                 part.failures = 0
             else:
-                self._fail(part, now_ms, self._told(told, out))
+                self._fail(part, now_ms, told, self._told(told, out))
 
     def part_with_all(self) -> None:
         """Nothing is held any more: tell everybody who was ever asked."""
@@ -312,7 +312,8 @@ class Asking:
         out.append(RaiseError(error))
         return PAUSE_MS
 
-    def _fail(self, what: Part | Peer, now_ms: int, least_ms: int = 0) -> None:
+    def _fail(self, what: Part | Peer, now_ms: int, error: FerrylineError | None = None, least_ms: int = 0) -> None:
         self._changed = True
         what.failures += 1
-        what.retry_at_ms = now_ms + max(least_ms, self._backoff.delay_ms(what.failures, self._jitter.next()))
+        pause_ms = self._backoff.pause_ms(what.failures, self._jitter.next(), error)
+        what.retry_at_ms = now_ms + max(least_ms, pause_ms)

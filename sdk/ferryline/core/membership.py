@@ -272,7 +272,8 @@ class MemberCore:
             out.append(DropPartition(event.key, event.generation))
         else:  # whatever it is, the partition stays assigned to us and nobody else will read it
             held.failures += 1
-            held.retry_at_ms = now_ms + self._backoff.delay_ms(held.failures, self._jitter.next())
+            pause_ms = self._backoff.pause_ms(held.failures, self._jitter.next(), event.error)
+            held.retry_at_ms = now_ms + pause_ms
 
     def _claim_again(self, now_ms: int, out: list[Effect]) -> None:
         for key, held in sorted(self._held.items()):

@@ -18,6 +18,8 @@ Rules (replication rules, section 10):
 * **Bump.** When a batch that had an identity leaves without an acknowledgement, its number is a gap that the broker
   will not step over. Everything in doubt is settled first, then pepoch rises by one and what is left is numbered from
   0. The identity of one batch is never given to another.
+* **Told to wait.** Until the time that a service told nothing is sent, then one batch, and one more with each that is
+  acknowledged: what would be refused anyway is not sent over and over.
 * A session delivers a frame at most once and in order (TLS over TCP); two sessions may overtake each other.
 
 pepoch and sequence belong to one partition; brokers keep them per partition too.
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from itertools import islice
 
 from ferryline.core.producer_events import (
     BatchAnswered,
@@ -45,7 +48,7 @@ from ferryline.core.producer_events import (
     TimePassed,
 )
 from ferryline.core.producer_state import NEVER, BatchState, PartitionState, deadline_error, gone_error
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.protocol.errors import (
     ClientClosed,
     FerrylineError,
@@ -58,22 +61,9 @@ from ferryline.protocol.limits import IN_FLIGHT_MAX
 from ferryline.protocol.metadata import NO_BROKER
 
 __all__ = [
-    "BatchAnswered",
-    "BatchClosed",
-    "Closed",
-    "CompleteBatch",
-    "Effect",
-    "Event",
-    "FailBatch",
-    "PartitionKey",
-    "ProducerCore",
-    "RefreshMetadata",
-    "RepartitionBatch",
-    "RouteChanged",
-    "SendBatch",
-    "SessionLost",
-    "TimePassed",
-]
+    "BatchAnswered", "BatchClosed", "Closed", "CompleteBatch", "Effect", "Event", "FailBatch", "PartitionKey",
+    "ProducerCore", "RefreshMetadata", "RepartitionBatch", "RouteChanged", "SendBatch", "SessionLost", "TimePassed",
+]  # fmt: skip
 
 PARTIAL_IN_FLIGHT = 1  # more small ones cost brokers a third more CPU for each record: a flush, frames, a wake-up
 PEPOCH_MAX = 2**15 - 1  # i16 in the batch header
@@ -185,7 +175,9 @@ class ProducerCore:
         if event.error is None:
             partition.queue.remove(batch)
             partition.failures = 0
-            partition.blocked_until_ms = 0
+            if not partition.narrow:
+                partition.blocked_until_ms = 0
+            partition.window = min(IN_FLIGHT_MAX, partition.window + 1)
             out.append(CompleteBatch(event.key, batch.number, event.base_offset))
         else:
             self._refused(partition, batch, event, awaited, now_ms, out)
@@ -326,7 +318,7 @@ class ProducerCore:
 
     def _send_due(self, partition: PartitionState, now_ms: int, out: list[Effect]) -> None:
         lowest = partition.queue[0].ordinal
-        for batch in partition.queue:
+        for batch in islice(partition.queue, partition.window if partition.narrow else None):
             if batch.ordinal < 0:
                 if partition.bumping or (lowest >= 0 and partition.next_ordinal >= lowest + IN_FLIGHT_MAX):
                     return
@@ -369,7 +361,9 @@ class ProducerCore:
         if now_ms < partition.blocked_until_ms:
             return
         partition.failures += 1
-        partition.blocked_until_ms = now_ms + self.backoff.delay_ms(partition.failures, self._jitter.next())
+        partition.blocked_until_ms = now_ms + self.backoff.pause_ms(partition.failures, self._jitter.next(), error)
+        if told_ms(error):
+            partition.window = 1
         if error is None or error.refresh_metadata:
             out.append(RefreshMetadata())
 
@@ -379,7 +373,7 @@ class ProducerCore:
             partition.bumping = True  # its number is a gap now
 
     def _bump(self, partition: PartitionState) -> None:
-        """A new pepoch: what is left is numbered from 0. Nothing may be in doubt under the old one."""
+        """A new pepoch, under which nothing is in doubt: what is left is numbered from 0."""
         assert all(batch.clean and not batch.awaited for batch in partition.queue), partition.key
         partition.bumping = False
         partition.pepoch += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ferryline.core.producer_events import PartitionKey
 from ferryline.protocol.errors import DeadlineExceeded, FerrylineError, OutcomeUnknown, UnknownTopic
+from ferryline.protocol.limits import IN_FLIGHT_MAX
 from ferryline.protocol.metadata import NO_BROKER
 
 NEVER = 2**62
@@ -47,7 +48,7 @@ class PartitionState:
     """
 
     __slots__ = ("armed_ms", "blocked_until_ms", "broker", "bumping", "epoch", "failures", "gone", "key",
-                 "next_ordinal", "next_sequence", "partitions", "pepoch", "pid", "queue")  # fmt: skip
+                 "next_ordinal", "next_sequence", "partitions", "pepoch", "pid", "queue", "window")  # fmt: skip
 
     def __init__(self, key: PartitionKey, pid: int) -> None:
         self.key = key
@@ -62,6 +63,9 @@ class PartitionState:
         self.bumping = False  # settle what is in doubt, then raise pepoch
         self.failures = 0  # rounds without success since the last acknowledgement
         self.blocked_until_ms = 0  # 0: not held back
+        self.window = (
+            IN_FLIGHT_MAX  # batches from the head of the queue on that may be sent; IN_FLIGHT_MAX: all of them
+        )
         self.queue: deque[BatchState] = deque()
         self.armed_ms = NEVER  # earliest wake-up that stands in the heap
 
@@ -78,6 +82,11 @@ class PartitionState:
         if self.blocked_until_ms:
             wake = min(wake, self.blocked_until_ms)
         return wake
+
+    @property
+    def narrow(self) -> bool:
+        """Whether ``window`` counts: not while what is in doubt must be settled, wherever in the queue it is."""
+        return self.window < IN_FLIGHT_MAX and not self.bumping
 
     def numbered(self) -> Iterator[BatchState]:
         """The batches that have an identity, in order."""

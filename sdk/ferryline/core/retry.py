@@ -1,14 +1,25 @@
 """Back-off: how long to wait before the next try. Pure: jitter is an argument.
 
 Full jitter above a floor: many clients that lost the same primary at the same moment must not come back at the same
-moment, and none of them may spin.
+moment, and none of them may spin. Where a service has told when to come again, that counts and nothing else.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from ferryline.protocol.errors import FerrylineError
+
+TOLD_MS_MAX = 600_000  # no service is waited for longer than this, whatever it says
 _MASK = 2**64 - 1
+
+
+def told_ms(error: BaseException | None) -> int:
+    """How long a service told us to wait (``retry_after_ms``); 0: it did not say."""
+    if not isinstance(error, FerrylineError):
+        return 0
+    told = error.details.get("retry_after_ms", 0)
+    return min(TOLD_MS_MAX, max(0, told)) if type(told) is int else 0
 
 
 class Backoff(msgspec.Struct, frozen=True):
@@ -24,6 +35,14 @@ class Backoff(msgspec.Struct, frozen=True):
         """
         full = min(self.cap_ms, self.first_ms << min(max(failures, 1) - 1, 20))
         return max(1, int(full * (0.5 + 0.5 * jitter)))
+
+    def pause_ms(self, failures: int, jitter: float, error: BaseException | None) -> int:
+        """Wait after ``failures``, of which ``error`` was the last: as long as it tells, or like `delay_ms`.
+
+        A little longer than told: clocks do not run alike, and those who were told the same are not to meet again.
+        """
+        told = told_ms(error)
+        return told + 1 + int(told * 0.1 * jitter) if told else self.delay_ms(failures, jitter)
 
 
 class Jitter:

@@ -217,7 +217,7 @@ class Settling:
             out.append(RefreshMetadata())
         if error.retriable or error.refresh_metadata:
             item.failures += 1
-            item.retry_at_ms = now_ms + self._backoff.delay_ms(item.failures, self._jitter.next())
+            item.retry_at_ms = now_ms + self._backoff.pause_ms(item.failures, self._jitter.next(), error)
             self._unsent.append(item)
         else:
             self._fail(item, error, out)

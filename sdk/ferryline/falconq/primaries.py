@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.protocol.errors import (
     ErrorInfo,
     FerrylineError,
@@ -96,10 +96,13 @@ class Primaries:
                 if not again or not (repeat or error.definite):
                     raise
                 failures += 1
-                client.watch.refresh()
-                pause = _BACKOFF.delay_ms(failures, self._jitter.next()) / 1000
+                pause = _BACKOFF.pause_ms(failures, self._jitter.next(), error) / 1000
                 if loop.time() + pause >= deadline:
                     raise
+                if told_ms(error):
+                    await asyncio.sleep(pause)
+                    continue
+                client.watch.refresh()
                 await client.watch.wait_for(changed, pause)
 
     async def _once(
