@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from ferryline.core.metadata import Routing
-from ferryline.core.retry import Backoff, Jitter
+from ferryline.core.retry import Backoff, Jitter, told_ms
 from ferryline.finding import hinted
 from ferryline.protocol.errors import (
     ClientClosed,
@@ -203,6 +203,8 @@ class MetadataWatch:
                 pass
             except FerrylineError as error:
                 last = error
+                if pause_ms := told_ms(error):
+                    await asyncio.sleep(min(pause_ms / 1000, max(0.0, deadline - asyncio.get_running_loop().time())))
             else:
                 return
         raise last
@@ -227,8 +229,10 @@ class MetadataWatch:
                 self._last_error = error
                 log.debug("metadata poll %d: %s", slot, error)
                 nudge.clear()
-                delay_ms = backoff.delay_ms(failures, self._jitter.next())
-                if failures > 1 or not error.retriable:
+                delay_ms = backoff.pause_ms(failures, self._jitter.next(), error)
+                if told_ms(error):
+                    await asyncio.sleep(delay_ms / 1000)
+                elif failures > 1 or not error.retriable:
                     try:  # a nudge may cut the wait short, but never below a fifth: senders nudge often in an outage
                         await asyncio.sleep(delay_ms / 5000)
                         async with asyncio.timeout(delay_ms / 1250):
