@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 SEEDS  ?= 200
 BROKERS ?= 3
+AUTH ?=
+MONITORING ?=
 ARGS   ?=
 
 BIN := .venv/bin
@@ -10,7 +12,7 @@ DISTRIBUTIONS := sdk services/common services/coordinator services/broker testin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants chaos bench bench-compare up up-ha down wheels images lock docs clean
+.PHONY: help venv demo test test-all test-containers check check-format check-lint check-types check-imports check-tidy format sim sim-mutants chaos bench bench-compare up up-ha roll down wheels images lock docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,25 +92,33 @@ format: venv ## let ruff format and mend what it can
 
 # -- containers -------------------------------------------------------------------------------------
 
-wheels: venv ## the five distributions, in dist/
+wheels: venv ## the five distributions, in dist/: the same bytes from the same sources
 	@rm -rf dist && mkdir dist
-	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist $(DISTRIBUTIONS:%=./%)
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000)} \
+	 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist $(DISTRIBUTIONS:%=./%)
 	@ls dist
 
-images: venv ## the images of coordinator and broker
+images: export FERRYLINE_REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+images: ## the images of coordinator and broker
 	@scripts/compose build
 
-up: images ## a compose cluster: make up BROKERS=5
-	@scripts/compose up --detach --scale broker=$(BROKERS)
+up: images ## a compose cluster: make up BROKERS=5; make up AUTH=1 MONITORING=1 with access control, Prometheus, Grafana
+	@scripts/compose-prepare $(if $(AUTH),--auth)
+	@scripts/compose $(if $(MONITORING),--profile monitoring) up --detach --scale broker=$(BROKERS)
 	@scripts/compose ps
+	@scripts/compose-prepare --say
 
 up-ha: images ## the same with three coordinators on three etcd members; keep its data apart: FERRYLINE_VOLUMES=...
+	@scripts/compose-prepare $(if $(AUTH),--auth)
 	@FERRYLINE_STORE=etcd \
 	 FERRYLINE_COORDINATORS=https://coordinator:8443,https://coordinator-2:8443,https://coordinator-3:8443 \
 	 scripts/compose --profile ha up --detach --scale broker=$(BROKERS)
 
+roll: images ## replace every container of the compose cluster by one of this tree, one at a time, under load
+	@scripts/roll
+
 down: ## stop the compose cluster; its data stays under docker_volumes/
-	@scripts/compose --profile ha down
+	@scripts/compose --profile ha --profile monitoring down
 
 clean: ## remove what was built and cached; data and .venv stay
 	@rm -rf dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

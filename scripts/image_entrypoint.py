@@ -10,7 +10,8 @@ import socket
 import sys
 
 USER = 10001  # no such user on the host; nothing there opens to it by accident
-DIRECTORIES = ("/data", "/data/join-tokens", "/join")
+DIRECTORIES = ("/data/join-tokens", "/data", "/join", "/access")
+ACCESS_FILE, ADMIN_KEY_FILE = "/access/access.toml", "/access/admin.key"
 
 
 def give_up_root() -> None:
@@ -36,6 +37,16 @@ def advertise() -> None:
     os.environ.setdefault("FERRYLINE_BROKER_ADVERTISE_EXTERNAL", f"https://{socket.gethostbyname(name)}:{port}")
 
 
+def control_access() -> None:
+    """Access control is on where there is an access file: whoever starts the cluster next cannot leave it out.
+
+    The first start with it makes a principal `admin`, whose key is written once, for the owner of the directory only.
+    """
+    if os.path.exists(ACCESS_FILE):
+        os.environ.setdefault("FERRYLINE_COORDINATOR_ACCESS", ACCESS_FILE)
+        os.environ.setdefault("FERRYLINE_COORDINATOR_BOOTSTRAP_ADMIN", ADMIN_KEY_FILE)
+
+
 def advertise_coordinator() -> None:
     """One of several is found by the address of its container, as brokers are; standbys name it to whoever asks."""
     name = socket.gethostname()
@@ -49,6 +60,8 @@ def main(command: list[str]) -> None:
         give_up_root()
     if command[0] == "ferryline-broker":
         advertise()
+    if command[0] == "ferryline-coordinator":
+        control_access()
     if command[0] == "ferryline-coordinator" and os.environ.get("FERRYLINE_COORDINATOR_STORE") == "etcd":
         advertise_coordinator()
     os.environ["HOME"] = "/tmp"
