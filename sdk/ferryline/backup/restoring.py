@@ -73,7 +73,7 @@ class Restoring:
         """Topics and partitions first, what leads to topics last. Returns which broker takes which logs."""
         takers: dict[tuple[str, int], int] = {}
         batch: dict[str, str] = {}
-        epochs: list[tuple[str, int, int]] = []
+        epochs: dict[str, int] = {}
         by_topic: dict[str, list[PartitionEntry]] = {}
         for part in self._manifest.partitions:
             by_topic.setdefault(part.topic_id, []).append(part)
@@ -88,7 +88,8 @@ class Restoring:
         records = self._manifest.records
         for key in sorted(records, key=lambda key: (not key.startswith("topic/"), key)):
             batch[key] = records[key]
-            epochs += [(p.topic_id, p.partition, p.epoch) for p in by_topic.get(key.partition("/")[2], ())]
+            parts = by_topic.get(key.partition("/")[2], ())
+            epochs.update({f"{part.topic_id}/{part.partition}": part.epoch for part in parts})
             if len(epochs) >= PARTITIONS_AT_ONCE or len(batch) >= PARTITIONS_AT_ONCE:
                 await send()
         if batch:

@@ -1,7 +1,7 @@
 """The REST surface of backups: records out, and into an empty cluster. Logs go from and to the brokers.
 
 ``GET  /v1/backup``         {cluster_id, revision, feature_level, records: {key: base64}}
-``POST /v1/restore``        {records, epochs: [[topic id, partition, epoch]]}: which broker takes what
+``POST /v1/restore``        {records, epochs: {topic id/partition: epoch}}: which broker takes what
 ``POST /v1/restore/finish`` {topic_id, partition, broker}: it holds the logs; let it lead
 """
 
@@ -15,6 +15,7 @@ from aiohttp import web
 from pydantic import Field
 
 from ferryline.protocol.errors import InvalidArgument
+from ferryline.protocol.limits import check_range
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.records import encode_record, record_key
 from ferryline_coordinator.core.restoring import is_backed_up
@@ -26,10 +27,10 @@ from ferryline_service.errors import read_json
 
 
 class Restore(Body):
-    """``records``: as a backup has them. ``epochs``: topic id, partition, highest epoch of its logs."""
+    """``records``: as a backup has them. ``epochs``: highest epoch of the logs of ``<topic id>/<partition>``."""
 
     records: dict[str, str] = Field(max_length=10_000)
-    epochs: list[tuple[str, int, int]] = Field([], max_length=100_000, strict=False)
+    epochs: dict[str, int] = Field({}, max_length=100_000)
 
 
 class Finish(Body):
@@ -75,9 +76,7 @@ class BackupRest:
             records = {key: base64.b64decode(value, validate=True) for key, value in body.records.items()}
         except binascii.Error:
             raise InvalidArgument("records: expected base64", field="records") from None
-        epochs = {(topic_id, partition): epoch for topic_id, partition, epoch in body.epochs}
-        if any(not 0 <= epoch < 2**31 - 1 for epoch in epochs.values()):
-            raise InvalidArgument("epochs: out of range", field="epochs")
+        epochs = {_key(name): check_range(epoch, "epochs", 0, 2**31 - 2) for name, epoch in body.epochs.items()}
         taken: Any = await self._driver.ask(lambda reply: ev.RestoreBegun(reply, records, epochs))
         return web.json_response({"partitions": [list(row) for row in taken]})
 
@@ -85,3 +84,10 @@ class BackupRest:
         body = Finish.model_validate(await read_json(request))
         part = await self._driver.ask(lambda reply: ev.RestoreEnded(reply, body.topic_id, body.partition, body.broker))
         return web.json_response(partition_json(self._driver.state, part))
+
+
+def _key(name: str) -> tuple[str, int]:
+    topic_id, _, number = name.partition("/")
+    if not (number.isascii() and number.isdigit() and len(number) <= 10):
+        raise InvalidArgument(f"epochs: {name[:80]!r} is not <topic id>/<partition>", field="epochs")
+    return topic_id, int(number)
