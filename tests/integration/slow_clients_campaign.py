@@ -38,7 +38,7 @@ UPGRADE = (
     b"GET /v1/session HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-DRIP_S = 1.0
+DRIP_S = 5.0
 PAUSE_S = 2.0  # before a slow one that was cut off comes again
 TOPIC = "honest"
 
@@ -124,8 +124,8 @@ class Slow:
     async def _reader(self, url: str) -> None:
         async with self._connected(url) as (reader, writer):
             writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
-            while await reader.read(1):
-                await asyncio.sleep(DRIP_S)  # noqa: ASYNC110 - nothing is polled
+            while await reader.read(1):  # noqa: ASYNC110 - nothing is polled
+                await asyncio.sleep(DRIP_S)
 
 
 async def honest(client: fl.Client, seconds: float, rate: float) -> list[float]:
