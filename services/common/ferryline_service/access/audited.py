@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _LOOKS = ("GET", "HEAD", "OPTIONS")
 _CONNECT = "connect"
-_NAMES = ("name", "topic")  # of a JSON body, where the path names nothing
+_NAMES = ("name", "topic", "exchange", "principal")  # in a body or an error, where the path names nothing
 _KIND_NAMES = {int(kind): kind.name.lower() for kind in Kind}
 
 
@@ -61,16 +61,16 @@ class Auditor:
             try:
                 response = await handler(request)
             except (Unauthorized, QuotaExceeded) as error:
-                self._refused(request, rule, error)
+                self._ended(request, rule, REFUSED, error)
                 raise
             except Unavailable:
                 raise  # nothing was decided, here and now
             except Exception as error:
                 if _changes(request, rule):
-                    await self._changed(request, rule, FAILED, _code(error))
+                    self._ended(request, rule, FAILED, error)
                 raise
             if _changes(request, rule):
-                await self._changed(request, rule, DONE, "")
+                await self._changed(request, rule)
             return response
 
         return middleware
@@ -88,22 +88,21 @@ class Auditor:
             error.code,
         )
 
-    def _refused(self, request: web.Request, rule: Rule, error: FerrylineError) -> None:
-        need = _need(rule)
-        resource = str(error.details.get("resource", need.resource if need is not None else ""))
-        name = str(error.details.get("name", _name(request, need, None)))
-        self._note(request, resource, name, REFUSED, error.code, {})
-
-    async def _changed(self, request: web.Request, rule: Rule, outcome: str, code: str) -> None:
-        need = _need(rule)
+    async def _changed(self, request: web.Request, rule: Rule) -> None:
         body = await _body(request) if rule is not PUBLIC else None  # what nodes send to join holds a token
         details = {"body": json.dumps(body, separators=(",", ":"))} if body else {}
-        resource = need.resource if need is not None else CLUSTER
-        self._note(request, resource, _name(request, need, body), outcome, code, details)
+        self._note(request, rule, body, DONE, "", details)
+
+    def _ended(self, request: web.Request, rule: Rule, outcome: str, error: Exception) -> None:
+        """Refused or failed. A body that was perhaps not read yet is left alone: the error names what it read."""
+        details = error.details if isinstance(error, FerrylineError) else {}
+        self._note(request, rule, details, outcome, _code(error), {})
 
     def _note(
-        self, request: web.Request, resource: str, name: str, outcome: str, code: str, details: dict[str, Any]
+        self, request: web.Request, rule: Rule, body: Any, outcome: str, code: str, details: dict[str, Any]
     ) -> None:
+        need = _need(rule)
+        resource, name = _resource(request, need), _name(request, need, body)
         action = _CONNECT if request.path == SESSION_PATH else request.match_info.handler.__name__.strip("_")
         request_id = request.get(REQUEST_ID, "")
         caller = _known(request.get(CALLER))
@@ -125,6 +124,15 @@ def _need(rule: Rule) -> Need | None:
     return next((need for need in rule.needs if need.action == MANAGE), rule.needs[0] if rule.needs else None)
 
 
+def _resource(request: web.Request, need: Need | None) -> str:
+    """``topic``, ``group``, ``exchange``; of what belongs to the cluster: ``broker``, ``principal`` and so on."""
+    if need is not None and need.resource != CLUSTER:
+        return need.resource
+    resource = request.match_info.route.resource
+    noun = resource.canonical.split("/")[2] if resource is not None and resource.canonical.count("/") > 1 else ""
+    return noun.removesuffix("s") if noun.endswith("s") else CLUSTER
+
+
 def _name(request: web.Request, need: Need | None, body: Any) -> str:
     """Name of what was changed: a topic, a principal, a broker's number."""
     found = request.match_info
@@ -138,12 +146,12 @@ def _name(request: web.Request, need: Need | None, body: Any) -> str:
 
 
 async def _body(request: web.Request) -> Any:
-    """The JSON that the handler has read, or None."""
-    if not request.body_exists or request.content_type != "application/json":
+    """The JSON that the handler has read; None without one."""
+    if not request.body_exists:
         return None
     try:
         return json.loads(await request.text())
-    except (ValueError, LookupError, web.HTTPException, OSError):
+    except (ValueError, LookupError, RecursionError, web.HTTPException, OSError):
         return None
 
 
