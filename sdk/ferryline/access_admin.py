@@ -49,13 +49,17 @@ class PrincipalInfo(msgspec.Struct, frozen=True):
 
 
 class Whoami(msgspec.Struct, frozen=True):
-    """Whom a service takes this client for. ``everything``: all is allowed, as while access is off."""
+    """Whom a service takes this client for, by ``by``: key, token, certificate or nothing.
 
-    name: str
+    ``access`` False: access control is off, and everybody may do everything. ``key``: id of the key that was shown.
+    """
+
+    principal: str
+    by: str
+    access: bool
     grants: tuple[Grant, ...] = ()
     quota: Quota = Quota()
-    everything: bool = False
-    key_id: str = ""
+    key: str = ""
     expires_ms: int = 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +15,8 @@ from ferryline.cli.failures import FAILED, USAGE, Failed
 from ferryline.cli.invocation import of
 from ferryline.cli.output import stderr, stdout, warn
 from ferryline.cli.processes import COORDINATOR, LocalCluster, Service, free_port, missing_services, port_is_free
-from ferryline.cli.settings import DEFAULT_PORT, local_data_dir
+from ferryline.cli.settings import DEFAULT_PORT, OUTPUTS, UsageError, local_data_dir
+from ferryline.cli.up_auth import CONTEXT, LocalAuth, SavedContext, admit_gateway, known_token, save_context
 
 BROKER_PORT = 9443
 FALCONQ, FALCONQ_PORT = "falconq", 8080
@@ -37,6 +39,7 @@ def app(
     store: Annotated[str, typer.Option(help="Where coordinators keep records: sqlite or etcd.")] = "sqlite",
     falconq: Annotated[bool, typer.Option("--falconq", help="Serve FalconQ's HTTP, too, on localhost.")] = False,
     falconq_port: Annotated[int, typer.Option(help="Where; 0 picks a free port.", min=0, max=65_535)] = FALCONQ_PORT,
+    auth: Annotated[bool, typer.Option("--auth", help="Nothing without a token; makes one, and keeps it.")] = False,
 ) -> None:
     """Start a coordinator and brokers on this machine, over TLS, and keep them running until Ctrl-C.
 
@@ -54,12 +57,17 @@ def app(
       ferryline up --coordinators 3 --store etcd --data-dir ~/ha   three etcd, three coordinators, three brokers
 
       ferryline up --falconq                              FalconQ's HTTP on localhost:8080, too
+
+      ferryline up --auth                                 nobody without a token; commands here have one, in a context
     """
     _check_store(store, coordinators)
     falconq_port = 0 if port == 0 and falconq_port == FALCONQ_PORT else falconq_port
     _check_machine(port, 0 if port == 0 else base_broker_port, brokers, coordinators, falconq_port if falconq else 0)
     root = (data_dir or local_data_dir()).expanduser().absolute()
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    access = LocalAuth(root)
+    if not auth:
+        access.warn_if_left_out()
     cluster = LocalCluster(
         root,
         brokers=brokers,
@@ -68,9 +76,10 @@ def app(
         death_signal=signal.SIGTERM,
         coordinators=coordinators,
         store=store,
+        coordinator_args=access.prepare() if auth else (),
     )
     if falconq:
-        add_falconq(cluster, falconq_port)
+        add_falconq(cluster, falconq_port, access.gateway_config if auth else None)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -78,9 +87,10 @@ def app(
     with stderr().status(f"starting {several} and {brokers} brokers"):
         cluster.start()
     try:
+        saved = _admit(ctx, cluster, access, falconq) if auth else None
         if falconq:
             cluster.start_one(FALCONQ)
-        _welcome(cluster, of(ctx).output.form)
+        _welcome(cluster, _form(ctx), saved)
         _watch(cluster, stop, restart)
     finally:
         with stderr().status("stopping"):
@@ -105,11 +115,42 @@ def _check_store(store: str, coordinators: int) -> None:
         raise Failed("etcd: not installed", FAILED, code="NOT_INSTALLED", remedy=REMEDY)
 
 
-def add_falconq(cluster: LocalCluster, port: int) -> None:
-    """One more service of ``cluster``: the gateway of `ferryline falconq`. `start_one` starts it."""
+def _form(ctx: typer.Context) -> str:
+    """--output, without looking at contexts: the one in use may be another cluster's, or gone."""
+    form = str(of(ctx).flags.get("output") or os.environ.get("FERRYLINE_OUTPUT") or "table")
+    if form not in OUTPUTS:
+        raise UsageError(f"output: {form!r} is not one of {', '.join(OUTPUTS)}")
+    return form
+
+
+def _admit(ctx: typer.Context, cluster: LocalCluster, access: LocalAuth, falconq: bool) -> SavedContext:
+    """Keep the key of `admin` where commands find it; give the gateway one of its own."""
+    from ferryline.cli.connection import connected, run
+    from ferryline.cli.settings import Settings
+
+    invocation, url = of(ctx), _url(cluster)
+    name = invocation.context or CONTEXT
+    token = access.key(known_token(name, invocation.file, cluster.ca))
+    saved = save_context(name, invocation.file, url, cluster.ca, token)
+    if falconq:
+
+        async def act() -> None:
+            async with connected(Settings(url=tuple(url.split(",")), ca=cluster.ca, token=token)) as client:
+                await admit_gateway(client.admin, access, url, cluster.ca)
+
+        run(act())
+    return saved
+
+
+def add_falconq(cluster: LocalCluster, port: int, config: Path | None = None) -> None:
+    """One more service of ``cluster``: the gateway of `ferryline falconq`. `start_one` starts it.
+
+    ``config``: where its token stands.
+    """
     folder, port = cluster.root / FALCONQ, port or free_port(set())
     args = ["falconq", "--port", str(port), "--data-dir", str(folder / "data")]
     args += ["--url", _url(cluster), "--ca", str(cluster.ca)]
+    args += ["--config", str(config)] if config is not None else []
     cluster.services[FALCONQ] = Service(FALCONQ, "ferryline.cli", folder, port, args)
 
 
@@ -140,7 +181,7 @@ def _check_machine(port: int, broker_port: int, brokers: int, coordinators: int,
         )
 
 
-def _welcome(cluster: LocalCluster, form: str) -> None:
+def _welcome(cluster: LocalCluster, form: str, saved: SavedContext | None) -> None:
     services = [
         {"service": name, "url": service.url, "pid": service.pid, "log": str(service.log_path)}
         for name, service in cluster.services.items()
@@ -148,7 +189,11 @@ def _welcome(cluster: LocalCluster, form: str) -> None:
     if form != "table":
         from ferryline.cli.output import Output
 
-        Output(form).one({"url": _url(cluster), "ca": str(cluster.ca), "services": services})
+        told: dict[str, Any] = {"url": _url(cluster), "ca": str(cluster.ca), "services": services}
+        if saved is not None:
+            access = LocalAuth(cluster.root)
+            told |= {"access_file": str(access.access_file), "key_file": str(access.key_file), "context": saved.name}
+        Output(form).one(told)
         return
     from rich.table import Table
 
@@ -160,15 +205,27 @@ def _welcome(cluster: LocalCluster, form: str) -> None:
     console = stdout()
     console.print(table)
     console.print()
-    if _url(cluster) != f"https://127.0.0.1:{DEFAULT_PORT}" or cluster.root != local_data_dir().absolute():
-        console.print("[bold]In another terminal:[/bold]")
+    console.print("[bold]In another terminal:[/bold]")
+    if saved is not None and not saved.current:
+        console.print(f"  export FERRYLINE_CONTEXT={saved.name}", soft_wrap=True)
+    elif saved is None and not _is_default(cluster):
         console.print(f"  export FERRYLINE_URL={_url(cluster)} FERRYLINE_CA={cluster.ca}", soft_wrap=True)
-    else:
-        console.print("[bold]In another terminal:[/bold]")
     console.print("  ferryline topic create orders --partitions 12")
     console.print("  echo 'c1 hello' | ferryline produce orders -f '%k %v\\n'")
     console.print("  ferryline consume orders --from start")
+    if saved is not None:
+        console.print("  ferryline principal create shop --write topic:orders --key    a token that may only send")
+        console.print(
+            f"\nAccess is on: nothing without a token. The key of admin is in context {saved.name} of {saved.file};\n"
+            f"who may do what: ferryline principal, and {LocalAuth(cluster.root).access_file}",
+            soft_wrap=True,
+        )
     console.print("\nCtrl-C stops it. Data and CA stay in " + str(cluster.root), soft_wrap=True)
+
+
+def _is_default(cluster: LocalCluster) -> bool:
+    """Whether commands find it without being told."""
+    return _url(cluster) == f"https://127.0.0.1:{DEFAULT_PORT}" and cluster.root == local_data_dir().absolute()
 
 
 def _url(cluster: LocalCluster) -> str:
