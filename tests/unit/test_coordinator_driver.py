@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import CoordinatorUnavailable, ShuttingDown, TopicExists
 from ferryline.protocol.messages import Heartbeat, Register, RegisterOk
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
@@ -27,6 +28,7 @@ class Outside:
     def __init__(self) -> None:
         self.told: list[tuple[int, int, Any]] = []
         self.notes: list[ev.Note] = []
+        self.policies: list[AccessPolicy] = []
         self.terms = 0
         self.driver: Driver | None = None
 
@@ -39,6 +41,9 @@ class Outside:
 
     def noted(self, note: ev.Note) -> None:
         self.notes.append(note)
+
+    def access_changed(self, policy: AccessPolicy) -> None:
+        self.policies.append(policy)
 
     def term_ended(self) -> None:
         self.terms += 1

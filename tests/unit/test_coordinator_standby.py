@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import CoordinatorLoading, CoordinatorStandby, CoordinatorUnavailable, Forbidden
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
 from ferryline_coordinator.authority import Authority
@@ -57,6 +58,8 @@ class Outside:
     def probe(self, probe: ev.Probe) -> None: ...
 
     def noted(self, note: ev.Note) -> None: ...
+
+    def access_changed(self, policy: AccessPolicy) -> None: ...
 
     def term_ended(self) -> None:
         self.terms += 1

@@ -15,10 +15,10 @@ Behaviour sits on the class, so that nobody compares codes by hand:
     │                            RecordTooLarge CorruptBatch SerializationFailed MethodNotAllowed
     │                            UnsupportedMediaType
     ├─ Unauthorized              BadCredentials Forbidden
-    ├─ NotFound                  UnknownTopic UnknownPartition UnknownGroup UnknownBroker UnknownExchange Unroutable
-    │                            OffsetOutOfRange LogTruncated
-    ├─ Conflict                  TopicExists ExchangeExists StalePartitioning OutOfOrderSequence UnknownProducer
-    │                            ClusterMismatch PreconditionFailed
+    ├─ NotFound                  UnknownTopic UnknownPartition UnknownGroup UnknownBroker UnknownExchange
+    │                            UnknownPrincipal Unroutable OffsetOutOfRange LogTruncated
+    ├─ Conflict                  TopicExists ExchangeExists PrincipalExists StalePartitioning OutOfOrderSequence
+    │                            UnknownProducer ClusterMismatch PreconditionFailed
     ├─ Fenced                    StaleEpoch StaleBrokerEpoch StaleCoordinator StaleMember UnknownMember ProducerFenced
     │                            LeaseLost VersionConflict
     ├─ NotPrimary                carries the primary's id when known
@@ -172,6 +172,11 @@ class UnknownExchange(NotFound):
     remedy = "Create it: ferryline exchange create NAME --type topic."
 
 
+class UnknownPrincipal(NotFound):
+    code = "UNKNOWN_PRINCIPAL"
+    remedy = "Create it: ferryline principal create NAME."
+
+
 class Unroutable(NotFound):
     """A mandatory record that no binding takes, and no alternate exchange either. It was sent nowhere."""
 
@@ -207,6 +212,10 @@ class ExchangeExists(Conflict):
     """``details``: type and alternate of the one that is there."""
 
     code = "EXCHANGE_EXISTS"
+
+
+class PrincipalExists(Conflict):
+    code = "PRINCIPAL_EXISTS"
 
 
 class StalePartitioning(Conflict):

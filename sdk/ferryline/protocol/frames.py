@@ -67,6 +67,8 @@ class Kind(IntEnum):
     HANDOVER = 45
     # broker -> coordinator
     ENSURE_TOPIC = 46
+    # coordinator -> broker; no answer
+    ACCESS = 47
     # client -> coordinator
     GROUP_HEARTBEAT = 50
 

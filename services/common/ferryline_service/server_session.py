@@ -18,6 +18,7 @@ from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from ferryline.protocol.errors import (
     FerrylineError,
+    Forbidden,
     InternalError,
     MalformedRequest,
     Throttled,
@@ -142,6 +143,20 @@ class ServerSession:
         """Send a frame that has no answer."""
         encoded = encode_value(header)
         self.send(PREFIX.pack(kind, 0, 0, 0, len(encoded)) + encoded, parts)
+
+    def check(self, kind: int, action: str, resource: str, name: str) -> None:
+        """Raises Forbidden unless the caller may do this with the resource that a frame of ``kind`` names."""
+        caller = self.caller
+        if not caller.may(action, resource, name):
+            try:
+                caller.check(action, resource, name)
+            except Forbidden as error:
+                self._note_refused(kind, error)
+                raise
+
+    def _note_refused(self, kind: int, error: FerrylineError) -> None:
+        if self._endpoint.on_refused is not None:
+            self._endpoint.on_refused(self, kind, error)
 
     def fail(self, kind: int, correlation: int, error: FerrylineError) -> None:
         """Answer a request with an error."""
@@ -304,6 +319,8 @@ class ServerSession:
     def _handle(self, frame: Frame) -> None:
         self._endpoint.metrics.frames[frame.kind] += 1
         try:
+            if self.caller.limited:
+                self._endpoint.gate.quotas.request(self.caller)
             result = self._endpoint.on_frame(self, frame)
         except FerrylineError as error:
             self.fail(frame.kind, frame.correlation, error)

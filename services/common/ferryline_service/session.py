@@ -37,7 +37,8 @@ from ferryline.protocol.frames import (
 )
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import PROTOCOL_MAX, PROTOCOL_MIN, ROLE_BROKER, Hello, HelloOk
-from ferryline_service.access.gate import Gate
+from ferryline_service.access.caller import UNCHECKED
+from ferryline_service.access.gate import CALLER, Gate
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.receiver import Receiver
 from ferryline_service.server_session import Buffer, ServerSession, websocket_prefix
@@ -46,6 +47,7 @@ from ferryline_service.tls import identity_broker_id, node_identity
 __all__ = ["Buffer", "OnFrame", "ServerSession", "SessionEndpoint", "common_version", "websocket_prefix"]
 
 OnFrame = Callable[[ServerSession, Frame], Awaitable[None] | None]
+OnRefused = Callable[[ServerSession, int, FerrylineError], None]  # a frame of this kind, or an entry of one
 HELLO_TIMEOUT_S = 10.0
 PING_S = 10.0  # a peer that does not answer a ping within half of this is gone
 OUT_BYTES_MAX = 128 * 1024 * 1024  # a peer that asks for more than this and does not read it is cut off
@@ -95,6 +97,7 @@ class SessionEndpoint:
         self.on_open = on_open
         self.admit = admit  # raises what every HELLO is refused with
         self.gate = gate or Gate(server, cluster_id)  # without one nobody is asked who they are
+        self.on_refused: OnRefused | None = None
         self.metrics = metrics
         self.out_bytes_max = out_bytes_max
         self.sessions: set[ServerSession] = set()
@@ -113,6 +116,14 @@ class SessionEndpoint:
             raise ShuttingDown("this service is stopping")
         if len(self.sessions) + self._pending >= self._sessions_max and not self._is_node(request):
             raise Throttled(f"{self._sessions_max} sessions are open")  # clients cannot crowd out the nodes
+        caller, quotas = request.get(CALLER, UNCHECKED), self.gate.quotas
+        quotas.opened(caller)
+        try:
+            return await self._accept(request)
+        finally:
+            quotas.closed(caller)
+
+    async def _accept(self, request: web.Request) -> web.StreamResponse:
         ws = web.WebSocketResponse(compress=False, max_msg_size=FRAME_BYTES_MAX, heartbeat=PING_S, timeout=2.0)
         if not ws.can_prepare(request).ok:
             raise MalformedRequest("this address takes WebSocket upgrades only")

@@ -1,4 +1,5 @@
-"""``python -m ferryline_coordinator --data-dir D [--port P ...]``, ``... certs show --data-dir D``, ``... secret``."""
+"""``python -m ferryline_coordinator --data-dir D [--port P ...]``, ``... certs show --data-dir D``, ``... secret``,
+``... key``."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import asyncio
 import json
 import secrets
+import signal
 import sys
 import tomllib
 import types
@@ -15,11 +17,13 @@ from typing import Any
 
 import pydantic
 
+from ferryline_coordinator.access_file import AccessFileError, read_access
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.authority import describe
 from ferryline_coordinator.config import CoordinatorConfig, as_toml, load_config
 from ferryline_coordinator.etcd_certs import make_etcd_certificates
 from ferryline_coordinator.store.interface import StoreUnusable
+from ferryline_service.access.keys import ID_BYTES, SECRET_BYTES, make_key
 from ferryline_service.files import write_durably
 from ferryline_service.logs import get_logger, setup_logs
 from ferryline_service.programs import run
@@ -55,6 +59,8 @@ def main() -> None:
         sys.exit(certs(sys.argv[2:]))
     if sys.argv[1:2] == ["secret"]:
         sys.exit(secret(sys.argv[2:]))
+    if sys.argv[1:2] == ["key"]:
+        sys.exit(key(sys.argv[2:]))
     flags = vars(parser().parse_args())
     file, show = flags.pop("config"), flags.pop("print_config")
     try:
@@ -67,6 +73,12 @@ def main() -> None:
     except (OSError, tomllib.TOMLDecodeError) as error:
         sys.stderr.write(f"ferryline-coordinator: {file}: {error}\n")
         sys.exit(2)
+    try:
+        if config.access is not None:
+            read_access(config.access)
+    except AccessFileError as error:
+        sys.stderr.write(f"ferryline-coordinator: access: {error}\n")
+        sys.exit(2)
     if show:
         sys.stdout.write(as_toml(config.shown()))
         return
@@ -77,6 +89,7 @@ def main() -> None:
 async def serve(config: CoordinatorConfig, stop: asyncio.Event) -> int:
     """Serve until asked to stop, or until the store fails."""
     coordinator = Coordinator(config)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, coordinator.reload_access)
     try:
         await coordinator.start()
         failure = await coordinator.wait(stop)
@@ -107,6 +120,19 @@ def certs(arguments: list[str]) -> int:
         for certificate in found:
             sys.stdout.write("".join(f"{name:12} {value}\n" for name, value in certificate.items()) + "\n")
     return 0 if found else 1
+
+
+def key(arguments: list[str]) -> int:
+    """``key``: a new API key, and what the access file says of it. Nothing keeps the key but whoever reads this."""
+    made = argparse.ArgumentParser(prog="ferryline-coordinator key")
+    made.add_argument("--json", action="store_true")
+    text, key_id, digest = make_key(secrets.token_bytes(ID_BYTES + SECRET_BYTES))
+    found = {"key": text, "id": key_id, "sha256": digest.hex()}
+    if made.parse_args(arguments).json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        sys.stdout.write(f'{text}\nkeys = [{{ id = "{key_id}", sha256 = "{digest.hex()}" }}]\n')
+    return 0
 
 
 def secret(arguments: list[str]) -> int:

@@ -10,8 +10,12 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ferryline.protocol.errors import FerrylineError, Forbidden
+from ferryline.protocol.access import AccessPolicy
+from ferryline.protocol.errors import CoordinatorLoading, FerrylineError, Forbidden
+from ferryline_coordinator.access_rules import ROUTES
+from ferryline_coordinator.access_watch import AccessWatch
 from ferryline_coordinator.authority import Authority, checked_request
+from ferryline_coordinator.bootstrap import bootstrap_admin
 from ferryline_coordinator.config import CoordinatorConfig
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.coordinator import CoordinatorCore
@@ -24,9 +28,11 @@ from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.rest_backup import BackupRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
+from ferryline_coordinator.rest_principals import PrincipalRest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
+from ferryline_service.access.parts import Access
 from ferryline_service.errors import error_middleware, read_json
 from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
@@ -50,6 +56,7 @@ class Coordinator:
         self.config = config
         self.authority: Authority
         self.metrics = CoordinatorMetrics(self._core)
+        self.access = Access(self.metrics, claim_key=self._claim_key, unknown=self._unknown)
         self.url = ""
         self.driver: Driver
         self._given_store = store
@@ -61,11 +68,22 @@ class Coordinator:
         self._members: dict[str, float] = {}  # URL -> when it was last seen to run
         self._runner: web.AppRunner | None = None
         self._slow: SlowConnections | None = None
+        self._access_watch: AccessWatch | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self._driver_made = False
+        self._bootstrapped = config.bootstrap_admin is None
 
     def _core(self) -> CoordinatorCore | None:
         return self.driver.core if self._driver_made else None
+
+    def _claim_key(self) -> bytes:
+        cluster = self.driver.state.cluster if self._driver_made else None
+        return cluster.claim_key if cluster is not None else b""
+
+    def _unknown(self) -> FerrylineError:
+        if self._driver_made and not self.driver.serving:
+            return self.driver.not_serving()
+        return CoordinatorLoading("this coordinator is about to learn who may do what")
 
     # -- life ---------------------------------------------------------------------------------------
 
@@ -81,6 +99,7 @@ class Coordinator:
             cert, key = self.authority.coordinator_files(cluster_id, hosts)
             self._tls = TlsFiles(cert, key, self.authority.ca_path)
             self.metrics.certificates = Expiry({"node": cert, "ca": self.authority.ca_path}).seconds
+        self.access.begin(cluster_id, config.data_dir / "audit")
         self._prober = Prober(self._tls.client if self._tls is not None else None, self._probed)
         self._endpoint = SessionEndpoint(
             server="coordinator",
@@ -100,6 +119,7 @@ class Coordinator:
         await web.SockSite(self._runner, listener, ssl_context=self._tls.server if self._tls else None).start()
         self._slow = SlowConnections(self._runner)
         self._slow.start()
+        await self._bootstrap()
         active = self.driver.serving
         _log.info("serving", url=self.url, cluster_id=cluster_id, active=active, epoch=self.driver.core.coord_epoch)
         announce_ready(
@@ -122,7 +142,12 @@ class Coordinator:
             self.authority = Authority(config.data_dir, config.join_token_dir)
         else:
             self.authority = await Authority.shared(config.data_dir, vault, config.join_token_dir)
-        self.driver = driver = Driver(store, config.core((self.url,)), self)
+        if config.access is not None:
+            self._access_watch = AccessWatch(config.access)
+        access = self._access_watch.policy if self._access_watch is not None else None
+        self.driver = driver = Driver(store, config.core((self.url,), access), self)
+        if self._access_watch is not None:
+            self._access_watch.take = driver.take_access
         self._driver_made = True
         self._sessions = Sessions(driver)
         driver.on_committed = self.metrics.commit_seconds.observe
@@ -179,6 +204,7 @@ class Coordinator:
         if self._runner is not None:
             await self._runner.cleanup()
             await self._prober.close()
+        await self.access.close()
         if self._driver_made:
             await self.driver.close()
 
@@ -189,14 +215,20 @@ class Coordinator:
         return self.driver.failed.result() if self.driver.failed.done() else None
 
     def _app(self, endpoint: SessionEndpoint) -> web.Application:
-        app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=BODY_BYTES_MAX)
+        if self.config.access is None:
+            self.access.take(None)
+        self.access.watch(endpoint)
+        middlewares = [error_middleware(self.metrics), *self.access.middlewares()]
+        app = web.Application(middlewares=middlewares, client_max_size=BODY_BYTES_MAX)
         app.router.add_routes(endpoint.routes())
+        app.router.add_routes([*self.access.routes(), *PrincipalRest(self.driver, self.access.gate).routes()])
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
         app.router.add_routes(BackupRest(self.driver).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
         app.router.add_routes(self.metrics.routes())
         app.router.add_routes([web.get("/openapi.json", self._openapi)])
+        self.access.gate.guard(app.router, ROUTES)
         app.on_shutdown.append(self._shut_down)
         return app
 
@@ -235,9 +267,18 @@ class Coordinator:
                 if self._tls is not None and loop.time() >= reload_at:
                     reload_at = loop.time() + _RELOAD_S
                     self._tls.reload()
+                if self._access_watch is not None:
+                    self._access_watch.look()
+                await self._bootstrap()
                 await self._tell_members(loop.time())
             except (OSError, FerrylineError) as error:
                 _log.error("upkeep failed", error=str(error))
+
+    async def _bootstrap(self) -> None:
+        """The first key, if it was asked for, by whoever is active first."""
+        if not self._bootstrapped and self.driver.serving and self.config.bootstrap_admin is not None:
+            await bootstrap_admin(self.driver, self.config.bootstrap_admin)
+            self._bootstrapped = True
 
     async def _tell_members(self, now_s: float) -> None:
         """One that is away for a while is still told: it may come back, and asking it costs little."""
@@ -268,7 +309,17 @@ class Coordinator:
         self.metrics.noted(note)
         getattr(_log, note.level)(note.name.replace("_", " "), **note.fields)
 
+    def access_changed(self, policy: AccessPolicy) -> None:
+        self.access.take(policy, registered=True)
+
+    def reload_access(self) -> None:
+        """Read the access file again now, if there is one."""
+        if self._access_watch is not None:
+            self._access_watch.reload()
+
     def term_ended(self) -> None:
+        if self.config.access is not None:
+            self.access.gate.forget()
         self._sessions.end_all(self._endpoint.sessions if self._endpoint is not None else ())
 
     # -- joining ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline_coordinator.core.config import CoreConfig
 
 ENV_PREFIX = "FERRYLINE_COORDINATOR_"
@@ -65,6 +66,9 @@ class CoordinatorConfig(BaseSettings):
     bootstrap_admin: Path | None = Field(
         None, description="With --access: the first start makes a principal admin, whose key is put into this file."
     )
+    access: Path | None = Field(
+        None, description="TOML file with principals, issuers and rules: who may do what. None: everybody everything."
+    )
     plain_http: bool = Field(False, description="Serve without TLS, on loopback only: for tests.")
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
@@ -102,6 +106,8 @@ class CoordinatorConfig(BaseSettings):
     def _relations(self) -> CoordinatorConfig:
         if self.store == "etcd":
             self._check_etcd()
+        if self.bootstrap_admin is not None and self.access is None:
+            raise ValueError("bootstrap_admin: only with access; without it nobody needs a key")
         if self.plain_http and self.host not in ("127.0.0.1", "::1", "localhost"):
             raise ValueError(f"plain_http: only on loopback, not on {self.host}")
         self.core(())
@@ -135,8 +141,9 @@ class CoordinatorConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
-    def core(self, coordinators: tuple[str, ...]) -> CoreConfig:
-        """The part that the core needs. Raises ValueError when timings contradict each other."""
+    def core(self, coordinators: tuple[str, ...], access: AccessPolicy | None = None) -> CoreConfig:
+        """The part that the core needs; ``access`` is what the access file says. Raises ValueError when timings
+        contradict each other."""
         return CoreConfig(
             heartbeat_ms=self.heartbeat_ms,
             fence_ms=self.fence_ms,
@@ -150,6 +157,7 @@ class CoordinatorConfig(BaseSettings):
             group_heartbeat_ms=self.group_heartbeat_ms,
             group_unsettled_ms=self.group_unsettled_ms,
             coordinators=coordinators,
+            access=access,
         )
 
     def url(self, port: int) -> str:

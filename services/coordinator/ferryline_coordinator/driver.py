@@ -188,6 +188,11 @@ class Driver:
 
     # -- events -------------------------------------------------------------------------------------
 
+    @property
+    def access(self) -> AccessPolicy | None:
+        """What the access file says; None: there is none."""
+        return self._config.access
+
     def take_access(self, file: AccessPolicy) -> None:
         """The access file says something else now: in this term, and in those that follow."""
         self._config = replace(self._config, access=file)

@@ -19,7 +19,9 @@ from ferryline_coordinator.models import (
     Recover,
     Renew,
 )
+from ferryline_coordinator.models_access import AddKey, AlterPrincipal, CreatePrincipal
 from ferryline_coordinator.rest_backup import Finish, Restore
+from ferryline_service.access import audit_rest
 from ferryline_service.openapi import document as describe
 
 _BODIES: dict[tuple[str, str], type[BaseModel]] = {
@@ -32,10 +34,15 @@ _BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/groups/{group}/heartbeat"): MemberHeartbeat,
     ("POST", "/v1/restore"): Restore,
     ("POST", "/v1/restore/finish"): Finish,
+    ("POST", "/v1/principals"): CreatePrincipal,
+    ("PATCH", "/v1/principals/{principal}"): AlterPrincipal,
+    ("POST", "/v1/principals/{principal}/keys"): AddKey,
     ("POST", "/v1/join"): Join,
     ("POST", "/v1/renew"): Renew,
 }
 _QUERIES: dict[str, dict[str, str]] = {
+    "/v1/principals/{principal}": {"version": "DELETE: refuse if the principal has another one."},
+    audit_rest.PATH: audit_rest.QUERIES,
     "/v1/topics/{topic}/route": {"key": "The key, as UTF-8 text. Required."},
     "/v1/exchanges/{exchange}/route": {
         "routing_key": "Of the record; empty if left out.",

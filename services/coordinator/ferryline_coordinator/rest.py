@@ -10,6 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ferryline.protocol.access import GROUP, READ, TOPIC
 from ferryline.protocol.errors import (
     InvalidArgument,
     UnknownGroup,
@@ -20,6 +21,7 @@ from ferryline.protocol.messages import GroupAssignment
 from ferryline.protocol.metadata import NO_BROKER, MetadataRequest, PartitionMeta, TopicMeta
 from ferryline.protocol.partitioner import partition_of
 from ferryline_coordinator.core import events as ev
+from ferryline_coordinator.core.tags import topic_tag
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.models import (
     AddPartitions,
@@ -31,7 +33,10 @@ from ferryline_coordinator.models import (
     assignment_json,
 )
 from ferryline_coordinator.views import broker_json, cluster_json, group_json, partition_json, topic_json
+from ferryline_service.access.gate import CALLER
+from ferryline_service.conditions import digest_of, expected, tagged
 from ferryline_service.errors import read_json
+from ferryline_service.paging import page
 
 
 def number(request: web.Request, name: str, low: int, high: int, default: int) -> int:
@@ -52,6 +57,11 @@ async def durable_state(driver: Driver) -> Any:
     if not driver.serving:  # what was waited for was given up
         raise driver.not_serving()
     return driver.state
+
+
+def _seen(request: web.Request) -> tuple[str, ...]:
+    """Tags of the config that the caller has seen: what ETags of topics begin with."""
+    return tuple(".".join(tag.split(".")[:2]) for tag in expected(request))
 
 
 class Rest:
@@ -94,31 +104,40 @@ class Rest:
         topic = await self._driver.ask(lambda reply: ev.TopicCreated(reply, body.name, topic_id, settings))
         return self._topic(topic, 201)
 
-    async def list_topics(self, _: web.Request) -> web.Response:
-        state = await self._state()
-        topics = sorted(state.topics.values(), key=lambda topic: topic.name)
-        return web.json_response({"topics": [topic_json(state, topic) for topic in topics]})
+    async def list_topics(self, request: web.Request) -> web.Response:
+        """Those that the caller may read."""
+        state, caller = await self._state(), request[CALLER]
+        found = [topic for topic in state.topics.values() if caller.may(READ, TOPIC, topic.name)]
+        topics = {topic.name: topic for topic in found}
+        names, following = page(request, "topics", sorted(topics))
+        shown = [topic_json(state, topics[name]) for name in names]
+        return web.json_response({"topics": shown, "next_cursor": following})
 
     async def get_topic(self, request: web.Request) -> web.Response:
+        """A topic with its partitions. The ETag changes with everything that is shown; If-Match looks at the config."""
         state = await self._state()
         topic = self._known(state, request)
         parts = [partition_json(state, part) for part in self._parts(state, topic)]
-        return web.json_response({**topic_json(state, topic), "partitions": parts})
+        shown = {**topic_json(state, topic), "partitions": parts}
+        return tagged(request, shown, f"{topic_tag(topic)}.{digest_of(shown)}")
 
     async def alter_topic(self, request: web.Request) -> web.Response:
         name = request.match_info["topic"]
         body = AlterTopic.model_validate(await read_json(request))
-        return self._topic(await self._driver.ask(lambda reply: ev.TopicAltered(reply, name, body.config.given())))
+        seen = _seen(request)
+        return self._topic(
+            await self._driver.ask(lambda reply: ev.TopicAltered(reply, name, body.config.given(), seen))
+        )
 
     async def delete_topic(self, request: web.Request) -> web.Response:
-        name = request.match_info["topic"]
-        return self._topic(await self._driver.ask(lambda reply: ev.TopicDeleted(reply, name)))
+        name, seen = request.match_info["topic"], _seen(request)
+        return self._topic(await self._driver.ask(lambda reply: ev.TopicDeleted(reply, name, seen)))
 
     async def add_partitions(self, request: web.Request) -> web.Response:
         name = request.match_info["topic"]
-        body = AddPartitions.model_validate(await read_json(request))
+        body, seen = AddPartitions.model_validate(await read_json(request)), _seen(request)
         return self._topic(
-            await self._driver.ask(lambda reply: ev.PartitionsAdded(reply, name, body.partitions, body.keys_move))
+            await self._driver.ask(lambda reply: ev.PartitionsAdded(reply, name, body.partitions, body.keys_move, seen))
         )
 
     async def route_key(self, request: web.Request) -> web.Response:
@@ -144,7 +163,8 @@ class Rest:
         )
 
     def _topic(self, topic: TopicMeta, status: int = 200) -> web.Response:
-        return web.json_response(topic_json(self._driver.state, topic), status=status)
+        headers = {"ETag": f'"{topic_tag(topic)}"'}
+        return web.json_response(topic_json(self._driver.state, topic), status=status, headers=headers)
 
     def _known(self, state: Any, request: web.Request) -> TopicMeta:
         name = check_name(request.match_info["topic"])
@@ -216,10 +236,13 @@ class Rest:
 
     # -- groups -------------------------------------------------------------------------------------
 
-    async def list_groups(self, _: web.Request) -> web.Response:
-        state = await self._state()
-        groups = [group_json(self._driver.core, state.groups[name]) for name in sorted(state.groups)]
-        return web.json_response({"groups": groups})
+    async def list_groups(self, request: web.Request) -> web.Response:
+        """Those that the caller may read."""
+        state, caller = await self._state(), request[CALLER]
+        known = [name for name in sorted(state.groups) if caller.may(READ, GROUP, name)]
+        names, following = page(request, "groups", known)
+        groups = [group_json(self._driver.core, state.groups[name]) for name in names]
+        return web.json_response({"groups": groups, "next_cursor": following})
 
     async def get_group(self, request: web.Request) -> web.Response:
         state = await self._state()

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ferryline.protocol.access import GROUP, READ
 from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Frame, Kind, decode_header, encode_value
@@ -19,8 +20,10 @@ from ferryline.protocol.messages import (
     Resign,
 )
 from ferryline.protocol.metadata import MetadataRequest
+from ferryline_coordinator.access_rules import FRAMES
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.driver import Driver
+from ferryline_service.access.rules import check_frames, check_kind
 from ferryline_service.session import ServerSession
 
 
@@ -53,6 +56,7 @@ class Sessions:
             Kind.REPORT: self._report,
             Kind.ENSURE_TOPIC: self._ensure_topic,
         }
+        check_frames(self._handlers, FRAMES, "coordinator")
 
     # -- what the endpoint calls --------------------------------------------------------------------
 
@@ -82,6 +86,8 @@ class Sessions:
         handler = self._handlers.get(frame.kind)
         if handler is None or frame.is_answer:
             raise UnknownKind(f"kind {frame.kind} is not for a coordinator", kind=frame.kind)
+        if not session.caller.service:
+            check_kind(FRAMES[frame.kind], session.caller)
         handler(session, frame)
 
     # -- what the driver calls ----------------------------------------------------------------------
@@ -90,7 +96,8 @@ class Sessions:
         """Send a frame on a broker's latest session; without one it is lost, and the core asks again."""
         session = self._brokers.get(broker_id)
         if session is not None:
-            session.tell(kind, message)
+            encoded = self._encode(message)
+            session.send(PREFIX.pack(kind, 0, 0, 0, len(encoded)) + encoded)
 
     def stop(self) -> None:
         """Sessions end from now on because this coordinator does: no broker is doubted for that."""
@@ -109,6 +116,7 @@ class Sessions:
 
     def _group_heartbeat(self, session: ServerSession, frame: Frame) -> None:
         message = decode_header(frame.header, GroupHeartbeat)
+        session.check(Kind.GROUP_HEARTBEAT, READ, GROUP, message.group)
         self._post(session, frame, lambda reply: ev.GroupHeartbeatReceived(reply, message))
 
     def _register(self, session: ServerSession, frame: Frame) -> None:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiohttp import WSCloseCode, web
 
 from ferryline.protocol.access import AccessPolicy
-from ferryline.protocol.errors import BadCredentials, Forbidden, InvalidArgument, NotReady
+from ferryline.protocol.errors import BadCredentials, FerrylineError, Forbidden, InvalidArgument, NotReady
 from ferryline_service.access.caller import NOBODY, UNCHECKED, Caller
 from ferryline_service.access.keys import KEY_PREFIX
 from ferryline_service.access.principals import Principals, Verified
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.access.rules import BODY, NODE, PATH, PUBLIC, Need, RouteRules, Rule, RuleMissing
 from ferryline_service.errors import read_json
 from ferryline_service.tls import node_identity
@@ -59,12 +60,16 @@ class Gate:
         cluster_id: str = "",
         *,
         verifier: TokenVerifier | None = None,
+        quotas: Quotas | None = None,
+        unknown: Callable[[], FerrylineError] | None = None,
         wall_ms: Callable[[], int] = lambda: int(time.time() * 1000),
     ) -> None:
         self.service = service
         self.cluster_id = cluster_id
         self.policy: AccessPolicy | None = None
+        self.quotas = quotas or Quotas()
         self._verifier = verifier
+        self._unknown = unknown or (lambda: NotReady(f"this {service} does not know yet who may do what"))
         self._wall_ms = wall_ms
         self._principals = Principals(AccessPolicy())
         self._rules: dict[Any, Rule] = {}
@@ -81,21 +86,26 @@ class Gate:
         """
         if self.policy is not None and policy.revision <= self.policy.revision and not registered:
             return
-        self.policy = policy
+        self.policy, former = policy, self._principals
         self._principals = Principals(policy)
         if self._verifier is not None:
             self._verifier.take(policy)
+        self.quotas.take(policy)
         for session in list(self._sessions):
-            self._renew(session)
+            self._renew(session, former)
 
-    def _renew(self, session: ServerSession) -> None:
+    def forget(self) -> None:
+        """Whoever told the policy is not in charge any more: serve no client before the next one has told its own."""
+        self.policy = None
+
+    def _renew(self, session: ServerSession, former: Principals) -> None:
         assert self.policy is not None
         if session.identity is not None:
             return  # a node's
         if not self.policy.enabled:
             session.caller = UNCHECKED
             return
-        caller = self._principals.again(session.caller)
+        caller = self._principals.again(session.caller, former)
         if caller is None:
             self._end(session, "the policy ended what this session was opened with")
         else:
@@ -114,7 +124,7 @@ class Gate:
         if policy is None:
             if request.path == SESSION_PATH:
                 return NOBODY  # its HELLO is answered with why not, and by whom instead
-            raise NotReady(f"this {self.service} does not know yet who may do what")
+            raise self._unknown()
         token = _bearer(request)
         if token.startswith(KEY_PREFIX):
             return self._principals.by_key(token, self._wall_ms())
@@ -160,6 +170,7 @@ class Gate:
             caller = request[CALLER] = await self.authenticate(request)
             if not caller.service:
                 await _apply(rule, request, caller)
+                self.quotas.request(caller)
             return await handler(request)
 
         return middleware
@@ -170,7 +181,7 @@ class Gate:
         """Watch over a session until `closed`: it ends with what it was opened with."""
         self._sessions[session] = None
         if session.identity is None and session.caller is NOBODY and self.policy is not None:
-            self._renew(session)  # the policy came between the upgrade and the HELLO
+            self._renew(session, self._principals)  # the policy came between the upgrade and the HELLO
         self._arm(session)
 
     def closed(self, session: ServerSession) -> None:

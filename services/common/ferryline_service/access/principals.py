@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ferryline.protocol.access import AccessPolicy, ClaimRule, KeyMeta, PrincipalMeta, Quota, check_principal
-from ferryline.protocol.errors import BadCredentials, InvalidArgument
+from ferryline.protocol.access import AccessPolicy, ClaimRule, IssuerMeta, KeyMeta, PrincipalMeta, Quota
+from ferryline.protocol.errors import BadCredentials
 from ferryline_service.access.caller import Caller
 from ferryline_service.access.keys import proves, split_key
 
 
 class Verified(Protocol):
-    """What a JWT says, once it is believed. ``name``: of the principal, as the issuer's claim names it."""
+    """What a JWT says, once it is believed. ``name``: of the principal, with that of the issuer in front."""
 
     @property
     def issuer(self) -> str: ...
@@ -53,11 +53,7 @@ class Principals:
 
     def by_token(self, verified: Verified) -> Caller:
         """Whoever shows a token that was verified. Raises BadCredentials."""
-        name = f"{verified.issuer}:{verified.name}"
-        try:
-            check_principal(name)
-        except InvalidArgument as error:
-            raise BadCredentials(f"the token names nobody: {error.message}") from None
+        name = verified.name
         principal = self._by_name.get(name)
         if principal is not None and principal.disabled:
             raise BadCredentials(f"principal {name} is disabled", principal=name)
@@ -69,12 +65,14 @@ class Principals:
             quota = principal.quota if principal.quota != Quota() else quota
         return Caller(name, grants, quota, expires_ms=verified.expires_ms, verified=verified)
 
-    def again(self, caller: Caller) -> Caller | None:
-        """The same caller under this policy; None if what was shown is worth nothing any more."""
+    def again(self, caller: Caller, former: Principals) -> Caller | None:
+        """The same caller under this policy, who came in under a ``former`` one; None if what was shown then would not
+        be believed now."""
         if caller.service or not caller.name:
             return None  # came in before anything was checked
         if caller.verified is not None:
-            if not any(issuer.name == caller.verified.issuer for issuer in self._policy.issuers):
+            issuer = self._issuer(caller.verified.issuer)
+            if issuer is None or issuer != former._issuer(caller.verified.issuer):
                 return None
             try:
                 return self.by_token(caller.verified)
@@ -83,7 +81,13 @@ class Principals:
         principal, key = self._keys.get(caller.key_id, (None, None))
         if principal is None or key is None or principal.disabled or principal.name != caller.name:
             return None
+        _, known = former._keys.get(caller.key_id, (None, None))
+        if known is None or known.digest != key.digest:
+            return None
         return self._of_key(principal, key)
+
+    def _issuer(self, name: str) -> IssuerMeta | None:
+        return next((issuer for issuer in self._policy.issuers if issuer.name == name), None)
 
     def _of_key(self, principal: PrincipalMeta, key: KeyMeta) -> Caller:
         caller = self._callers.get(key.id)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ferryline.protocol.access import CLUSTER, READ
+from ferryline.protocol.errors import Forbidden, NotReady
+from ferryline_service.access.caller import Caller
 
 # Where the name of a resource comes from.
 PATH = "path"  # a parameter of the route, of the same name as the resource
@@ -53,6 +55,14 @@ class RuleMissing(RuntimeError):
 def granted(*needs: Need) -> Rule:
     """Every one of ``needs`` must be granted."""
     return Rule("granted", needs)
+
+
+def check_kind(rule: Rule, caller: Caller) -> None:
+    """What can be said of a frame before it is read. Raises Forbidden; NotReady if nobody asked the caller's name."""
+    if not caller.name:
+        raise NotReady("this session began before it was known who may do what, or its token has ended; open another")
+    if rule is NODE:
+        raise Forbidden(f"{caller.name} is no node of this cluster", principal=caller.name)
 
 
 def check_frames(kinds: Iterable[int], rules: FrameRules, service: str) -> None:

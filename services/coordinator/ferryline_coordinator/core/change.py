@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from ferryline.protocol.access import PrincipalMeta
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import PartitionMeta, TopicMeta
@@ -27,6 +28,7 @@ from ferryline_coordinator.core.records import (
     group_key,
     owners_key,
     part_key,
+    principal_key,
     record_key,
     topic_key,
 )
@@ -115,6 +117,17 @@ class Change:
         """All exchanges by name."""
         names = {*self.state.exchanges, *(r.name for r in self._puts.values() if isinstance(r, ExchangeMeta))}
         return [record for name in sorted(names) if (record := self.exchange(name)) is not None]
+
+    def principal(self, name: str) -> PrincipalMeta | None:
+        if principal_key(name) in self._deletes:
+            return None
+        record = self._puts.get(principal_key(name))
+        return record if isinstance(record, PrincipalMeta) else self.state.principals.get(name)
+
+    def principals(self) -> list[PrincipalMeta]:
+        """All principals in the records, by name."""
+        names = {*self.state.principals, *(r.name for r in self._puts.values() if isinstance(r, PrincipalMeta))}
+        return [record for name in sorted(names) if (record := self.principal(name)) is not None]
 
     def group(self, name: str) -> GroupRecord | None:
         if group_key(name) in self._deletes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ferryline.protocol.access import AccessPolicy
+
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
@@ -34,6 +36,8 @@ class CoreConfig:
     bindings_max: int = 1_000  # of one exchange
     exchange_bytes_max: int = 1024 * 1024  # all exchanges with their bindings, encoded: one answer tells all of them
     partitions_max: int = 100_000  # of the cluster, times replication
+    access: AccessPolicy | None = None  # what the access file says; None: everybody may do everything
+    access_bytes_max: int = 3 * 1024 * 1024  # a policy, encoded: it is told in the header of one frame
 
     def __post_init__(self) -> None:
         if self.fence_ms < 2 * self.heartbeat_ms:

@@ -12,6 +12,7 @@ from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import can_elect, elect
 from ferryline_coordinator.core.events import (
     Abandoned,
+    AccessFileRead,
     AlterIsrsReceived,
     BindingAdded,
     BindingRemoved,
@@ -27,8 +28,13 @@ from ferryline_coordinator.core.events import (
     GroupDeleted,
     GroupHeartbeatReceived,
     HeartbeatReceived,
+    KeyAdded,
+    KeyRemoved,
     MetadataAsked,
     PartitionsAdded,
+    PrincipalAltered,
+    PrincipalCreated,
+    PrincipalDeleted,
     ProbeEnded,
     RecoveryAsked,
     Refuse,
@@ -52,6 +58,7 @@ from ferryline_coordinator.core.membership import Membership
 from ferryline_coordinator.core.moves import Moves
 from ferryline_coordinator.core.partitions import Partitions
 from ferryline_coordinator.core.polls import Polls
+from ferryline_coordinator.core.principals import Principals
 from ferryline_coordinator.core.records import BrokerRecord, ClusterRecord, PartRecord, TopicGone
 from ferryline_coordinator.core.recovery import Recovery, Reports
 from ferryline_coordinator.core.registration import Registration
@@ -85,7 +92,8 @@ class CoordinatorCore:
         self.fencing = Fencing(self.config)
         self.reports = Reports()
         self.sessions = Sessions()
-        self.registration = Registration(self.config, self.fencing, self.reports, self.sessions)
+        self.principals = Principals(self.config)
+        self.registration = Registration(self.config, self.fencing, self.reports, self.sessions, self.principals)
         self.membership = Membership(self.config, self.fencing, self.reports, self.sessions)
         self.partitions = Partitions(self.sessions, self.registration)
         self.topics = Topics(self.config)
@@ -269,6 +277,18 @@ class CoordinatorCore:
                 self.restoring.end(change, event)
             case GroupDeleted():
                 self.groups.delete(change, event)
+            case AccessFileRead(file):
+                self.principals.read(change, file)
+            case PrincipalCreated():
+                self.principals.create(change, event)
+            case PrincipalAltered():
+                self.principals.alter(change, event)
+            case PrincipalDeleted():
+                self.principals.delete(change, event)
+            case KeyAdded():
+                self.principals.add_key(change, event)
+            case KeyRemoved():
+                self.principals.remove_key(change, event)
             case CoordinatorsKnown(urls):
                 if change.cluster.coordinators != urls:
                     change.set_cluster(coordinators=urls)

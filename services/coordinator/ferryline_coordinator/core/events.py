@@ -8,6 +8,7 @@
 Several decisions may share one commit, if their effects wait for it in order. If a commit fails or its outcome is
 unknown, the core is thrown away: campaign again, load again (replication.md, section 12).
 
+``expected``: tags (`tags`) one of which must be that of what is changed; () if anything may be.
 ``reply`` is the driver's handle for whoever asked: each gets exactly one `Reply` or `Refuse`, unless `Abandoned` came.
 ``session`` numbers the sessions of brokers: they rise, and a broker's latest one is the one that counts. Messages of
 an earlier session of the same broker are refused.
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from ferryline.protocol.access import AccessPolicy, Grant, KeyMeta, Quota
 from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.exchanges import BindingMeta
@@ -176,6 +178,7 @@ class TopicAltered(Event):
     reply: int
     name: str
     settings: dict[str, Any]
+    expected: tuple[str, ...] = ()
 
 
 class PartitionsAdded(Event):
@@ -185,6 +188,7 @@ class PartitionsAdded(Event):
     name: str
     partitions: int
     keys_move: bool = False
+    expected: tuple[str, ...] = ()
 
 
 class TopicDeleted(Event):
@@ -192,6 +196,7 @@ class TopicDeleted(Event):
 
     reply: int
     name: str
+    expected: tuple[str, ...] = ()
 
 
 class ExchangeCreated(Event):
@@ -208,6 +213,7 @@ class ExchangeDeleted(Event):
 
     reply: int
     name: str
+    expected: tuple[str, ...] = ()
 
 
 class BindingAdded(Event):
@@ -216,6 +222,7 @@ class BindingAdded(Event):
     reply: int
     exchange: str
     binding: BindingMeta
+    expected: tuple[str, ...] = ()
 
 
 class BindingRemoved(Event):
@@ -224,6 +231,7 @@ class BindingRemoved(Event):
     reply: int
     exchange: str
     binding_id: str
+    expected: tuple[str, ...] = ()
 
 
 class DrainSet(Event):
@@ -280,6 +288,62 @@ class GroupDeleted(Event):
     group: str
 
 
+# -- events: who may do what ------------------------------------------------------------------------
+
+
+class AccessFileRead(Event):
+    """What the access file says now. Told at the start of each term, and whenever the file has changed."""
+
+    file: AccessPolicy
+
+
+class PrincipalCreated(Event):
+    """Answer: PrincipalMeta."""
+
+    reply: int
+    name: str
+    grants: tuple[Grant, ...] = ()
+    quota: Quota = Quota()
+    disabled: bool = False
+    comment: str = ""
+
+
+class PrincipalAltered(Event):
+    """Change what is not None. ``version``: refuse if the principal has another one. Answer: PrincipalMeta."""
+
+    reply: int
+    name: str
+    grants: tuple[Grant, ...] | None = None
+    quota: Quota | None = None
+    disabled: bool | None = None
+    comment: str | None = None
+    version: int | None = None
+
+
+class PrincipalDeleted(Event):
+    """Its keys go with it. Answer: PrincipalMeta of the deleted principal."""
+
+    reply: int
+    name: str
+    version: int | None = None
+
+
+class KeyAdded(Event):
+    """One more API key; its secret never comes here. Answer: PrincipalMeta."""
+
+    reply: int
+    name: str
+    key: KeyMeta
+
+
+class KeyRemoved(Event):
+    """Answer: PrincipalMeta."""
+
+    reply: int
+    name: str
+    key_id: str
+
+
 # -- effects ----------------------------------------------------------------------------------------
 
 
@@ -324,6 +388,12 @@ class Note(Effect):
     name: str
     fields: dict[str, Any] = {}
     level: str = "info"
+
+
+class AccessChanged(Effect):
+    """The policy by which this coordinator decides from now on."""
+
+    policy: AccessPolicy
 
 
 class Recampaign(Effect):

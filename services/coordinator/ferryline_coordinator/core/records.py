@@ -4,6 +4,7 @@
     broker/<id>                  BrokerRecord
     topic/<topic id>             TopicMeta
     exchange/<name>              ExchangeMeta
+    principal/<name>             PrincipalMeta
     part/<topic id>/<number>     PartRecord
     gone/<topic id>              TopicGone
     group/<name>                 GroupRecord
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from ferryline.protocol.access import PrincipalMeta
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import BrokerMeta, PartitionMeta, TopicMeta
 
@@ -39,6 +41,7 @@ class ClusterRecord(msgspec.Struct, array_like=True, frozen=True):
     coord_epoch_floor: int = 0
     generation_floor: int = 0  # primaries may remember generations up to this one, of groups that were deleted
     coordinators: tuple[str, ...] = ()  # URLs of several coordinators; empty where there is one
+    access_revision: int = 0  # rises with each change of who may do what
 
 
 class BrokerRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -95,7 +98,15 @@ class GroupOwners(msgspec.Struct, array_like=True, frozen=True):
 
 
 Record: TypeAlias = (
-    ClusterRecord | BrokerRecord | TopicMeta | PartRecord | TopicGone | GroupRecord | GroupOwners | ExchangeMeta
+    ClusterRecord
+    | BrokerRecord
+    | TopicMeta
+    | PartRecord
+    | TopicGone
+    | GroupRecord
+    | GroupOwners
+    | ExchangeMeta
+    | PrincipalMeta
 )
 
 CLUSTER_KEY = "cluster"
@@ -108,6 +119,7 @@ _TYPES: dict[str, type[Record]] = {
     "group": GroupRecord,
     "owners": GroupOwners,
     "exchange": ExchangeMeta,
+    "principal": PrincipalMeta,
 }
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
@@ -143,6 +155,10 @@ def exchange_key(name: str) -> str:
     return f"exchange/{name}"
 
 
+def principal_key(name: str) -> str:
+    return f"principal/{name}"
+
+
 def cluster_id_of(value: bytes) -> str:
     """Of an encoded ClusterRecord."""
     record: ClusterRecord = _decoders["cluster"].decode(value)
@@ -168,6 +184,8 @@ def record_key(record: Record) -> str:
             return owners_key(record.group, record.topic_id)
         case ExchangeMeta():
             return exchange_key(record.name)
+        case PrincipalMeta():
+            return principal_key(record.name)
 
 
 def encode_record(record: Record) -> bytes:

@@ -35,6 +35,7 @@ from ferryline_coordinator.core.events import (
     RegisterReceived,
 )
 from ferryline_coordinator.core.fencing import REGISTERING, Fencing, is_draining
+from ferryline_coordinator.core.principals import Principals
 from ferryline_coordinator.core.records import BrokerRecord
 from ferryline_coordinator.core.recovery import Reports
 from ferryline_coordinator.core.sessions import Sessions
@@ -54,8 +55,11 @@ def check_url(value: str, what: str) -> str:
 class Registration:
     """Gives out broker ids and broker epochs; a new life of a broker is fenced first."""
 
-    def __init__(self, config: CoreConfig, fencing: Fencing, reports: Reports, sessions: Sessions) -> None:
+    def __init__(
+        self, config: CoreConfig, fencing: Fencing, reports: Reports, sessions: Sessions, principals: Principals
+    ) -> None:
         self._config = config
+        self._principals = principals
         self._fencing = fencing
         self._reports = reports
         self._sessions = sessions
@@ -236,6 +240,7 @@ class Registration:
                 self._config.heartbeat_ms,
                 change.next_revision(),
                 event.message.request,
+                self._principals.policy(change),
             ),
         )
 

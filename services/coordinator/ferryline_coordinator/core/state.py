@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from ferryline.protocol.access import PrincipalMeta
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import NO_BROKER, BrokerMeta, PartitionMeta, TopicMeta, check_partition
 from ferryline_coordinator.core.events import Decision
@@ -42,6 +43,7 @@ class CoordinatorState:
         self.parts: dict[Key, PartRecord] = {}
         self.gone: dict[str, TopicGone] = {}
         self.exchanges: dict[str, ExchangeMeta] = {}
+        self.principals: dict[str, PrincipalMeta] = {}
         self.groups: dict[str, GroupRecord] = {}
         self.owners: dict[tuple[str, str], GroupOwners] = {}
         self.group_topics: dict[str, set[str]] = {}  # group -> topics that have owners
@@ -141,6 +143,8 @@ class CoordinatorState:
                 self.group_topics.setdefault(record.group, set()).add(record.topic_id)
             case ExchangeMeta():
                 self.exchanges[record.name] = record
+            case PrincipalMeta():
+                self.principals[record.name] = record
 
     def _put_part(self, record: PartRecord) -> None:
         meta = record.meta
@@ -228,6 +232,8 @@ class CoordinatorState:
                 self.group_topics.get(group, set()).discard(topic_id)
             case "exchange":
                 self.exchanges.pop(rest, None)
+            case "principal":
+                self.principals.pop(rest, None)
             case _:
                 raise AssertionError(key)
 

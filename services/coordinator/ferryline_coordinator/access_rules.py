@@ -1,0 +1,84 @@
+"""Who may use which route and which kind of frame of a coordinator. What is missing here fails the start."""
+
+from __future__ import annotations
+
+from ferryline.protocol.access import CLUSTER, EXCHANGE, GROUP, MANAGE, READ, TOPIC
+from ferryline.protocol.frames import Kind
+from ferryline_service.access.rules import (
+    AUTHENTICATED,
+    BODY,
+    HEADER,
+    METRICS,
+    NODE,
+    PATH,
+    PUBLIC,
+    FrameRules,
+    Need,
+    RouteRules,
+    granted,
+)
+
+_LOOK = granted(Need(READ, CLUSTER))
+_OPERATE = granted(Need(MANAGE, CLUSTER))
+_READ_TOPIC, _MANAGE_TOPIC = granted(Need(READ, TOPIC, PATH)), granted(Need(MANAGE, TOPIC, PATH))
+_READ_GROUP, _MANAGE_GROUP = granted(Need(READ, GROUP, PATH)), granted(Need(MANAGE, GROUP, PATH))
+_READ_EXCHANGE, _MANAGE_EXCHANGE = granted(Need(READ, EXCHANGE, PATH)), granted(Need(MANAGE, EXCHANGE, PATH))
+
+ROUTES: RouteRules = {
+    ("GET", "/healthz"): PUBLIC,
+    ("GET", "/readyz"): PUBLIC,
+    ("GET", "/openapi.json"): PUBLIC,
+    ("GET", "/metrics"): METRICS,
+    ("POST", "/v1/join"): PUBLIC,  # by join tokens, which are used up
+    ("POST", "/v1/renew"): NODE,
+    ("GET", "/v1/session"): AUTHENTICATED,
+    ("GET", "/v1/whoami"): AUTHENTICATED,
+    ("GET", "/v1/metadata"): AUTHENTICATED,
+    ("GET", "/v1/topics"): AUTHENTICATED,
+    ("POST", "/v1/topics"): granted(Need(MANAGE, TOPIC, BODY)),
+    ("GET", "/v1/topics/{topic}"): _READ_TOPIC,
+    ("PATCH", "/v1/topics/{topic}"): _MANAGE_TOPIC,
+    ("DELETE", "/v1/topics/{topic}"): _MANAGE_TOPIC,
+    ("POST", "/v1/topics/{topic}/partitions"): _MANAGE_TOPIC,
+    ("GET", "/v1/topics/{topic}/route"): _READ_TOPIC,
+    ("GET", "/v1/exchanges"): AUTHENTICATED,
+    ("POST", "/v1/exchanges"): granted(Need(MANAGE, EXCHANGE, BODY)),
+    ("GET", "/v1/exchanges/{exchange}"): _READ_EXCHANGE,
+    ("DELETE", "/v1/exchanges/{exchange}"): _MANAGE_EXCHANGE,
+    ("POST", "/v1/exchanges/{exchange}/bindings"): _MANAGE_EXCHANGE,
+    ("DELETE", "/v1/exchanges/{exchange}/bindings/{binding}"): _MANAGE_EXCHANGE,
+    ("GET", "/v1/exchanges/{exchange}/route"): _READ_EXCHANGE,
+    ("GET", "/v1/groups"): AUTHENTICATED,
+    ("GET", "/v1/groups/{group}"): _READ_GROUP,
+    ("DELETE", "/v1/groups/{group}"): _MANAGE_GROUP,
+    ("POST", "/v1/groups/{group}/heartbeat"): _READ_GROUP,
+    ("GET", "/v1/cluster"): _LOOK,
+    ("GET", "/v1/brokers"): _LOOK,
+    ("GET", "/v1/partitions"): _LOOK,
+    ("POST", "/v1/partitions/recover"): _OPERATE,
+    ("POST", "/v1/brokers/{broker}/drain"): _OPERATE,
+    ("POST", "/v1/brokers/{broker}/undrain"): _OPERATE,
+    ("DELETE", "/v1/brokers/{broker}"): _OPERATE,
+    ("GET", "/v1/principals"): _OPERATE,
+    ("POST", "/v1/principals"): _OPERATE,
+    ("GET", "/v1/principals/{principal}"): _OPERATE,
+    ("PATCH", "/v1/principals/{principal}"): _OPERATE,
+    ("DELETE", "/v1/principals/{principal}"): _OPERATE,
+    ("POST", "/v1/principals/{principal}/keys"): _OPERATE,
+    ("DELETE", "/v1/principals/{principal}/keys/{key}"): _OPERATE,
+    ("GET", "/v1/audit"): _OPERATE,
+    ("GET", "/v1/backup"): _OPERATE,  # of every record, keys of principals included
+    ("POST", "/v1/restore"): _OPERATE,
+    ("POST", "/v1/restore/finish"): _OPERATE,
+}
+
+FRAMES: FrameRules = {
+    Kind.METADATA: AUTHENTICATED,
+    Kind.GROUP_HEARTBEAT: granted(Need(READ, GROUP, HEADER)),
+    Kind.HEARTBEAT: NODE,
+    Kind.ALTER_ISR: NODE,
+    Kind.REGISTER: NODE,
+    Kind.RESIGN: NODE,
+    Kind.REPORT: NODE,
+    Kind.ENSURE_TOPIC: NODE,
+}
