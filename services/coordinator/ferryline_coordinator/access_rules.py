@@ -52,6 +52,8 @@ ROUTES: RouteRules = {
     ("GET", "/v1/groups/{group}"): _READ_GROUP,
     ("DELETE", "/v1/groups/{group}"): _MANAGE_GROUP,
     ("POST", "/v1/groups/{group}/heartbeat"): _READ_GROUP,
+    ("GET", "/v1/definitions"): AUTHENTICATED,
+    ("PUT", "/v1/definitions"): AUTHENTICATED,  # each item is decided by itself
     ("GET", "/v1/cluster"): _LOOK,
     ("GET", "/v1/brokers"): _LOOK,
     ("GET", "/v1/partitions"): _LOOK,

@@ -27,6 +27,7 @@ from ferryline_coordinator.openapi import document
 from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.rest_backup import BackupRest
+from ferryline_coordinator.rest_definitions import DefinitionRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
 from ferryline_coordinator.rest_principals import PrincipalRest
 from ferryline_coordinator.sessions import Sessions
@@ -223,6 +224,7 @@ class Coordinator:
         app.router.add_routes(endpoint.routes())
         app.router.add_routes([*self.access.routes(), *PrincipalRest(self.driver, self.access.gate).routes()])
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
+        app.router.add_routes(DefinitionRest(self.driver).routes())
         app.router.add_routes(BackupRest(self.driver).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))

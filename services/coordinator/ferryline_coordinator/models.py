@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from ferryline.protocol.exchanges import MATCH_ALL, BindingMeta, binding_to
-from ferryline.protocol.limits import HTTP_BODY_BYTES_MAX
+from ferryline.protocol.exchanges import (
+    BINDING_HEADERS_MAX,
+    EXCHANGE_TYPES,
+    MATCH_ALL,
+    MATCH_ANY,
+    ROUTING_KEY_BYTES_MAX,
+    BindingMeta,
+    binding_to,
+)
+from ferryline.protocol.limits import HTTP_BODY_BYTES_MAX, PARTITIONS_MAX, RECORD_BYTES_CEILING, REPLICATION_MAX
 from ferryline.protocol.messages import GroupAssignment, GroupHeartbeat, GroupPartition
+from ferryline.protocol.metadata import FLUSH_FSYNC, FLUSH_REPLICATED, ON_DEAD_PARK, ON_DEAD_SKIP
+from ferryline_service.schemas import Name, one_of, told
+
+YEARS_MS = 100 * 365 * 86_400_000
+Flush = Annotated[str, WithJsonSchema(one_of(FLUSH_FSYNC, FLUSH_REPLICATED))]
+OnDead = Annotated[str, WithJsonSchema(one_of(ON_DEAD_SKIP, ON_DEAD_PARK))]
+Kind = Annotated[str, WithJsonSchema(one_of(*EXCHANGE_TYPES))]
+Match = Annotated[str, WithJsonSchema(one_of(MATCH_ALL, MATCH_ANY))]
+MaybeName = Annotated[str, WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9._-]{0,200}$"})]
 
 
 class Body(BaseModel):
@@ -22,25 +39,25 @@ class Body(BaseModel):
 class RetrySettings(Body):
     """How queues of a topic retry; what is left out keeps its default or its present value."""
 
-    attempts: int | None = Field(None, description="leases of a record, all together")
-    backoff_ms: int | None = None
-    backoff_max_ms: int | None = None
-    on_dead: str | None = Field(None, description="skip (copy to the dead letters) or park (stop the lane)")
-    dead_letters: str | None = Field(None, description='topic that takes the copies; "" means NAME.dlq')
+    attempts: int | None = Field(None, description="leases of a record, all together", **told(1, 1_000))
+    backoff_ms: int | None = Field(None, **told(0, 86_400_000))
+    backoff_max_ms: int | None = Field(None, **told(0, 86_400_000))
+    on_dead: OnDead | None = Field(None, description="skip (copy to the dead letters) or park (stop the lane)")
+    dead_letters: MaybeName | None = Field(None, description='topic that takes the copies; "" means NAME.dlq')
 
 
 class TopicSettings(Body):
     """Settings of a topic; what is left out keeps its default or its present value. -1: no limit."""
 
-    partitions: int | None = None
-    replication: int | None = None
-    min_isr: int | None = None
-    flush: str | None = Field(None, description="fsync or replicated")
-    retention_ms: int | None = None
-    retention_bytes: int | None = None
-    segment_bytes: int | None = None
-    segment_ms: int | None = None
-    max_record_bytes: int | None = None
+    partitions: int | None = Field(None, **told(1, PARTITIONS_MAX))
+    replication: int | None = Field(None, **told(1, REPLICATION_MAX))
+    min_isr: int | None = Field(None, **told(1, REPLICATION_MAX))
+    flush: Flush | None = Field(None, description="fsync or replicated")
+    retention_ms: int | None = Field(None, **told(-1, YEARS_MS))
+    retention_bytes: int | None = Field(None, **told(-1, 2**60))
+    segment_bytes: int | None = Field(None, **told(16 * 1024, 2**31 - 1))
+    segment_ms: int | None = Field(None, **told(1_000, YEARS_MS))
+    max_record_bytes: int | None = Field(None, **told(1, RECORD_BYTES_CEILING))
     retry: RetrySettings | None = None
 
     def given(self) -> dict[str, Any]:
@@ -48,7 +65,7 @@ class TopicSettings(Body):
 
 
 class CreateTopic(Body):
-    name: str
+    name: Name
     config: TopicSettings = TopicSettings()
 
 
@@ -59,26 +76,34 @@ class AlterTopic(Body):
 class AddPartitions(Body):
     """``keys_move``: the caller knows that keys move to other partitions."""
 
-    partitions: int
+    partitions: int = Field(**told(1, PARTITIONS_MAX))
     keys_move: bool = False
 
 
 class CreateExchange(Body):
     """``alternate``: the exchange that gets what no binding takes."""
 
-    name: str
-    type: str = Field(description="direct, topic, fanout or headers")
-    alternate: str | None = None
+    name: Name
+    type: Kind = Field(description="direct, topic, fanout or headers")
+    alternate: MaybeName | None = None
 
 
 class Bind(Body):
     """Where the binding leads (``topic`` or ``exchange``), and what it takes."""
 
-    topic: str | None = None
-    exchange: str | None = None
-    routing_key: str = Field("", description="of a topic exchange: a pattern with * and #")
-    headers: dict[str, str | None] = Field({}, description="null: the header is there, with any value")
-    match: str = Field(MATCH_ALL, description="all or any of the headers")
+    topic: Name | None = None
+    exchange: Name | None = None
+    routing_key: str = Field(
+        "",
+        description="of a topic exchange: a pattern with * and #",
+        json_schema_extra={"maxLength": ROUTING_KEY_BYTES_MAX},
+    )
+    headers: dict[str, str | None] = Field(
+        {},
+        description="null: the header is there, with any value",
+        json_schema_extra={"maxProperties": BINDING_HEADERS_MAX},
+    )
+    match: Match = Field(MATCH_ALL, description="all or any of the headers")
 
     def binding(self) -> BindingMeta:
         return binding_to(
@@ -93,8 +118,8 @@ class Bind(Body):
 class Recover(Body):
     """``accept_data_loss``: go on without the replicas that do not report."""
 
-    topic: str
-    partition: int
+    topic: Name
+    partition: int = Field(**told(0, PARTITIONS_MAX - 1))
     accept_data_loss: bool = False
 
 

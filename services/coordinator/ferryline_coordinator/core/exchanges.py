@@ -33,6 +33,7 @@ from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.events import BindingAdded, BindingRemoved, ExchangeCreated, ExchangeDeleted
 from ferryline_coordinator.core.records import encode_record, exchange_key
+from ferryline_coordinator.core.tags import check_expected, exchange_tag
 
 
 def check_binding(kind: str, binding: BindingMeta) -> None:
@@ -78,6 +79,7 @@ class Exchanges:
 
     def delete(self, change: Change, event: ExchangeDeleted) -> None:
         exchange = self._existing(change, event.name)
+        check_expected(exchange_tag(exchange), event.expected)
         change.delete(exchange_key(exchange.name))
         self._forget(change, exchange.name, is_exchange=True)
         change.reply(event.reply, exchange)
@@ -85,6 +87,7 @@ class Exchanges:
     def bind(self, change: Change, event: BindingAdded) -> None:
         """A binding that is there already stays as it is: a lost answer is asked for again."""
         exchange, binding = self._existing(change, event.exchange), event.binding
+        check_expected(exchange_tag(exchange), event.expected)
         check_binding(exchange.type, binding)
         if binding.to_exchange:
             target = self._existing(change, binding.target, "binding")
@@ -101,6 +104,7 @@ class Exchanges:
 
     def unbind(self, change: Change, event: BindingRemoved) -> None:
         exchange = self._existing(change, event.exchange)
+        check_expected(exchange_tag(exchange), event.expected)
         rest = tuple(binding for binding in exchange.bindings if binding.id != event.binding_id)
         if len(rest) == len(exchange.bindings):
             raise NotFound(

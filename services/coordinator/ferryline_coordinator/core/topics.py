@@ -38,6 +38,7 @@ from ferryline_coordinator.core.events import (
 )
 from ferryline_coordinator.core.placement import placed
 from ferryline_coordinator.core.records import TopicGone, gone_key, topic_key
+from ferryline_coordinator.core.tags import check_expected, topic_tag
 
 _YEARS_MS = 100 * 365 * 86_400_000
 _LIMITS: dict[str, tuple[int, int]] = {
@@ -159,6 +160,7 @@ class Topics:
 
     def alter(self, change: Change, event: TopicAltered) -> None:
         topic = self._existing(change, event.name)
+        check_expected(topic_tag(topic), event.expected)
         for name, why in _FIXED.items():
             if name in event.settings and event.settings[name] != getattr(topic.config, name):
                 raise InvalidArgument(f"{name}: {why}", field=name)
@@ -173,6 +175,7 @@ class Topics:
 
     def add_partitions(self, change: Change, event: PartitionsAdded) -> None:
         topic = self._existing(change, event.name)
+        check_expected(topic_tag(topic), event.expected)
         count = check_range(event.partitions, "partitions", 1, PARTITIONS_MAX)
         have = topic.config.partitions
         if count < have:
@@ -191,6 +194,7 @@ class Topics:
 
     def delete(self, change: Change, event: TopicDeleted) -> None:
         topic = self._existing(change, event.name)
+        check_expected(topic_tag(topic), event.expected)
         for number in range(topic.config.partitions):
             change.delete_part((topic.id, number))
         change.delete(topic_key(topic.id))
