@@ -37,6 +37,7 @@ from ferryline.queue_admin import QueuePart, Redriven, StoredRecord
 from ferryline.record_checks import HeadersLike
 from ferryline.retry import RetryLike
 from ferryline.subscription import Handler
+from ferryline.tokens import TokenLike
 
 T = TypeVar("T")
 V = TypeVar("V")

@@ -14,6 +14,7 @@ from ferryline.core.metadata import Routing
 from ferryline.protocol.errors import ClientClosed, InvalidArgument, UnknownTopic
 from ferryline.protocol.limits import check_name
 from ferryline.protocol.metadata import TopicMeta
+from ferryline.tokens import TokenLike
 from ferryline.transport import Connector, check_url
 
 if TYPE_CHECKING:
@@ -42,17 +43,19 @@ def connect(
     urls: str | Sequence[str] | None = None,
     *,
     ca: str | os.PathLike[str] | None = None,
-    token: str | None = None,
+    token: TokenLike | None = None,
     timeout: float = 30.0,
     name: str = "",
 ) -> Client:
     """A client for a cluster; nothing is sent before ``async with`` or ``await client.start()``.
 
     ``urls``: one or several, of coordinators or brokers, also separated by commas; default FERRYLINE_URL. ``ca``: path
-    of the CA's certificate, default FERRYLINE_CA, else what the system trusts. ``token``: default FERRYLINE_TOKEN.
-    ``timeout``: seconds that a call without a deadline of its own may take. ``name`` is for the logs of the services.
+    of the CA's certificate, default FERRYLINE_CA, else what the system trusts. ``token``: a text, or a function (async
+    or not) that gives one and is called again when it is due or was refused; default FERRYLINE_TOKEN, else what
+    `ferryline login` keeps for these addresses, "" for none. ``timeout``: seconds that a call without a deadline of its
+    own may take. ``name`` is for the logs of the services.
 
-    Raises InvalidArgument for a bad URL or CA.
+    Raises InvalidArgument for a bad URL or CA, BadCredentials if what `ferryline login` kept cannot be read.
     """
     if urls is None:
         urls = os.environ.get("FERRYLINE_URL") or URL_DEFAULT
@@ -63,10 +66,15 @@ def connect(
     if not 0 < timeout <= 3600:
         raise InvalidArgument(f"timeout: {timeout} s is outside (0, 3600]", field="timeout")
     ca_path = os.fspath(ca) if ca is not None else os.environ.get("FERRYLINE_CA") or None
+    checked = [check_url(url) for url in urls]
+    if token is None:
+        from ferryline.login.credentials import login_token
+
+        token = os.environ.get("FERRYLINE_TOKEN") or login_token(checked)
     return Client(
-        [check_url(url) for url in urls],
+        checked,
         ca=ca_path,
-        token=token if token is not None else os.environ.get("FERRYLINE_TOKEN") or None,
+        token=token,
         timeout=timeout,
         name=name,
     )
@@ -80,7 +88,7 @@ class Client:
         urls: list[str],
         *,
         ca: str | None,
-        token: str | None,
+        token: TokenLike | None,
         timeout: float,
         name: str,
         connector: Connector | None = None,

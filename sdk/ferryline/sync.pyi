@@ -20,6 +20,7 @@ from ferryline.queue_admin import QueuePart, Redriven, StoredRecord
 from ferryline.record_checks import HeadersLike
 from ferryline.retry import RetryLike
 from ferryline.subscription import Handler
+from ferryline.tokens import TokenLike
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -28,7 +29,7 @@ def connect(
     urls: str | Sequence[str] | None = None,
     *,
     ca: str | os.PathLike[str] | None = None,
-    token: str | None = None,
+    token: TokenLike | None = None,
     timeout: float = 30.0,
     name: str = ...,
 ) -> Client: ...

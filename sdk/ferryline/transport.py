@@ -32,6 +32,7 @@ from ferryline.protocol.errors import (
     InvalidArgument,
     MalformedRequest,
     RequestTimedOut,
+    Throttled,
     from_info,
 )
 from ferryline.protocol.frames import (
@@ -47,6 +48,7 @@ from ferryline.protocol.frames import (
 from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
 from ferryline.receiver import Receiver
+from ferryline.tokens import TokenLike, TokenSource
 
 log = logging.getLogger("ferryline.transport")
 
@@ -56,6 +58,7 @@ CORRELATION_MAX = 2**32 - 1
 
 T = TypeVar("T")
 _CLOSING_TURNS = 3  # of the loop, until an aborted TLS transport has closed its socket; the loop may end right after
+_FULL_MS = 1_000  # pause of who finds a service full that does not say for how long
 OnAnswer = Callable[[Frame | None, FerrylineError | None], None]
 
 
@@ -268,17 +271,23 @@ def _ending(ws: aiohttp.ClientWebSocketResponse) -> str:
 class Connector:
     """Opens sessions with the client's TLS settings and credentials. One per event loop.
 
-    ``ca``: path of the CA's certificate; None trusts what the system trusts.
+    ``ca``: path of the CA's certificate; None trusts what the system trusts. ``token``: shown with every request and
+    session; one that comes from a function is replaced when it is due or refused.
     """
 
     def __init__(
-        self, *, ca: str | None = None, token: str | None = None, client: str = "", connect_timeout: float = CONNECT_S
+        self,
+        *,
+        ca: str | None = None,
+        token: TokenLike | TokenSource | None = None,
+        client: str = "",
+        connect_timeout: float = CONNECT_S,
     ) -> None:
         self.client = client
         self.connect_timeout = connect_timeout
-        self._ca, self._token = ca, token
+        self._ca = ca
+        self._token = token if isinstance(token, TokenSource) else TokenSource(token or "")
         self._ssl = ssl_context(ca)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http: aiohttp.ClientSession | None = None
         self._closed = False
 
@@ -290,7 +299,7 @@ class Connector:
         if self._http is None or self._http.closed:
             self._http = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl, keepalive_timeout=30),
-                headers=self._headers,
+                middlewares=(self._token.authorize,),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None),
@@ -338,6 +347,7 @@ class Connector:
 
     async def close(self) -> None:
         self._closed = True
+        await self._token.close()
         if self._http is not None:
             await self._http.close()
             for _ in range(_CLOSING_TURNS):
@@ -349,6 +359,10 @@ def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> Ferryli
         return BadCredentials(f"{url}: the token was refused")
     if error.status == 403:
         return Forbidden(f"{url}: access denied")
+    if error.status == 429:
+        after_s = (error.headers or {}).get("Retry-After", "")
+        after_ms = int(after_s) * 1_000 if after_s.isascii() and after_s.isdigit() else _FULL_MS
+        return Throttled(f"{url}: takes no more sessions at the moment", retry_after_ms=after_ms)
     return ConnectionFailed(f"{url}: answered {error.status} instead of a session", url=url)
 
 

@@ -10,6 +10,7 @@ import aiohttp
 from ferryline.client import Client
 from ferryline.heartbeats import HeartbeatThread
 from ferryline.protocol.errors import ConnectionFailed
+from ferryline.tokens import TokenSource
 from ferryline.transport import CONNECT_S, Connector
 from ferryline_testing.lives import Life
 from ferryline_testing.network import Network
@@ -43,6 +44,7 @@ class MemoryConnector(Connector):
         self.client = client
         self.connect_timeout = CONNECT_S
         self._network, self._life = network, life
+        self._token = TokenSource("")
         self._http: aiohttp.ClientSession | None = None
         self._closed = False
 
