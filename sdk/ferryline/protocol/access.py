@@ -94,7 +94,8 @@ class IssuerMeta(msgspec.Struct, array_like=True, frozen=True):
 
     ``name``: short, begins the names of its principals. ``jwks_url`` "": found through the issuer's discovery document.
     ``name_claim``: which claim names the principal. ``ca``: path of a CA file for its TLS, "" for the system's.
-    ``client_id`` and ``scopes``: for `ferryline login`, which asks for them; "" where nobody logs in with this issuer.
+    ``client_id``, ``scopes`` and ``client_secret``: for `ferryline login`, which asks for them; "" where nobody logs in
+    with this issuer. Some issuers want a secret of programs that cannot keep one; everybody is told it.
     """
 
     name: str
@@ -107,6 +108,7 @@ class IssuerMeta(msgspec.Struct, array_like=True, frozen=True):
     leeway_ms: int = 30_000
     client_id: str = ""
     scopes: tuple[str, ...] = ()
+    client_secret: str = ""
 
 
 class ClaimRule(msgspec.Struct, array_like=True, frozen=True):

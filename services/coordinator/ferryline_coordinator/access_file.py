@@ -69,6 +69,7 @@ class IssuerIn(Body):
     leeway_ms: int = Field(30_000, ge=0, le=300_000)
     client_id: str = Field("", max_length=TEXT_MAX)
     scopes: list[str] = Field([], max_length=20)
+    client_secret: str = Field("", max_length=TEXT_MAX, description="told to everybody who logs in: no secret")
 
 
 class RuleIn(Body):

@@ -32,6 +32,7 @@ ROUTES: RouteRules = {
     ("POST", "/v1/join"): PUBLIC,  # by join tokens, which are used up
     ("POST", "/v1/renew"): NODE,
     ("GET", "/v1/session"): AUTHENTICATED,
+    ("GET", "/v1/login"): PUBLIC,  # how to get a token
     ("GET", "/v1/whoami"): AUTHENTICATED,
     ("GET", "/v1/metadata"): AUTHENTICATED,
     ("GET", "/v1/topics"): AUTHENTICATED,

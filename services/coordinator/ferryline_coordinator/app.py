@@ -30,6 +30,7 @@ from ferryline_coordinator.rest_backup import BackupRest
 from ferryline_coordinator.rest_definitions import DefinitionRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
 from ferryline_coordinator.rest_principals import PrincipalRest
+from ferryline_coordinator.rest_login import LoginRest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
@@ -223,6 +224,7 @@ class Coordinator:
         app = web.Application(middlewares=middlewares, client_max_size=BODY_BYTES_MAX)
         app.router.add_routes(endpoint.routes())
         app.router.add_routes([*self.access.routes(), *PrincipalRest(self.driver, self.access.gate).routes()])
+        app.router.add_routes(LoginRest(self.access.gate).routes())
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
         app.router.add_routes(DefinitionRest(self.driver).routes())
         app.router.add_routes(BackupRest(self.driver).routes())
