@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 from ferryline.protocol.access import PrincipalMeta
 from ferryline.protocol.exchanges import ExchangeMeta
@@ -93,8 +94,8 @@ class CoordinatorState:
         return self.parts.get((topic_id, partition))
 
     def records(self) -> list[Record]:
-        """Everything durable that people have made: topics, exchanges; in a fixed order."""
-        kinds: tuple[dict[str, TopicMeta] | dict[str, ExchangeMeta], ...] = (self.topics, self.exchanges)
+        """Everything durable that people have made: topics, exchanges, principals; in a fixed order."""
+        kinds: tuple[dict[str, Any], ...] = (self.topics, self.exchanges, self.principals)
         return [kind[name] for kind in kinds for name in sorted(kind)]
 
     def record(self, key: str) -> Record | None:
