@@ -151,7 +151,6 @@ class Broker:
         self.node_driver.on_metadata = self._on_metadata
         metrics.partitions = Gauges(partitions, view)
         metrics.exists = lambda name: view.metadata.topic(name) is not None or not view.metadata.cluster_id
-        metrics.certificates = Expiry({"node": tls.cert, "ca": tls.ca}).seconds
         self.endpoint = SessionEndpoint(
             server="broker",
             cluster_id=store.cluster_id,
@@ -312,7 +311,9 @@ async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:
         return EXIT_OK if stop.is_set() else EXIT_FAILED
     timeout = aiohttp.ClientTimeout(total=None, connect=2.0)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
-        return await Broker(config, store, tls, address, http).serve(stop)
+        broker = Broker(config, store, tls, address, http)
+        broker.metrics.certificates = Expiry({"node": tls.cert, "ca": tls.ca}).seconds
+        return await broker.serve(stop)
 
 
 async def _join(config: BrokerConfig, store: NodeStore, tls: TlsFolder, address: Address, stop: asyncio.Event) -> bool:
