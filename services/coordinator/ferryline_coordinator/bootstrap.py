@@ -22,7 +22,7 @@ from ferryline_service.files import write_durably
 from ferryline_service.logs import get_logger
 
 ADMIN = "admin"
-_EVERYTHING = tuple(Grant(resource, "*", (MANAGE,)) for resource in (TOPIC, GROUP, EXCHANGE, CLUSTER))
+EVERYTHING = tuple(Grant(resource, "*", (MANAGE,)) for resource in (TOPIC, GROUP, EXCHANGE, CLUSTER))
 _log = get_logger()
 
 
@@ -33,7 +33,7 @@ async def bootstrap_admin(driver: Driver, path: Path) -> None:
     """
     principals = (await durable_state(driver)).principals
     known = principals.get(ADMIN)
-    begun = known is not None and len(principals) == 1 and known.version == 1 and not known.keys
+    begun = known is not None and len(principals) == 1 and not known.keys and known.grants == EVERYTHING
     if driver.access is None or (principals and not begun):
         return
     if any(principal.name == ADMIN for principal in driver.access.principals):
@@ -41,7 +41,7 @@ async def bootstrap_admin(driver: Driver, path: Path) -> None:
     key_id, digested = _key_in(path)
     if known is None:
         comment = "made at the first start"
-        await driver.ask(lambda reply: ev.PrincipalCreated(reply, ADMIN, _EVERYTHING, comment=comment))
+        await driver.ask(lambda reply: ev.PrincipalCreated(reply, ADMIN, EVERYTHING, comment=comment))
     meta = KeyMeta(key_id, digested, time.time_ns() // 1_000_000)
     await driver.ask(lambda reply: ev.KeyAdded(reply, ADMIN, meta))
     _log.info("first principal made", principal=ADMIN, key=key_id, key_in=str(path))
