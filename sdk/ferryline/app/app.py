@@ -297,9 +297,12 @@ class App:
 
         return Worker(self, concurrency=concurrency, grace=grace)
 
-    def run(self, *, concurrency: int = 16, grace: float = 30.0) -> None:
+    def run(self, *, concurrency: int = 16, grace: float = 30.0, metrics_port: int | None = None) -> None:
         """Connect and work until SIGTERM or SIGINT; then take nothing more, let the work in hand end for at most
-        ``grace`` seconds, and hand back what is left. Blocks."""
+        ``grace`` seconds, and hand back what is left. Blocks.
+
+        ``metrics_port``: serve what the worker did to Prometheus, on loopback only; the next free one if it is taken.
+        """
         from ferryline.app.worker import run_until_signal
 
-        run_until_signal(self, concurrency=concurrency, grace=grace)
+        run_until_signal(self, concurrency=concurrency, grace=grace, metrics_port=metrics_port)

@@ -7,11 +7,13 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ferryline.app.context import Context, Stop
 from ferryline.app.errors import Reject
 from ferryline.app.handler import Call, Handler, Threads, from_handler
+from ferryline.app.metrics import UNKNOWN, WorkerMetrics
 from ferryline.app.reports import Reports
 from ferryline.app.verdicts import Verdict, judge
 from ferryline.protocol.errors import (
@@ -58,8 +60,10 @@ class Line:
         attempts: Callable[[], int],
         stop: Stop,
         reports: Reports | None = None,
+        metrics: WorkerMetrics,
     ) -> None:
         self.name = name
+        self._metrics = metrics
         self.receiver = receiver
         self._app = app
         self._find = find
@@ -145,6 +149,7 @@ class Line:
         async with message.processing():
             handler = self._find(message)
             if handler is None:
+                self._metrics.of(message.topic, UNKNOWN).ended(NACK)
                 await self._settle(message, Verdict(NACK, reason="no task of its name is known to this worker"), "")
                 return
             lingering = await self._attempt(handler, message)
@@ -166,7 +171,7 @@ class Line:
         else:
             if self._reports is not None:
                 self._reports.began(call)
-            error = await self._run(call)
+            error = await self._timed(call)
         reason = described(error) if error is not None else ""
         verdict = judge(
             error,
@@ -184,6 +189,7 @@ class Line:
             log.warning(
                 "%s: %r: %s (attempt %d of %d)", handler.what, message, reason, attempt, attempts, exc_info=trace
             )
+        self._metrics.of(message.topic, handler.name).ended(verdict.action)
         if not message.is_held:
             log.debug("%r was settled by its handler, or lost", message)
             return call.lingering
@@ -191,6 +197,15 @@ class Line:
             await self._reports.failed(call, verdict, detail)
         await self._settle(message, verdict, detail)
         return call.lingering
+
+    async def _timed(self, call: Call) -> Exception | None:
+        counts, began = self._metrics.of(call.message.topic, call.handler.name), perf_counter()
+        counts.in_flight += 1
+        try:
+            return await self._run(call)
+        finally:
+            counts.in_flight -= 1
+            counts.took(perf_counter() - began)
 
     async def _run(self, call: Call) -> Exception | None:
         """What went wrong, if anything did; a result is stored by then."""

@@ -6,11 +6,14 @@ import asyncio
 import inspect
 import logging
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from ferryline.app.context import Stop
 from ferryline.app.handler import Handler
 from ferryline.app.line import Line
+from ferryline.app.metrics import MetricsPage, WorkerMetrics
 from ferryline.app.queue import GROUP, HEADER_TASK, TaskQueue
 from ferryline.app.reports import Reports
 from ferryline.app.subscriber import CONCURRENCY_MAX, Subscriber
@@ -40,6 +43,7 @@ class Worker:
         self._app = app
         self._concurrency = check_range(concurrency, "concurrency", 1, CONCURRENCY_MAX)
         self._grace = check_seconds(grace, "grace", 0.0, 3600.0)
+        self.metrics = WorkerMetrics()
         self._stop = Stop()
         self._lines: list[Line] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -140,7 +144,7 @@ class Worker:
 
         return Line(
             app, receiver, subscriber.name, lambda _: subscriber, concurrency=concurrency, ordering=subscriber.ordering,
-            attempts=attempts, stop=self._stop,
+            attempts=attempts, stop=self._stop, metrics=self.metrics,
         )  # fmt: skip
 
     def _queue_line(self, queue: TaskQueue) -> Line:
@@ -157,12 +161,27 @@ class Worker:
         return Line(
             self._app, receiver, queue.topic, find, concurrency=self._concurrency, ordering=ORDER_KEY,
             attempts=lambda: queue.attempts, stop=self._stop, reports=Reports(queue, self._app.producer),
+            metrics=self.metrics,
         )  # fmt: skip
 
 
 def _max_processing(handlers: list[Handler]) -> float:
     longest = max((handler.timeout or 0.0 for handler in handlers), default=0.0)
     return max(MAX_PROCESSING_S, longest + _SLACK_S)
+
+
+@asynccontextmanager
+async def _page(worker: Worker, port: int | None) -> AsyncIterator[None]:
+    """Serve the worker's metrics meanwhile, if a port was given."""
+    if port is None:
+        yield
+        return
+    page = MetricsPage(worker.metrics, port)
+    await page.start()
+    try:
+        yield
+    finally:
+        await page.close()
 
 
 async def run_hooks(hooks: list[Hook]) -> None:
@@ -173,23 +192,23 @@ async def run_hooks(hooks: list[Hook]) -> None:
             await found
 
 
-def run_until_signal(app: App, *, concurrency: int, grace: float) -> None:
+def run_until_signal(app: App, *, concurrency: int, grace: float, metrics_port: int | None = None) -> None:
     """What `App.run` says."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(work(app, concurrency=concurrency, grace=grace))
+        asyncio.run(work(app, concurrency=concurrency, grace=grace, metrics_port=metrics_port))
         return
-    uvloop.run(work(app, concurrency=concurrency, grace=grace))
+    uvloop.run(work(app, concurrency=concurrency, grace=grace, metrics_port=metrics_port))
 
 
-async def work(app: App, *, concurrency: int, grace: float) -> None:
+async def work(app: App, *, concurrency: int, grace: float, metrics_port: int | None = None) -> None:
     """Connect and work until SIGTERM or SIGINT, or until a line fails."""
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
     try:
-        async with app, Worker(app, concurrency=concurrency, grace=grace) as worker:
+        async with app, Worker(app, concurrency=concurrency, grace=grace) as worker, _page(worker, metrics_port):
             log.info("app %s: at work on %s", app.name, ", ".join(line.name for line in worker.lines))
             failing = asyncio.create_task(worker.failed())
             stopping = asyncio.create_task(asked.wait())

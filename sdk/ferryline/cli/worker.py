@@ -44,6 +44,12 @@ def run(
         float, typer.Option(help="With --autoscale: seconds in which a backlog should be done.", min=1)
     ] = 30.0,
     reload: Annotated[bool, typer.Option("--reload", help="Start again when a Python file changes.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve Prometheus metrics on 127.0.0.1, from this port on: one for each process.", min=1024, max=65535
+        ),
+    ] = None,
     here: Annotated[bool, typer.Option("--here", help="In this process, which ends when the work fails.")] = False,
 ) -> None:
     """Work until SIGTERM or Ctrl-C; then take nothing more, finish what is in hand, and hand back the rest.
@@ -65,7 +71,7 @@ def run(
     if here:
         if (low, high) != (1, 1) or reload:
             raise UsageError("--here: one process, without --autoscale and --reload")
-        _run_here(target, settings, concurrency, grace)
+        _run_here(target, settings, concurrency, grace, metrics_port)
         return
     from ferryline.app.scaling import Scaler
     from ferryline.cli.connection import run as run_loop
@@ -73,6 +79,8 @@ def run(
 
     command = [sys.executable, "-m", "ferryline.cli", "worker", "run", target, "--here"]
     command += ["--concurrency", str(concurrency), "--grace", str(grace)]
+    if metrics_port is not None:
+        command += ["--metrics-port", str(metrics_port)]
     if settings.verbose:
         command.append("--verbose")
     scaler = Scaler(low, high, target_s=drain)
@@ -144,11 +152,11 @@ def _rows(found: App) -> list[dict[str, Any]]:
     return rows
 
 
-def _run_here(target: str, settings: Settings, concurrency: int, grace: float) -> None:
+def _run_here(target: str, settings: Settings, concurrency: int, grace: float, metrics_port: int | None) -> None:
     os.environ.update(_environment(settings))
     found = _find(target)
     try:
-        found.run(concurrency=concurrency, grace=grace)
+        found.run(concurrency=concurrency, grace=grace, metrics_port=metrics_port)
     except BaseException:
         if _threads_are_left():
             logging.getLogger("ferryline.worker").exception("the work has failed")
