@@ -156,7 +156,8 @@ async def test_every_change_is_a_line_that_names_what_was_changed_and_how(here: 
     await here.rest("POST", "/v1/exchanges", {"name": "events", "type": "topic"})
     await here.rest("DELETE", "/v1/exchanges/events")
     await here.rest("DELETE", "/v1/principals/shop")
-    records = await here.audit()
+    first, *records = await here.audit()
+    assert told(first) == ("operator", "bootstrap_admin", "principal", "admin", "done", "")
     assert [told(record)[1:] for record in records] == [
         ("create_principal", "principal", "shop", "done", ""),
         ("add_key", "principal", "shop", "done", ""),
@@ -223,10 +224,18 @@ async def test_a_request_id_leads_from_an_answer_to_its_line(here: Here) -> None
     assert record["request_id"] == problem["request_id"] == response.headers["X-Request-Id"]
 
 
+async def test_a_new_access_file_is_a_change_of_whoever_may_write_it(here: Here) -> None:
+    (here.folder / "access.toml").write_text('open_metrics = true\n[[principals]]\nname = "ann"\n')
+    here.coordinator.reload_access()
+    record = (await here.audit())[-1]
+    assert told(record) == ("operator", "reload_access", "cluster", str(here.folder / "access.toml"), "done", "")
+    assert record["details"] == {"principals": 1, "issuers": 0, "rules": 0}
+
+
 async def test_a_page_begins_after_its_cursor_and_bad_questions_are_refused(here: Here) -> None:
     for number in range(5):
         await here.rest("POST", "/v1/exchanges", {"name": f"x{number}", "type": "topic"})
-    status, page = await here.rest("GET", "/v1/audit?after=0&limit=2")
+    status, page = await here.rest("GET", "/v1/audit?after=1&limit=2")
     assert (status, [record["name"] for record in page["records"]], page["more"]) == (200, ["x0", "x1"], True)
     status, page = await here.rest("GET", f"/v1/audit?after={page['next']}&limit=1000")
     assert ([record["name"] for record in page["records"]], page["more"]) == (["x2", "x3", "x4"], False)

@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ferryline.protocol.access import AccessPolicy
+from ferryline.protocol.access import CLUSTER, AccessPolicy
 from ferryline.protocol.errors import CoordinatorLoading, FerrylineError, Forbidden
 from ferryline_coordinator.access_rules import ROUTES
 from ferryline_coordinator.access_watch import AccessWatch
 from ferryline_coordinator.authority import Authority, checked_request
-from ferryline_coordinator.bootstrap import bootstrap_admin
+from ferryline_coordinator.bootstrap import ADMIN, bootstrap_admin
 from ferryline_coordinator.config import CoordinatorConfig
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.coordinator import CoordinatorCore
@@ -29,8 +29,8 @@ from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.rest_backup import BackupRest
 from ferryline_coordinator.rest_definitions import DefinitionRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
-from ferryline_coordinator.rest_principals import PrincipalRest
 from ferryline_coordinator.rest_login import LoginRest
+from ferryline_coordinator.rest_principals import PrincipalRest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
@@ -149,7 +149,7 @@ class Coordinator:
         access = self._access_watch.policy if self._access_watch is not None else None
         self.driver = driver = Driver(store, config.core((self.url,), access), self)
         if self._access_watch is not None:
-            self._access_watch.take = driver.take_access
+            self._access_watch.take = self._access_file_changed
         self._driver_made = True
         self._sessions = Sessions(driver)
         driver.on_committed = self.metrics.commit_seconds.observe
@@ -281,7 +281,8 @@ class Coordinator:
     async def _bootstrap(self) -> None:
         """The first key, if it was asked for, by whoever is active first."""
         if not self._bootstrapped and self.driver.serving and self.config.bootstrap_admin is not None:
-            await bootstrap_admin(self.driver, self.config.bootstrap_admin)
+            if await bootstrap_admin(self.driver, self.config.bootstrap_admin):
+                self.access.noted("bootstrap_admin", "principal", ADMIN)
             self._bootstrapped = True
 
     async def _tell_members(self, now_s: float) -> None:
@@ -315,6 +316,11 @@ class Coordinator:
 
     def access_changed(self, policy: AccessPolicy) -> None:
         self.access.take(policy, registered=True)
+
+    def _access_file_changed(self, file: AccessPolicy) -> None:
+        counts = {name: len(getattr(file, name)) for name in ("principals", "issuers", "rules")}
+        self.access.noted("reload_access", CLUSTER, str(self.config.access), **counts)
+        self.driver.take_access(file)
 
     def reload_access(self) -> None:
         """Read the access file again now, if there is one."""

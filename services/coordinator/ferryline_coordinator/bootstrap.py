@@ -26,8 +26,8 @@ EVERYTHING = tuple(Grant(resource, "*", (MANAGE,)) for resource in (TOPIC, GROUP
 _log = get_logger()
 
 
-async def bootstrap_admin(driver: Driver, path: Path) -> None:
-    """Make `admin` with the key in ``path``, if there is no principal yet; otherwise do nothing.
+async def bootstrap_admin(driver: Driver, path: Path) -> bool:
+    """Make `admin` with the key in ``path``, if there is no principal yet. Returns whether that was so.
 
     Raises FerrylineError or OSError; asked again, it goes on where it ended.
     """
@@ -35,9 +35,9 @@ async def bootstrap_admin(driver: Driver, path: Path) -> None:
     known = principals.get(ADMIN)
     begun = known is not None and len(principals) == 1 and not known.keys and known.grants == EVERYTHING
     if driver.access is None or (principals and not begun):
-        return
+        return False
     if any(principal.name == ADMIN for principal in driver.access.principals):
-        return  # the access file says itself who this is
+        return False  # the access file says itself who this is
     key_id, digested = _key_in(path)
     if known is None:
         comment = "made at the first start"
@@ -45,6 +45,7 @@ async def bootstrap_admin(driver: Driver, path: Path) -> None:
     meta = KeyMeta(key_id, digested, time.time_ns() // 1_000_000)
     await driver.ask(lambda reply: ev.KeyAdded(reply, ADMIN, meta))
     _log.info("first principal made", principal=ADMIN, key=key_id, key_in=str(path))
+    return True
 
 
 def _key_in(path: Path) -> tuple[str, bytes]:

@@ -10,9 +10,10 @@ from aiohttp import web
 
 from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import FerrylineError
-from ferryline_service.access.audit_log import AuditLog
+from ferryline_service.access.audit_log import DONE, AuditLog
 from ferryline_service.access.audit_rest import AuditRest
 from ferryline_service.access.audited import Auditor
+from ferryline_service.access.caller import Caller
 from ferryline_service.access.gate import Gate
 from ferryline_service.access.quotas import Quotas
 from ferryline_service.access.shared_quotas import QuotaCounts, SharedQuotas
@@ -20,6 +21,8 @@ from ferryline_service.access.verifier import Verifier
 from ferryline_service.access.whoami import WhoamiRest
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.session import SessionEndpoint
+
+OPERATOR = Caller("operator", service=True)  # whoever may write files on the machine itself
 
 
 class Access:
@@ -54,6 +57,11 @@ class Access:
     def take(self, policy: AccessPolicy | None, *, registered: bool = False) -> None:
         """Decide by this policy from now on; None: everybody may do everything."""
         self.gate.take(policy or AccessPolicy(), registered=registered)
+
+    def noted(self, action: str, resource: str, name: str, **details: Any) -> None:
+        """Tell the audit log of a change that nobody asked for over the network."""
+        if self._auditor is not None:
+            self._auditor.log.note(OPERATOR, "", action, resource, name, DONE, **details)
 
     def middlewares(self) -> list[Any]:
         """Behind the error middleware, in this order: the audit log hears what the gate refuses."""
