@@ -51,6 +51,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("doctor", TOOLS, "Say what is wrong and what to do about it."),
     "certs": ("certs", TOOLS, "Show certificates and when they expire."),
     "context": ("context", TOOLS, "Name clusters in the config file and switch between them."),
+    "login": ("login", TOOLS, "Log in at a cluster, with a browser."),
+    "logout": ("logout", TOOLS, "Forget that login."),
+    "whoami": ("whoami", TOOLS, "Say who you are for the cluster, and what you may do."),
 }
 _WITH_VALUE = {"--url", "--ca", "--token", "--context", "--config", "--timeout", "--output", "-o"}
 _FLAGS = {"--verbose", "--print-config"}
