@@ -11,6 +11,7 @@ from ferryline_broker.core import queue_events as qe
 
 if TYPE_CHECKING:
     from ferryline_broker.hosted import HostedReplica
+    from ferryline_service.access.caller import Caller
 
 Answer = (
     ev.AnswerProduce | ev.AnswerGroup | ev.AnswerBarrier | ev.Refuse | qe.AnswerLease | qe.AnswerSettle | qe.AnswerQueue
@@ -27,6 +28,9 @@ class Request(Protocol):
 
 class Asker(Protocol):
     """Who asked, and is answered when it is decided: a session, or a request over REST. ``closed``: nobody listens."""
+
+    @property
+    def caller(self) -> Caller: ...
 
     @property
     def closed(self) -> bool: ...

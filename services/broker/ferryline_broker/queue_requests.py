@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ferryline.protocol.access import GROUP, READ
 from ferryline.protocol.errors import ErrorInfo, StorageFailed
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.queue_messages import (
@@ -22,6 +23,7 @@ from ferryline.protocol.queue_messages import (
     SettleResult,
 )
 from ferryline.protocol.records import DecodedRecord
+from ferryline_broker.access_rules import TopicCheck
 from ferryline_broker.core.events import Bytes, Key, Refuse
 from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked, SettleItem
 from ferryline_broker.driver import PartitionDriver
@@ -40,11 +42,14 @@ BYTES_MAX = 8 * 1024 * 1024  # of one answer, about; a single record may be larg
 class ParkedReceive:
     """One RECEIVE that has not been answered yet. ``left``: records that it may still be given."""
 
-    __slots__ = ("_correlation", "_deliveries", "_handler", "_leasing", "_parts", "ask", "asker", "done", "expired",
-                 "hosted", "left", "seen", "timer")  # fmt: skip
+    __slots__ = ("_correlation", "_deliveries", "_handler", "_leasing", "_parts", "ask", "asker", "check", "done",
+                 "expired", "hosted", "left", "pause", "seen", "timer")  # fmt: skip
 
-    def __init__(self, handler: QueueHandler, asker: Asker, ask: Receive, correlation: int) -> None:
+    def __init__(
+        self, handler: QueueHandler, asker: Asker, ask: Receive, correlation: int, check: TopicCheck | None = None
+    ) -> None:
         self._handler = handler
+        self.check = check
         self.asker = asker
         self.ask = ask
         self._correlation = correlation
@@ -52,6 +57,7 @@ class ParkedReceive:
         self.hosted: list[HostedReplica] = []
         self.seen: dict[int, int] = {}  # of a strict one: what was there when it asked
         self.timer: asyncio.TimerHandle | None = None
+        self.pause: asyncio.TimerHandle | None = None  # the receiver has used its quota up: nothing is leased before
         self.done = self.expired = False
         self._leasing = 0  # leases that are asked for and not committed
         self._deliveries: list[Delivery] = []
@@ -121,8 +127,9 @@ class ParkedReceive:
 
     def close(self) -> None:
         self.done = True
-        if self.timer is not None:
-            self.timer.cancel()
+        for timer in (self.timer, self.pause):
+            if timer is not None:
+                timer.cancel()
         self._handler.unpark(self)
 
 
@@ -200,6 +207,9 @@ class QueueRequest:
         assert isinstance(answer, AnswerQueue), answer
         key, details = self.ask.entries[index], answer.details
         payload: Bytes = b""
+        caller = self._asker.caller
+        if self.ask.op == "groups" and not caller.service:
+            details = {"groups": [name for name in details["groups"] if caller.may(READ, GROUP, name)]}
         if self.ask.op == "peek":
             try:
                 details, payload = self._handler.peeked(self._hosted[index], details["offsets"])

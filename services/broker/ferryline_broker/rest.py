@@ -15,24 +15,29 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from ferryline.protocol.access import TOPIC, WRITE
 from ferryline.protocol.errors import FerrylineError, InvalidArgument, Unroutable
 from ferryline.protocol.exchanges import HEADER_EXCHANGE, HEADER_ROUTING_KEY, check_routing_key
 from ferryline.protocol.limits import HEADER_NAME_BYTES_MAX, OFFSET_MAX, check_name, check_range
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.partitioner import partition_of
 from ferryline.protocol.routing import RoutingTable
-from ferryline_broker.appending import Appender, Encoded, Placed, shown
+from ferryline_broker.appending import Appended, Appender, Encoded, Placed, shown
 from ferryline_broker.rest_models import PublishIn, RecordIn, RecordsIn
 from ferryline_broker.rest_shared import query_int, raw_bytes
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.caller import UNCHECKED
+from ferryline_service.access.gate import CALLER
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.errors import read_json
 
 
 class RestApi:
     """Handlers of the routes above; records go through the same cores as those of sessions."""
 
-    def __init__(self, view: ClusterView, appender: Appender) -> None:
+    def __init__(self, view: ClusterView, appender: Appender, quotas: Quotas | None = None) -> None:
         self._view = view
+        self._quotas = quotas or Quotas()
         self._appender = appender
         self._routing = RoutingTable(view.metadata.exchanges)
 
@@ -63,7 +68,7 @@ class RestApi:
         for index, record in enumerate(asked.records):
             encoded = _encoded(record, index)
             placed.append(Placed(topic, self._partition(topic, record.partition, encoded[0], index), encoded))
-        outcomes = await self._appender.append(placed)
+        outcomes = await self._append(request, placed)
         failed = [outcome for outcome in outcomes if isinstance(outcome, FerrylineError)]
         if failed and len({one.partition for one in placed}) == 1:
             raise failed[0]
@@ -76,6 +81,7 @@ class RestApi:
         """Publish records to an exchange: each goes to the topics that its bindings name."""
         exchange = check_name(request.match_info["exchange"], "exchange")
         asked = PublishIn.model_validate(await read_json(request))
+        caller = request.get(CALLER, UNCHECKED)
         placed: list[Placed] = []
         owners: list[int] = []  # which record each of them is a copy of
         for index, record in enumerate(asked.records):
@@ -86,9 +92,10 @@ class RestApi:
                 raise Unroutable(f"records.{index}: exchange {exchange}: no binding takes it", exchange=exchange)
             headers += [(HEADER_EXCHANGE, exchange.encode()), (HEADER_ROUTING_KEY, record.routing_key.encode())]
             for topic in topics:
+                caller.check(WRITE, TOPIC, topic.name)
                 placed.append(Placed(topic, self._partition(topic, None, key, index), (key, value, headers)))
                 owners.append(index)
-        outcomes = await self._appender.append(placed)
+        outcomes = await self._append(request, placed)
         results: list[dict[str, Any]] = [{"topics": {}} for _ in asked.records]
         for owner, one, outcome in zip(owners, placed, outcomes, strict=True):
             results[owner]["topics"][one.topic.name] = {"partition": one.partition, **shown(outcome)}
@@ -96,6 +103,13 @@ class RestApi:
         return web.json_response({"results": results}, status=207 if failed else 200)
 
     # -- inside -------------------------------------------------------------------------------------
+
+    async def _append(self, request: web.Request, placed: list[Placed]) -> list[Appended | FerrylineError]:
+        """Raises QuotaExceeded, with nothing appended. What is forwarded is paid for here: nodes have no quota."""
+        caller = request.get(CALLER, UNCHECKED)
+        if caller.limited:
+            self._quotas.spend(caller, records=len(placed), bytes=sum(_size(one.record) for one in placed))
+        return await self._appender.append(placed)
 
     def _partition(self, topic: TopicMeta, wanted: int | None, key: bytes | None, index: int) -> int:
         count = topic.config.partitions
@@ -119,6 +133,11 @@ def _encoded(record: RecordIn, index: int) -> Encoded:
             raise InvalidArgument(f"records.{index}.headers: name over {HEADER_NAME_BYTES_MAX} bytes", field="headers")
         headers.append((name, raw_bytes(value, f"records.{index}.headers.{name[:40]}")))
     return raw_bytes(record.key, f"records.{index}.key"), raw_bytes(record.value, f"records.{index}.value"), headers
+
+
+def _size(record: Encoded) -> int:
+    key, value, headers = record
+    return len(key or b"") + len(value or b"") + sum(len(name) + len(content or b"") for name, content in headers)
 
 
 def _plain(value: Any) -> Any:

@@ -48,6 +48,8 @@ from ferryline_broker.receipts import Named, named_by, receipt_of
 from ferryline_broker.rest_models import KeepIn, PurgeIn, ReceiveIn, RedriveIn, SelectIn, SettleIn
 from ferryline_broker.rest_shared import elsewhere, leads, query_int, raw_bytes, shown_bytes
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.caller import UNCHECKED
+from ferryline_service.access.gate import CALLER
 from ferryline_service.errors import read_json
 
 ANSWER_BYTES = 4 * 1024 * 1024  # of records in one answer, about, over all partitions
@@ -62,6 +64,7 @@ class RestAsker:
 
     def __init__(self, request: web.Request | None = None) -> None:
         self._request = request
+        self.caller = UNCHECKED if request is None else request.get(CALLER, UNCHECKED)
         self.close_callbacks: list[Callable[[Any], None]] = []
         self.answered: asyncio.Future[tuple[Any, list[Bytes]]] = asyncio.get_running_loop().create_future()
 

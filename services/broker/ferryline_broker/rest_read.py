@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -40,7 +41,9 @@ from ferryline_broker.log.walk import checked_batches
 from ferryline_broker.proof import Proof
 from ferryline_broker.rest_shared import elsewhere, query_flag, query_int, shown_bytes, whole
 from ferryline_broker.view import ClusterView
-from ferryline_service.access.caller import Caller
+from ferryline_service.access.caller import UNCHECKED, Caller
+from ferryline_service.access.gate import CALLER
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.errors import REQUEST_ID
 
 RECORDS_MAX = 10_000  # of one answer
@@ -74,11 +77,13 @@ class ReadApi:
         view: ClusterView,
         authenticate: Authenticate | None = None,
         heartbeat_ms: int = HEARTBEAT_MS,
+        quotas: Quotas | None = None,
     ) -> None:
         self._driver = driver
         self._view = view
         self._authenticate = authenticate
         self._heartbeat_ms = heartbeat_ms
+        self._quotas = quotas or Quotas()
         self._stopping = asyncio.Event()
         self._readers: set[_Readable] = set()
         self.streams = 0
@@ -104,9 +109,13 @@ class ReadApi:
         offset = _first(request, hosted)
         if EVENTS in accepted or follow:
             return await self._stream(request, hosted, topic, offset, secondary, EVENTS in accepted)
+        caller = request.get(CALLER, UNCHECKED)
+        self._quotas.check(caller)
         records, following = await self._records(hosted, topic, offset, wait_ms, limit, secondary)
+        lines = [_line(record) for record in records]
+        self._quotas.charge(caller, records=len(records), bytes=sum(map(len, lines)))
         if NDJSON in accepted:
-            return web.Response(body=b"".join(_line(record) for record in records), content_type=NDJSON)
+            return web.Response(body=b"".join(lines), content_type=NDJSON)
         shown = {
             "records": records,
             "next_offset": following,
@@ -135,7 +144,9 @@ class ReadApi:
                 silent_ms = 0
                 while not self._stopping.is_set():
                     if records:
-                        await _write(request, response, b"".join(map(_event if events else _line, records)))
+                        data = b"".join(map(_event if events else _line, records))
+                        await _write(request, response, data)
+                        await self._paid(request.get(CALLER, UNCHECKED), len(records), len(data))
                         silent_ms = 0
                     elif silent_ms >= self._heartbeat_ms:
                         await self._still_allowed(request, topic)
@@ -154,6 +165,14 @@ class ReadApi:
             return response
         finally:
             self.streams -= 1
+
+    async def _paid(self, caller: Caller, records: int, size: int) -> None:
+        """Book what was written, and return once more may be; or once this broker stops."""
+        self._quotas.charge(caller, records=records, bytes=size)
+        while (wait_ms := self._quotas.wait_ms(caller)) and not self._stopping.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(wait_ms, _LOOK_MS) / 1000):
+                    await self._stopping.wait()
 
     async def _still_allowed(self, request: web.Request, topic: TopicMeta) -> None:
         """Raises BadCredentials or Forbidden once the token that the stream was opened with allows it no more."""
