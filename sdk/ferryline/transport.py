@@ -360,7 +360,7 @@ def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> Ferryli
     if error.status == 403:
         return Forbidden(f"{url}: access denied")
     if error.status == 429:
-        after_s = (error.headers or {}).get("Retry-After", "")
+        after_s = error.headers.get("Retry-After", "") if error.headers is not None else ""
         after_ms = int(after_s) * 1_000 if after_s.isascii() and after_s.isdigit() else _FULL_MS
         return Throttled(f"{url}: takes no more sessions at the moment", retry_after_ms=after_ms)
     return ConnectionFailed(f"{url}: answered {error.status} instead of a session", url=url)
