@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.client")
 
 V = TypeVar("V")
-URL_DEFAULT = "https://localhost:8443"
 
 
 class _Closable(Protocol):
@@ -49,16 +48,17 @@ def connect(
 ) -> Client:
     """A client for a cluster; nothing is sent before ``async with`` or ``await client.start()``.
 
-    ``urls``: one or several, of coordinators or brokers, also separated by commas; default FERRYLINE_URL. ``ca``: path
-    of the CA's certificate, default FERRYLINE_CA, else what the system trusts. ``token``: a text, or a function (async
-    or not) that gives one and is called again when it is due or was refused; default FERRYLINE_TOKEN, else what
-    `ferryline login` keeps for these addresses, "" for none. ``timeout``: seconds that a call without a deadline of its
-    own may take. ``name`` is for the logs of the services.
+    ``urls``: one or several, of coordinators or brokers, also separated by commas; default FERRYLINE_URL, else the
+    context that the command line uses (`ferryline context`), with its CA and token, else the cluster of `ferryline up`.
+    ``ca``: path of the CA's certificate, default FERRYLINE_CA, else what the system trusts. ``token``: a text, or a
+    function (async or not) that gives one and is called again when it is due or was refused; default FERRYLINE_TOKEN,
+    else what `ferryline login` keeps for these addresses, "" for none. ``timeout``: seconds that a call without a
+    deadline of its own may take. ``name`` is for the logs of the services.
 
     Raises InvalidArgument for a bad URL or CA, BadCredentials if what `ferryline login` kept cannot be read.
     """
     if urls is None:
-        urls = os.environ.get("FERRYLINE_URL") or URL_DEFAULT
+        urls, ca, token = _of_context(ca, token)
     if isinstance(urls, str):
         urls = [url.strip() for url in urls.split(",") if url.strip()]
     if not urls:
@@ -77,6 +77,23 @@ def connect(
         token=token,
         timeout=timeout,
         name=name,
+    )
+
+
+def _of_context(
+    ca: str | os.PathLike[str] | None, token: TokenLike | None
+) -> tuple[list[str], str | os.PathLike[str] | None, TokenLike | None]:
+    """URLs, CA and token as the command line would take them; what is given here goes first."""
+    from ferryline.cli.settings import UsageError, load
+
+    try:
+        settings = load({})
+    except UsageError as error:
+        raise InvalidArgument(f"urls: none were given, and the settings are wrong: {error}", field="urls") from None
+    return (
+        list(settings.url),
+        ca if ca is not None else settings.ca,
+        token if token is not None else settings.token or None,
     )
 
 

@@ -399,3 +399,28 @@ async def test_environment_names_the_cluster(monkeypatch: pytest.MonkeyPatch) ->
         async with fl.connect() as client:
             assert client.routing.cluster_id == cluster.cluster_id
             assert client.token == "t"
+
+
+async def test_without_an_address_a_program_connects_as_the_command_line_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("FERRYLINE_URL", "FERRYLINE_CONTEXT", "FERRYLINE_TOKEN", "FERRYLINE_CA"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "config.toml"
+    monkeypatch.setenv("FERRYLINE_CONFIG", str(file))
+    async with FakeCluster(1) as cluster:
+        file.write_text(
+            f'current = "here"\n[contexts.here]\nurl = "{cluster.coordinator.url}"\ntoken = "of the context"\n'
+        )
+        async with fl.connect() as client:
+            assert client.routing.cluster_id == cluster.cluster_id
+            assert client.token == "of the context"
+        monkeypatch.setenv("FERRYLINE_TOKEN", "of the environment")
+        assert fl.connect().token == "of the environment"
+        assert fl.connect(token="given").token == "given"
+        assert fl.connect(cluster.coordinator.url, token="").token == "", (
+            "an address of one cluster, no token of another"
+        )
+    file.write_text("current = 7")
+    with pytest.raises(fl.errors.InvalidArgument, match="settings are wrong"):
+        fl.connect()
