@@ -37,18 +37,20 @@ class Renewal:
         self._folder = folder
         self._files = files
         self._names = certificate_names(urls, extra)
+        self._coordinators: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     def start(self, coordinators: Sequence[str]) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(list(coordinators)))
+        self._coordinators = list(coordinators)
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    async def _run(self, coordinators: list[str]) -> None:
+    async def _run(self) -> None:
         while True:
-            done = not self.due() or await self._renew(coordinators)
+            done = not self.due() or await self.renew()
             await asyncio.sleep(_CHECK_S if done else _RETRY_S)
 
     def due(self) -> str:
@@ -59,9 +61,10 @@ class Renewal:
         missing = set(self._names) - _names_of(cert)
         return f"it lacks {', '.join(sorted(missing))}" if missing else ""
 
-    async def _renew(self, coordinators: list[str]) -> bool:
+    async def renew(self) -> bool:
+        """A new certificate now, and the CAs that are to be trusted now. False if no coordinator gave one."""
         csr = signing_request(self._folder.private_key(), self._names)
-        for url in coordinators:
+        for url in self._coordinators:
             try:
                 self._folder.store(await self._ask(url, csr))
                 self._files.reload()

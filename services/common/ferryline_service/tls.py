@@ -70,13 +70,18 @@ def identity_broker_id(identity: str | None) -> int:
 class TlsFiles:
     """The certificate, key and CA of one node, and the contexts made from them.
 
-    `reload` takes renewed files into the existing contexts: new handshakes use them, open sessions go on.
+    ``server`` is for listening, for good; ``client`` is to be asked for at each connection. After `reload` new
+    handshakes use the new files and trust nothing else; open sessions go on.
     """
 
     def __init__(self, cert: Path, key: Path, ca: Path) -> None:
         self.cert, self.key, self.ca = cert, key, ca
-        self.server = server_context(cert, key, ca)
         self.client = node_client_context(ca, cert, key)
+        self._now = server_context(cert, key, ca)
+        # A listening socket keeps its context. This one hands every handshake to the present one.
+        self.server = server_context(cert, key, ca)
+        self.server.sni_callback = self._hand_on
+        self._given = (self.server, self.client)
         self._seen = self._stamp()
 
     def reload(self) -> bool:
@@ -84,12 +89,16 @@ class TlsFiles:
         stamp = self._stamp()
         if stamp == self._seen:
             return False
-        node_client_context(self.ca, self.cert, self.key)  # a broken file must not reach the live contexts half-way
-        for context in (self.server, self.client):
+        client = node_client_context(self.ca, self.cert, self.key)  # a broken file must not get half-way
+        self._now, self.client = server_context(self.cert, self.key, self.ca), client
+        for context in self._given:  # whoever still holds one is not left behind, though it forgets no CA
             context.load_verify_locations(self.ca)
             context.load_cert_chain(self.cert, self.key)
         self._seen = stamp
         return True
+
+    def _hand_on(self, handshake: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+        handshake.context = self._now
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         stats = [os.stat(path) for path in (self.cert, self.key, self.ca)]

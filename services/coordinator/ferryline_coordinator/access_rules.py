@@ -70,6 +70,9 @@ ROUTES: RouteRules = {
     ("POST", "/v1/principals/{principal}/keys"): _OPERATE,
     ("DELETE", "/v1/principals/{principal}/keys/{key}"): _OPERATE,
     ("GET", "/v1/audit"): _OPERATE,
+    ("GET", "/v1/certificates"): _LOOK,
+    ("POST", "/v1/certificates/renew"): _OPERATE,
+    ("POST", "/v1/certificates/rotate"): _OPERATE,
     ("GET", "/v1/backup"): _OPERATE,  # of every record, keys of principals included
     ("POST", "/v1/restore"): _OPERATE,
     ("POST", "/v1/restore/finish"): _OPERATE,
@@ -84,4 +87,5 @@ FRAMES: FrameRules = {
     Kind.RESIGN: NODE,
     Kind.REPORT: NODE,
     Kind.ENSURE_TOPIC: NODE,
+    Kind.STORED: NODE,
 }

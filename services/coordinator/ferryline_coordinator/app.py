@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,9 +25,11 @@ from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.metrics import CoordinatorMetrics
 from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
 from ferryline_coordinator.openapi import document
+from ferryline_coordinator.own_certificate import OwnCertificate
 from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
 from ferryline_coordinator.rest_backup import BackupRest
+from ferryline_coordinator.rest_certificates import CertificateRest
 from ferryline_coordinator.rest_definitions import DefinitionRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
 from ferryline_coordinator.rest_login import LoginRest
@@ -63,6 +66,7 @@ class Coordinator:
         self.driver: Driver
         self._given_store = store
         self._store: MetaStore
+        self._own: OwnCertificate | None = None
         self._tls: TlsFiles | None = None
         self._prober: Prober
         self._sessions: Sessions
@@ -98,9 +102,9 @@ class Coordinator:
         cluster_id = await self._open()
         if not config.plain_http:
             hosts = [socket.gethostname(), *self._listening_name(), *config.hosts, *self._url_host()]
-            cert, key = self.authority.coordinator_files(cluster_id, hosts)
-            self._tls = TlsFiles(cert, key, self.authority.ca_path)
-            self.metrics.certificates = Expiry({"node": cert, "ca": self.authority.ca_path}).seconds
+            self._own = OwnCertificate(self.authority, cluster_id, hosts)
+            self._tls = self._own.files
+            self.metrics.certificates = Expiry({"node": self._tls.cert, "ca": self._tls.ca}).seconds
         self.access.begin(cluster_id, config.data_dir / "audit")
         self._prober = Prober(self._tls.client if self._tls is not None else None, self._probed)
         self._endpoint = SessionEndpoint(
@@ -228,6 +232,7 @@ class Coordinator:
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
         app.router.add_routes(DefinitionRest(self.driver).routes())
         app.router.add_routes(BackupRest(self.driver).routes())
+        app.router.add_routes(CertificateRest(lambda: self.authority, self._renew_own).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
         app.router.add_routes(self.metrics.routes())
@@ -270,13 +275,17 @@ class Coordinator:
                 self.authority.refill(self.config.join_tokens)
                 if self._tls is not None and loop.time() >= reload_at:
                     reload_at = loop.time() + _RELOAD_S
-                    self._tls.reload()
+                    self._renew_own()
                 if self._access_watch is not None:
                     self._access_watch.look()
                 await self._bootstrap()
                 await self._tell_members(loop.time())
             except (OSError, FerrylineError) as error:
                 _log.error("upkeep failed", error=str(error))
+
+    def _renew_own(self, anew: bool = False) -> Path | None:
+        """See `OwnCertificate.renew`; None without TLS."""
+        return self._own.renew(anew) if self._own is not None else None
 
     async def _bootstrap(self) -> None:
         """The first key, if it was asked for, by whoever is active first."""

@@ -1,6 +1,6 @@
 """The cluster's private certificate authority, and the one-time tokens by which brokers get in.
 
-    <data>/tls/ca.crt ca.key             made on first start
+    <data>/tls/ca.crt ca.key             made on first start; while the CA is changed ca.crt holds two (`rotation`)
     <data>/tls/coordinator.crt .key      renewed at start when it ends soon or names other hosts
     <data>/tls/join.key                  signs join tokens
     <data>/tls/used-tokens/<id>          storage id that used the token: the same storage may ask again
@@ -29,8 +29,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ferryline.protocol.errors import Forbidden, InvalidArgument
+from ferryline.protocol.errors import Conflict, Forbidden, InvalidArgument
 from ferryline_coordinator.certificates import alternative, key_pem, unsigned
+from ferryline_coordinator.rotation import signing, take_step
 from ferryline_coordinator.store.vault import Vault
 from ferryline_service.files import write_durably
 from ferryline_service.tls import node_names
@@ -59,6 +60,7 @@ class Authority:
         self.directory = data / "tls"
         self.tokens = token_directory if token_directory is not None else data / "join-tokens"
         self.ca_path = self.directory / "ca.crt"
+        self.ca_pem: str  # all that nodes trust
         self._used = self.directory / "used-tokens"
         for directory in (self.directory, self.tokens, self._used):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +71,8 @@ class Authority:
         else:
             pem, self._token_key = secrets_of_all
             self._key, self.ca = _read_ca(pem)
-            write_durably(self.ca_path, self.ca.public_bytes(serialization.Encoding.PEM), mode=0o644)
+            self.ca_pem = self.ca.public_bytes(serialization.Encoding.PEM).decode()
+            write_durably(self.ca_path, self.ca_pem.encode(), mode=0o644)
 
     @classmethod
     async def shared(cls, data: Path, vault: Vault, token_directory: Path | None = None) -> Authority:
@@ -83,29 +86,32 @@ class Authority:
         authority._vault = vault
         return authority
 
-    @property
-    def ca_pem(self) -> str:
-        return self.ca.public_bytes(serialization.Encoding.PEM).decode()
+    def rotate(self, step: str) -> None:
+        """One step of changing the CA (`rotation.STEPS`). Raises Conflict out of turn, or where it is shared."""
+        if self._vault is not None:
+            raise Conflict("the CA that several coordinators share cannot be changed in this version")
+        take_step(self.directory, step, _new_ca)
+        self._key, self.ca = self._open_ca()
 
     # -- certificates -------------------------------------------------------------------------------
 
     def _open_ca(self) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
         key_path = self.directory / "ca.key"
         if self.ca_path.exists():  # written last: both are there
-            key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-            assert isinstance(key, ec.EllipticCurvePrivateKey)
-            return key, x509.load_pem_x509_certificate(self.ca_path.read_bytes())
+            self.ca_pem = self.ca_path.read_text()
+            return signing(self.directory)
         key, certificate = _new_ca()
         write_durably(key_path, key_pem(key), mode=0o600)
-        write_durably(self.ca_path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+        self.ca_pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+        write_durably(self.ca_path, self.ca_pem.encode(), mode=0o644)
         return key, certificate
 
-    def coordinator_files(self, cluster_id: str, hosts: Iterable[str]) -> tuple[Path, Path]:
-        """Certificate and key of the coordinator, naming ``hosts``; made anew when needed."""
+    def coordinator_files(self, cluster_id: str, hosts: Iterable[str], *, anew: bool = False) -> tuple[Path, Path]:
+        """Certificate and key of the coordinator, naming ``hosts``; made anew when needed, or when told to."""
         cert_path, key_path = self.directory / "coordinator.crt", self.directory / "coordinator.key"
         names = _checked_names([*LOCAL_NAMES, *hosts], cluster_id)
         wanted = {*names, *node_names(cluster_id, None)}
-        if cert_path.exists() and key_path.exists():
+        if cert_path.exists() and key_path.exists() and not anew:
             known = x509.load_pem_x509_certificate(cert_path.read_bytes())
             signed = known.issuer == self.ca.subject and _names_of(known) == wanted
             if signed and known.not_valid_after_utc - _now() > datetime.timedelta(days=_RENEW_DAYS):

@@ -21,6 +21,7 @@ from ferryline_coordinator.models import (
 )
 from ferryline_coordinator.models_access import AddKey, AlterPrincipal, CreatePrincipal
 from ferryline_coordinator.rest_backup import Finish, Restore
+from ferryline_coordinator.rest_certificates import Rotate
 from ferryline_service.access import audit_rest
 from ferryline_service.openapi import document as describe
 
@@ -32,6 +33,7 @@ _BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/exchanges/{exchange}/bindings"): Bind,
     ("POST", "/v1/partitions/recover"): Recover,
     ("POST", "/v1/groups/{group}/heartbeat"): MemberHeartbeat,
+    ("POST", "/v1/certificates/rotate"): Rotate,
     ("POST", "/v1/restore"): Restore,
     ("POST", "/v1/restore/finish"): Finish,
     ("POST", "/v1/principals"): CreatePrincipal,
