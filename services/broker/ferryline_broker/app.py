@@ -44,6 +44,7 @@ from ferryline_broker.queue_port import Queues
 from ferryline_broker.renewal import Renewal
 from ferryline_broker.rest import RestApi
 from ferryline_broker.rest_backup import BackupApi
+from ferryline_broker.rest_certificates import CertificateApi
 from ferryline_broker.rest_offsets import Members, OffsetsApi
 from ferryline_broker.rest_queues import QueueApi
 from ferryline_broker.rest_read import ReadApi
@@ -161,6 +162,7 @@ class Broker:
         self.upkeep = Upkeep(config, store, group, partitions, self.node_driver, metrics)
         self.upkeep.on_space = lambda: self._leave_soon("there is space again", EXIT_SPACE)
         self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
+        self.certificates = CertificateApi(tls, self.renewal)
 
     def _on_metadata(self) -> None:
         self.peers.reconcile()
@@ -199,6 +201,7 @@ class Broker:
         app.router.add_routes(self.rest_queues.routes())
         app.router.add_routes(self.audit.routes())
         app.router.add_routes(self.backup.routes())
+        app.router.add_routes(self.certificates.routes())
         app.router.add_get("/openapi.json", openapi_handler(app.router))
         app.on_shutdown.append(self._shut_down)
         return app
