@@ -20,13 +20,13 @@ def app(ctx: typer.Context) -> None:
     Example: ferryline whoami --output json
     """
     me = run(_ask(of(ctx).settings))
-    shown: dict[str, Any] = {"name": me.name}
-    if me.everything:
-        shown["grants"] = "everything"
+    shown: dict[str, Any] = {"principal": me.principal, "by": me.by}
+    if not me.access:
+        shown["grants"] = "everything: access control is off"
     else:
         shown["grants"] = [f"{one.resource} {one.pattern}: {'+'.join(one.actions)}" for one in me.grants]
-    if me.key_id:
-        shown["key"] = me.key_id
+    if me.key:
+        shown["key"] = me.key
     if me.expires_ms:
         shown["token_ends"] = _time(me.expires_ms)
     of(ctx).output.one(shown)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from ferryline.login.flow import Client, Endpoints, discovery_url, endpoints, said
+from ferryline.login.flow import Client, Endpoints, discovery_url, endpoints, for_audience, said
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed, InvalidArgument
 
 ANSWER_S = 15.0
@@ -50,7 +50,7 @@ class Issuer:
 
     async def tokens(self, url: str, client: Client, **asked: str) -> Any:
         """What the token endpoint answers. Raises BadCredentials with what it said, its ``error`` in the details."""
-        fields = {"client_id": client.client_id, **asked}
+        fields = {"client_id": client.client_id, **for_audience(client), **asked}
         if client.client_secret:
             fields["client_secret"] = client.client_secret
         status, answer = await self._ask("POST", url, fields)
