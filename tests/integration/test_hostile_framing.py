@@ -295,3 +295,14 @@ async def test_the_request_that_is_smuggled_works_when_it_is_sent_openly(world: 
     body = b'{"name": "openly", "config": {"partitions": 1, "replication": 1}}'
     found = await answers(world, world.cluster.url, post(b"Content-Length: %d\r\n" % len(body), body))
     assert b"HTTP/1.1 201" in found
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/nowhere", "/v1/topics"])
+async def test_no_answer_says_what_wrote_it_or_lets_a_browser_use_it(world: World, path: str) -> None:
+    for url in (world.cluster.url, world.urls[world.part().primary]):
+        found = await answers(world, url, get(line=f"GET {path} HTTP/1.1".encode()))
+        head = found.partition(b"\r\n\r\n")[0].lower()
+        assert b"aiohttp" not in head
+        assert b"python" not in head
+        for header in (b"strict-transport-security: ", b"content-security-policy: default-src 'none'", b"nosniff"):
+            assert header in head

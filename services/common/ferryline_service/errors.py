@@ -30,6 +30,17 @@ from ferryline_service.logs import get_logger
 from ferryline_service.metrics import ServiceMetrics
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Of every answer. Answers are for programs: a browser that is led here runs, frames and keeps nothing, and no answer
+# tells which versions of which libraries wrote it.
+_HEADERS = (
+    ("Server", "ferryline"),
+    ("Strict-Transport-Security", "max-age=31536000"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+)
 REQUEST_ID = web.RequestKey("ferryline_request_id", str)
 _REQUEST_ID_PATTERN = re.compile(r"\A[A-Za-z0-9._-]{1,64}\Z")
 BODY_S = 30.0  # for a whole body, 8 MiB at most: 2 Mbit/s
@@ -111,6 +122,8 @@ def error_middleware(metrics: ServiceMetrics) -> Any:
         response = await _answer(request, handler, request_id, metrics)
         if not response.prepared:  # a session is over by now; its header went out long ago
             response.headers["X-Request-Id"] = request_id
+            for name, value in _HEADERS:
+                response.headers.setdefault(name, value)
             metrics.request_seconds.observe(time.perf_counter() - started)
         return response
 
