@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -49,6 +48,7 @@ from ferryline.protocol.limits import FRAME_BYTES_MAX
 from ferryline.protocol.messages import Hello, HelloOk
 from ferryline.receiver import Receiver
 from ferryline.tokens import TokenLike, TokenSource
+from ferryline.trust import Trust
 
 log = logging.getLogger("ferryline.transport")
 
@@ -287,7 +287,7 @@ class Connector:
         self.connect_timeout = connect_timeout
         self._ca = ca
         self._token = token if isinstance(token, TokenSource) else TokenSource(token or "")
-        self._ssl = ssl_context(ca)
+        self._trust = Trust(ca)
         self._http: aiohttp.ClientSession | None = None
         self._closed = False
 
@@ -296,9 +296,10 @@ class Connector:
         """The HTTP client for REST calls, with TLS and credentials set. Raises ConnectionFailed once closed."""
         if self._closed:  # a reconnect that comes late must not open what nobody will close
             raise ConnectionFailed("the client was closed")
+        self._trust.refresh()
         if self._http is None or self._http.closed:
             self._http = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._ssl, keepalive_timeout=30),
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._trust.context, keepalive_timeout=30),
                 middlewares=(self._token.authorize,),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -365,12 +366,3 @@ def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> Ferryli
         return Throttled(f"{url}: takes no more sessions at the moment", retry_after_ms=after_ms)
     return ConnectionFailed(f"{url}: answered {error.status} instead of a session", url=url)
 
-
-def ssl_context(ca: str | None) -> ssl.SSLContext:
-    """TLS 1.3 with verification of chain and host name. Raises InvalidArgument when the CA cannot be read."""
-    try:
-        context = ssl.create_default_context(cafile=ca)
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidArgument(f"ca: {ca!r} is not a readable PEM certificate: {error}", field="ca") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context

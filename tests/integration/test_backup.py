@@ -16,7 +16,7 @@ import ferryline as fl
 from ferryline.backup.files import read_manifest
 from ferryline.cli.driver import ProcessCluster
 from ferryline.protocol.records import encode_batch
-from ferryline.transport import ssl_context
+from ferryline.trust import ssl_context
 from tests.integration import backup_campaign
 from tests.integration.conftest import Start
 

@@ -89,7 +89,7 @@ async def offered(settings: Settings) -> list[dict[str, Any]]:
 
     from ferryline.calls import problem_of
     from ferryline.protocol.errors import ConnectionFailed, FerrylineError, NotFound
-    from ferryline.transport import ssl_context
+    from ferryline.trust import ssl_context
 
     context = ssl_context(str(settings.ca) if settings.ca else None)
     limits = aiohttp.ClientTimeout(total=min(settings.timeout, _ASK_S))
