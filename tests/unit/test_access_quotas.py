@@ -208,13 +208,15 @@ def test_nodes_and_whoever_has_no_quota_are_never_counted(quotas: Quotas) -> Non
 
 def test_whoever_holds_too_much_may_read_but_not_write_until_the_next_policy_says_so(quotas: Quotas) -> None:
     caller = limited(stored_bytes=1_000)
-    quotas.take(AccessPolicy(enabled=True, over=("billing",)))
+    quotas.take(AccessPolicy(enabled=True, over=(("billing", 1_000),)))
     with pytest.raises(QuotaExceeded) as refused:
         quotas.spend(caller, records=1)
     assert refused.value.details["quota"] == "stored_bytes"
     assert refused.value.details["retry_after_ms"] == 5_000
     quotas.check(caller)
     quotas.spend(limited("somebody", stored_bytes=1_000), records=1)
+    quotas.spend(limited(stored_bytes=1_001), records=1)  # the same name, with a token that allows more
+    quotas.spend(limited(records=10_000), records=1)
     quotas.take(AccessPolicy(enabled=True))
     quotas.spend(caller, records=1)
 

@@ -125,8 +125,8 @@ class AccessPolicy(msgspec.Struct, array_like=True, frozen=True):
     """All that a service needs to decide. Made by the coordinator of its config file and of what was stored since.
 
     ``enabled`` False: everybody may do everything, as without a config file. ``revision`` rises with every change.
-    ``redis_url``: shares quotas and verified tokens between services; "" keeps both local. ``over``: names of
-    principals whose topics hold more than their quota of stored bytes: they may not write.
+    ``redis_url``: shares quotas and verified tokens between services; "" keeps both local. ``over``: principals whose
+    topics hold more bytes than a quota that may be theirs, and the largest such: who has that or less may not write.
     """
 
     revision: int = 0
@@ -136,7 +136,15 @@ class AccessPolicy(msgspec.Struct, array_like=True, frozen=True):
     rules: tuple[ClaimRule, ...] = ()
     redis_url: str = ""
     open_metrics: bool = False  # /metrics without a token
-    over: tuple[str, ...] = ()
+    over: tuple[tuple[str, int], ...] = ()
+
+
+class StoredBytes(msgspec.Struct, array_like=True, frozen=True):
+    """B -> C: what the topics of each owner hold in the partitions that this broker leads: (principal, bytes)."""
+
+    broker_id: int
+    broker_epoch: int
+    owners: list[tuple[str, int]]
 
 
 def check_principal(name: object, field: str = "principal") -> str:

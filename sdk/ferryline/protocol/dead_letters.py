@@ -54,6 +54,7 @@ class EnsureTopic(Message):
     broker_epoch: int
     name: str
     config: TopicConfig
+    owner: str = ""
 
 
 class EnsureTopicOk(Message):

@@ -69,6 +69,8 @@ class Kind(IntEnum):
     ENSURE_TOPIC = 46
     # coordinator -> broker; no answer
     ACCESS = 47
+    # broker -> coordinator
+    STORED = 48
     # client -> coordinator
     GROUP_HEARTBEAT = 50
 

@@ -65,12 +65,16 @@ class TopicConfig(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TopicMeta(msgspec.Struct, array_like=True, frozen=True):
-    """A topic. ``id`` is 32 hex digits; a topic made again under the same name has another one."""
+    """A topic. ``id`` is 32 hex digits; a topic made again under the same name has another one.
+
+    ``owner``: the principal that created it, whose quota of stored bytes it counts for; "" where access was off.
+    """
 
     id: str
     name: str
     config: TopicConfig
     version: int = 0
+    owner: str = ""
 
 
 class PartitionMeta(msgspec.Struct, array_like=True, frozen=True):

@@ -101,7 +101,8 @@ class Rest:
     async def create_topic(self, request: web.Request) -> web.Response:
         body = CreateTopic.model_validate(await read_json(request))
         topic_id, settings = uuid.uuid4().hex, body.config.given()
-        topic = await self._driver.ask(lambda reply: ev.TopicCreated(reply, body.name, topic_id, settings))
+        owner = request[CALLER].owner
+        topic = await self._driver.ask(lambda reply: ev.TopicCreated(reply, body.name, topic_id, settings, owner))
         return self._topic(topic, 201)
 
     async def list_topics(self, request: web.Request) -> web.Response:

@@ -96,16 +96,16 @@ class DefinitionRest:
             if step.action == ADD_PARTITIONS and not keys_move:
                 raise Conflict(f"{step.detail} to other partitions; say keys_move=true to accept that")
             if step.action != UNCHANGED and not dry_run:
-                await self._driver.ask(lambda reply: _event(reply, step))
+                await self._driver.ask(lambda reply: _event(reply, step, caller.owner))
         except FerrylineError as error:
             return error
         return None
 
 
-def _event(reply: int, step: Step) -> ev.Event:
+def _event(reply: int, step: Step, owner: str) -> ev.Event:
     if step.kind == TOPIC:
         if step.action == CREATE:
-            return ev.TopicCreated(reply, step.name, uuid.uuid4().hex, step.settings)
+            return ev.TopicCreated(reply, step.name, uuid.uuid4().hex, step.settings, owner)
         if step.action == ADD_PARTITIONS:
             return ev.PartitionsAdded(reply, step.name, step.settings["partitions"], True)
         return ev.TopicAltered(reply, step.name, step.settings)

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ferryline.protocol.access import GROUP, READ
+from ferryline.protocol.access import GROUP, READ, StoredBytes
 from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Frame, Kind, decode_header, encode_value
@@ -55,6 +55,7 @@ class Sessions:
             Kind.RESIGN: self._resign,
             Kind.REPORT: self._report,
             Kind.ENSURE_TOPIC: self._ensure_topic,
+            Kind.STORED: self._stored,
         }
         check_frames(self._handlers, FRAMES, "coordinator")
 
@@ -116,7 +117,7 @@ class Sessions:
 
     def _group_heartbeat(self, session: ServerSession, frame: Frame) -> None:
         message = decode_header(frame.header, GroupHeartbeat)
-        session.check(Kind.GROUP_HEARTBEAT, READ, GROUP, message.group)
+        session.caller.check(READ, GROUP, message.group)
         self._post(session, frame, lambda reply: ev.GroupHeartbeatReceived(reply, message))
 
     def _register(self, session: ServerSession, frame: Frame) -> None:
@@ -150,6 +151,11 @@ class Sessions:
         message = decode_header(frame.header, EnsureTopic)
         number, topic_id = self._number_of(session, message.broker_id), uuid.uuid4().hex
         self._post(session, frame, lambda reply: ev.TopicEnsured(reply, number, message, topic_id))
+
+    def _stored(self, session: ServerSession, frame: Frame) -> None:
+        message = decode_header(frame.header, StoredBytes)
+        number = self._number_of(session, message.broker_id)
+        self._post(session, frame, lambda reply: ev.StoredTold(reply, number, message))
 
     def _number_of(self, session: ServerSession, broker_id: int) -> int:
         """Raises Forbidden unless the session is that broker's: its certificate was checked at HELLO."""

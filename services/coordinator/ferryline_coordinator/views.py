@@ -20,6 +20,7 @@ def topic_json(state: CoordinatorState, topic: TopicMeta) -> dict[str, Any]:
         "id": topic.id,
         "name": topic.name,
         "version": topic.version,
+        "owner": topic.owner,
         "config": as_json(topic.config),
         "offline": sum(part.primary == NO_BROKER for part in parts),
         "under_replicated": sum(under_replicated(part) for part in parts),

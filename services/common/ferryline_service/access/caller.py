@@ -52,6 +52,11 @@ class Caller:
         self.grants = tuple(grants)
         self._answers: dict[tuple[str, str, str], bool] = {}
 
+    @property
+    def owner(self) -> str:
+        """As whose a topic counts that this one creates: nobody's while access is off."""
+        return "" if self.service else self.name
+
     def may(self, action: str, resource: str, name: str) -> bool:
         """Whether some grant allows it."""
         if self.service:

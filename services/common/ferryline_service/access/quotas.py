@@ -91,13 +91,13 @@ class Quotas:
         self.services = 1  # that have a share each while they are not
         self._now_ms = now_ms
         self._meters: dict[str, Meter] = {}
-        self._over: frozenset[str] = frozenset()
+        self._over: dict[str, int] = {}  # principals that hold more than this
 
     # -- what is allowed ----------------------------------------------------------------------------
 
     def take(self, policy: AccessPolicy, services: int | None = None) -> None:
         """A policy, and how many brokers share its rates. Limits of a principal change with its next request."""
-        self._over = frozenset(policy.over)
+        self._over = dict(policy.over)
         self.redis_url = policy.redis_url if policy.enabled else ""
         if services is not None:
             self.live(services)
@@ -162,7 +162,7 @@ class Quotas:
         if not caller.limited:
             return
         meter, now_ms = self._meter(caller), self._now_ms()
-        if caller.name in self._over:
+        if 0 < caller.quota.stored_bytes <= self._over.get(caller.name, 0):
             self._refuse(meter, STORED_BYTES, caller.quota.stored_bytes, STORED_AGAIN_MS)
         self._admit(meter, RECORDS, records, now_ms)
         self._admit(meter, BYTES, bytes, now_ms)

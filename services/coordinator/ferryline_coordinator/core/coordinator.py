@@ -45,6 +45,7 @@ from ferryline_coordinator.core.events import (
     RestoreEnded,
     SessionClosed,
     SessionOpened,
+    StoredTold,
     Tick,
     TopicAltered,
     TopicCreated,
@@ -250,6 +251,9 @@ class CoordinatorCore:
             case TopicEnsured(_, session, message):
                 self.sessions.checked(change, message.broker_id, message.broker_epoch, session)
                 self.topics.ensure(change, event)
+            case StoredTold(_, session, told):
+                self.sessions.checked(change, told.broker_id, told.broker_epoch, session)
+                self.principals.stored(change, event)
             case PartitionsAdded():
                 self.topics.add_partitions(change, event)
             case TopicDeleted():

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ferryline.protocol.access import AccessPolicy, Grant, KeyMeta, Quota
+from ferryline.protocol.access import AccessPolicy, Grant, KeyMeta, Quota, StoredBytes
 from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo
 from ferryline.protocol.exchanges import BindingMeta
@@ -114,6 +114,14 @@ class ReportReceived(Event):
     message: Report
 
 
+class StoredTold(Event):
+    """What the topics of each owner hold at a broker. Answer: `Done`."""
+
+    reply: int
+    session: int
+    message: StoredBytes
+
+
 class TopicEnsured(Event):
     """A broker needs a topic. ``topic_id`` is for one that has to be made. Answer: `EnsureTopicOk`."""
 
@@ -164,12 +172,13 @@ class BrokerAdmitted(Event):
 
 
 class TopicCreated(Event):
-    """Create a topic. ``settings``: fields of TopicConfig by name. Answer: TopicMeta."""
+    """Create a topic. ``settings``: fields of TopicConfig by name. ``owner``: who asks. Answer: TopicMeta."""
 
     reply: int
     name: str
     topic_id: str
     settings: dict[str, Any] = {}
+    owner: str = ""
 
 
 class TopicAltered(Event):

@@ -32,6 +32,7 @@ from ferryline.protocol.errors import (
 )
 from ferryline.protocol.frames import Kind, encode_value
 from ferryline.protocol.limits import check_range
+from ferryline.protocol.messages import Done
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.events import (
@@ -41,9 +42,11 @@ from ferryline_coordinator.core.events import (
     PrincipalAltered,
     PrincipalCreated,
     PrincipalDeleted,
+    StoredTold,
     Tell,
 )
 from ferryline_coordinator.core.records import principal_key
+from ferryline_coordinator.core.stored import Stored
 
 COMMENT_CHARS_MAX = 500
 QUOTA_MAX = 2**53  # what JSON carries without loss everywhere
@@ -80,6 +83,7 @@ class Principals:
         self._config = config
         self._file = config.access
         self._made: tuple[int, AccessPolicy] | None = None  # by the revision it has
+        self._stored = Stored()
 
     def policy(self, change: Change) -> AccessPolicy | None:
         """Who may do what, as of this change; None while access is off."""
@@ -90,8 +94,21 @@ class Principals:
             declared = {principal.name for principal in self._file.principals}
             stored = tuple(record for record in change.principals() if record.name not in declared)
             principals = (*self._file.principals, *stored)
-            self._made = revision, replace(self._file, revision=revision, enabled=True, principals=principals)
+            policy = replace(self._file, revision=revision, enabled=True, principals=principals)
+            self._made = revision, replace(policy, over=self._over(change, policy))
         return self._made[1]
+
+    def stored(self, change: Change, event: StoredTold) -> None:
+        """What a broker holds of whom. Everybody is told who may not write, when that has changed."""
+        self._stored.take(event.message.broker_id, event.message.owners)
+        policy = self.policy(change)
+        if policy is not None and policy.over != self._over(change, policy):
+            self._publish(change)
+        change.reply(event.reply, Done())
+
+    def _over(self, change: Change, policy: AccessPolicy) -> tuple[tuple[str, int], ...]:
+        serving = [record.meta.id for record in change.brokers() if not record.meta.fenced]
+        return self._stored.over(policy, serving)
 
     # -- commands -----------------------------------------------------------------------------------
 

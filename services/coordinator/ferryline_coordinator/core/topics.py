@@ -140,20 +140,20 @@ class Topics:
         name = check_name(event.name)
         if change.topic(name) is not None:
             raise TopicExists(f"topic {name} exists", topic=name)
-        change.reply(event.reply, self._made(change, name, event.topic_id, event.settings))
+        change.reply(event.reply, self._made(change, name, event.topic_id, event.settings, event.owner))
 
     def ensure(self, change: Change, event: TopicEnsured) -> None:
         """Make a topic, or answer with the one that is there: a lost answer is asked for again."""
         name, settings = check_name(event.message.name), _as_settings(event.message.config)
-        topic = change.topic(name) or self._made(change, name, event.topic_id, settings)
+        topic = change.topic(name) or self._made(change, name, event.topic_id, settings, event.message.owner)
         change.reply(event.reply, EnsureTopicOk(topic))
 
-    def _made(self, change: Change, name: str, topic_id: str, settings: dict[str, Any]) -> TopicMeta:
+    def _made(self, change: Change, name: str, topic_id: str, settings: dict[str, Any], owner: str) -> TopicMeta:
         if len(change.state.topics) >= self._config.topics_max:
             raise Throttled(f"the cluster has {self._config.topics_max} topics", limit=self._config.topics_max)
         config = checked_config(settings, TopicConfig())
         _check_elsewhere(name, config)
-        topic = TopicMeta(topic_id, name, config, 1)
+        topic = TopicMeta(topic_id, name, config, 1, owner)
         self._add_partitions(change, topic, 0)
         change.put(topic)
         return topic
