@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "bench": ("bench", TOOLS, "Measure throughput and latency."),
     "chaos": ("chaos", TOOLS, "Break a cluster under load and prove that nothing was lost."),
     "doctor": ("doctor", TOOLS, "Say what is wrong and what to do about it."),
-    "certs": ("certs", TOOLS, "Show certificates and when they expire."),
+    "certs": ("certs", TOOLS, "Show certificates and when they expire; change them."),
     "context": ("context", TOOLS, "Name clusters in the config file and switch between them."),
     "login": ("login", TOOLS, "Log in at a cluster, with a browser."),
     "logout": ("logout", TOOLS, "Forget that login."),

@@ -1,7 +1,8 @@
-"""`ferryline certs`: which certificates are in use, and until when."""
+"""`ferryline certs`: which certificates are in use, until when, and how they are changed under way."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +13,9 @@ from ferryline.cli.invocation import of
 if TYPE_CHECKING:
     from ferryline.cli.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, help="Show certificates and when they expire.")
+app = typer.Typer(
+    no_args_is_help=True, help="Show certificates and when they expire; change them while everything runs."
+)
 
 
 def _all(settings: Settings) -> list[dict[str, Any]]:
@@ -77,3 +80,57 @@ def expiry(
         raise Failed(f"less than {days:g} days left: {', '.join(short)}", FAILED, code="CERTIFICATE_EXPIRES")
     if silent := [row["where"] for row in rows if row["error"] is not None]:
         raise Failed(f"no certificate from {', '.join(silent)}", FAILED, code="CONNECTION_FAILED")
+
+
+@app.command()
+def rotate(ctx: typer.Context) -> None:
+    """New certificates for the coordinator and every broker, without a restart. Open connections go on.
+
+    Brokers also renew theirs by themselves, 60 days before they end.
+    """
+    from ferryline.cli.connection import connected, run
+    from ferryline.cli.rotation import Rotation
+
+    invocation = of(ctx)
+
+    async def act() -> list[dict[str, Any]]:
+        async with connected(invocation.settings) as client:
+            return await Rotation(client).renew()
+
+    invocation.output.rows(run(act()), columns=["node", "issuer", "not_after"])
+
+
+@app.command("rotate-ca")
+def rotate_ca(
+    ctx: typer.Context,
+    step: Annotated[str, typer.Argument(help="trust, issue or finish: in this order.")],
+    out: Annotated[Path | None, typer.Option(help="Write what clients have to trust to this file.")] = None,
+) -> None:
+    """Change the cluster's CA in three steps, without a restart; each may be repeated.
+
+    trust: a new CA is made, and every node trusts both. Give the new ca.crt to every client now; the SDK reads the
+    file again by itself. issue: every node gets a certificate of the new CA. finish: the old CA is trusted no more.
+
+    Example: ferryline certs rotate-ca trust --out ca.crt
+    """
+    from ferryline.cli.connection import connected, run
+    from ferryline.cli.failures import USAGE
+    from ferryline.cli.output import warn
+    from ferryline.cli.rotation import STEPS, TRUST, Rotation
+
+    if step not in STEPS:
+        raise Failed(f"{step}: {', '.join(STEPS)}", USAGE, code="INVALID_ARGUMENT")
+    invocation = of(ctx)
+
+    async def act() -> tuple[list[dict[str, Any]], str]:
+        async with connected(invocation.settings) as client:
+            return await Rotation(client).change_ca(step)
+
+    rows, pem = run(act())
+    if out is not None:
+        temporary = out.with_name(f"{out.name}.tmp")
+        temporary.write_text(pem)
+        temporary.replace(out)
+    invocation.output.rows(rows, columns=["node", "issuer", "trusts"])
+    if step == TRUST:
+        warn("now give the new ca.crt to every client, then: ferryline certs rotate-ca issue")
