@@ -17,6 +17,7 @@ from aiohttp import web
 
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.messages import LOG_DAMAGED
+from ferryline_broker.access_rules import ROUTES
 from ferryline_broker.appending import Appender
 from ferryline_broker.audit import AuditApi
 from ferryline_broker.clients import FrameRouter
@@ -51,6 +52,7 @@ from ferryline_broker.rest_read import ReadApi
 from ferryline_broker.sabotage import core_class
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.parts import Access
 from ferryline_service.errors import error_middleware
 from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
@@ -128,20 +130,22 @@ class Broker:
         node_config = NodeConfig(heartbeat_ms=config.heartbeat_ms, stop_ms=config.stop_ms)
         self.node = node = NodeCore(node_config, identity)
         self.view = view = ClusterView(node.metadata)
+        self.access = access = Access(metrics, claim_key=lambda: view.claim_key)
         self.peers = peers = Peers(partitions, node, http, files)
         self.link = link = CoordinatorLink(node, http, files, store.cluster_id, config.coordinator)
         self.node_driver = NodeDriver(node, partitions, link, store, opener, view, metrics)
         partitions.peers, partitions.link = peers, link
         partitions.delete_replica = self.node_driver.work.delete_replica
         link.listener, link.count = self.node_driver, metrics.error
-        self.frames = FrameRouter(config, partitions, view, metrics, peers)
+        link.on_access = lambda policy, registered: access.take(policy, registered=registered)
+        self.frames = FrameRouter(config, partitions, view, metrics, peers, access.quotas)
         partitions.queues = self.queues = Queues(partitions, self.frames.queues, self.frames.records)
         sessions = NodeSessions(node, http, files)
         self.dead_letters = DeadLetters(partitions, view, self.frames.records, link, sessions, store.broker_id)
         self.queues.move = self.dead_letters.move
         appender = Appender(partitions, view, sessions, store.broker_id)
-        self.rest = RestApi(view, appender)
-        self.rest_read = ReadApi(partitions, view)
+        self.rest = RestApi(view, appender, access.quotas)
+        self.rest_read = ReadApi(partitions, view, access.gate.admit, quotas=access.quotas)
         members = Members(http, files, view, config.coordinator)
         self.rest_offsets = OffsetsApi(partitions, view, self.frames.groups, sessions, members)
         self.rest_queues = QueueApi(partitions, view, self.frames.queues)
@@ -165,6 +169,7 @@ class Broker:
         self.certificates = CertificateApi(tls, self.renewal)
 
     def _on_metadata(self) -> None:
+        self.access.quotas.live(sum(not broker.fenced for broker in self.view.metadata.brokers.values()))
         self.peers.reconcile()
         self.frames.metadata.changed()
         self.dead_letters.metadata_changed()
@@ -193,7 +198,10 @@ class Broker:
     # -- serving ------------------------------------------------------------------------------------
 
     def application(self) -> web.Application:
-        app = web.Application(middlewares=[error_middleware(self.metrics)], client_max_size=8 * 1024 * 1024)
+        self.access.watch(self.endpoint)
+        middlewares = [error_middleware(self.metrics), *self.access.middlewares()]
+        app = web.Application(middlewares=middlewares, client_max_size=8 * 1024 * 1024)
+        app.router.add_routes(self.access.routes())
         app.router.add_routes(self.endpoint.routes())
         app.router.add_routes(health_routes(self._not_ready, self._about))
         app.router.add_routes(self.metrics.routes())
@@ -203,6 +211,7 @@ class Broker:
         app.router.add_routes(self.backup.routes())
         app.router.add_routes(self.certificates.routes())
         app.router.add_get("/openapi.json", openapi_handler(app.router))
+        self.access.gate.guard(app.router, ROUTES)
         app.on_shutdown.append(self._shut_down)
         return app
 
@@ -254,6 +263,7 @@ class Broker:
         await runner.cleanup()
         await self.link.close()
         self.node_driver.close()
+        await self.access.close()
         return self._leave(ended)
 
     async def _listen(self, runner: web.AppRunner) -> None:
@@ -316,6 +326,7 @@ async def run_broker(config: BrokerConfig, stop: asyncio.Event) -> int:
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
         broker = Broker(config, store, tls, address, http)
         broker.metrics.certificates = Expiry({"node": tls.cert, "ca": tls.ca}).seconds
+        broker.access.begin(store.cluster_id, config.data_root / store.directory / "audit")
         return await broker.serve(stop)
 
 

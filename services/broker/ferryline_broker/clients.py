@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ferryline.protocol.errors import NotReady, ShuttingDown, UnknownKind
 from ferryline.protocol.frames import Frame, Kind
+from ferryline_broker.access_rules import FRAMES
 from ferryline_broker.config import BrokerConfig
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.fetch import FetchHandler
@@ -17,6 +18,8 @@ from ferryline_broker.produce import ProduceHandler
 from ferryline_broker.queue_frames import QueueHandler
 from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.quotas import Quotas
+from ferryline_service.access.rules import check_frames, check_kind
 from ferryline_service.server_session import ServerSession
 
 Handle = Callable[[ServerSession, Frame], None]
@@ -26,7 +29,13 @@ class FrameRouter:
     """Kind -> handler. All handlers are plain functions: nothing on these paths waits."""
 
     def __init__(
-        self, config: BrokerConfig, driver: PartitionDriver, view: ClusterView, metrics: BrokerMetrics, peers: Peers
+        self,
+        config: BrokerConfig,
+        driver: PartitionDriver,
+        view: ClusterView,
+        metrics: BrokerMetrics,
+        peers: Peers,
+        quotas: Quotas | None = None,
     ) -> None:
         self.produce = ProduceHandler(
             driver,
@@ -34,14 +43,20 @@ class FrameRouter:
             metrics,
             session_bytes_max=config.session_produce_bytes_max,
             total_bytes_max=config.produce_bytes_max,
+            quotas=quotas,
         )
         self.fetch = FetchHandler(
-            driver, view, metrics, answer_bytes_max=config.answer_bytes_max, parked_max=config.parked_max
+            driver,
+            view,
+            metrics,
+            answer_bytes_max=config.answer_bytes_max,
+            parked_max=config.parked_max,
+            quotas=quotas,
         )
         self.metadata = MetadataHandler(view, parked_max=config.parked_max)
         self.groups = groups = GroupHandler(driver, view, metrics)
         self.records = QueueRecords()
-        self.queues = QueueHandler(driver, view, metrics, self.records)
+        self.queues = QueueHandler(driver, view, metrics, self.records, quotas)
         self._closed = False
         self._view = view
         self._handlers: dict[int, Handle] = {
@@ -59,6 +74,7 @@ class FrameRouter:
             Kind.REPLICA_FETCH: peers.on_frame,
             Kind.REPLICA_PROGRESS: peers.on_frame,
         }
+        check_frames(self._handlers, FRAMES, "broker")
 
     def __call__(self, session: ServerSession, frame: Frame) -> None:
         handler = self._handlers.get(frame.kind)
@@ -68,6 +84,8 @@ class FrameRouter:
             raise ShuttingDown("this broker is stopping")
         if not self._view.metadata.cluster_id and frame.kind < Kind.REPLICA_FETCH:
             raise NotReady("this broker has not heard of the cluster yet")
+        if not session.caller.service:
+            check_kind(FRAMES[frame.kind], session.caller)
         handler(session, frame)
 
     def close(self) -> None:

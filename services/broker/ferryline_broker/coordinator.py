@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.dead_letters import EnsureTopic, EnsureTopicOk
 from ferryline.protocol.errors import (
     ConnectionFailed,
@@ -91,6 +92,7 @@ class CoordinatorLink:
         self._last_url = ""
         self._unwanted = ""
         self.count: Callable[[str], None] = lambda code: None  # codes of what a coordinator was left for
+        self.on_access: Callable[[AccessPolicy | None, bool], None] = lambda policy, registered: None
 
     @property
     def connected(self) -> bool:
@@ -186,10 +188,12 @@ class CoordinatorLink:
                 _log.warning("session with the coordinator ended", url=connection.url)
                 self.listener.node_event(ev.CoordinatorDown())
 
-    def _on_frame(self, _: NodeConnection, frame: Frame) -> None:
+    def _on_frame(self, connection: NodeConnection, frame: Frame) -> None:
         if frame.kind == Kind.HANDOVER:
             for entry in decode_header(frame.header, Handover).entries:
                 self.listener.hand_over_asked(entry)
+        elif frame.kind == Kind.ACCESS and connection is self._connection:
+            self.on_access(decode_header(frame.header, AccessPolicy), False)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -236,7 +240,14 @@ class CoordinatorLink:
             self._note(connection, kind, error)
         if connection is not None and connection is self._connection:
             # An answer of an earlier session is not for the core any more: CoordinatorDown came in between.
+            if isinstance(event, ev.RegisterAnswered):
+                self._registered(event.answer)
             self.listener.node_event(event)
+
+    def _registered(self, answer: RegisterOk | None) -> None:
+        """Before anybody is served: who may do what. From a deposed coordinator the core takes nothing, nor do we."""
+        if answer is not None and answer.coord_epoch >= self._node.coord_epoch:
+            self.on_access(answer.access, True)
 
     def _note(self, connection: NodeConnection | None, kind: Kind, error: FerrylineError) -> None:
         """A silent or deposed coordinator is left, as long as there are others: the next one counts our heartbeats."""

@@ -2,7 +2,8 @@
 
 Rules: only below the high watermark; whole batches, at least one even when it is larger than what was asked for;
 entries are served round robin, so that a partition with much to read does not starve those behind it; a reader that
-does not read gets no further answers, and the broker keeps nothing for it but the parked request.
+does not read gets no further answers, and the broker keeps nothing for it but the parked request. One that has used its
+quota up waits here, too, as long as it waits at all; it pays for what it is given.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
+from ferryline.protocol.access import READ
 from ferryline.protocol.errors import (
     BY_CODE,
     ErrorInfo,
@@ -22,14 +24,16 @@ from ferryline.protocol.errors import (
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS, Fetch, FetchAnswer, FetchEntry, FetchResult
+from ferryline_broker.access_rules import refusal, topic_check
 from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.partition import ReadVerdict
 from ferryline_broker.driver import PartitionDriver
-from ferryline_broker.hosted import HostedReplica
+from ferryline_broker.hosted import HostedReplica, count_records
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.proof import Proof
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 
 _QUEUED_BYTES_MAX = 2 * 1024 * 1024
@@ -39,7 +43,7 @@ class ParkedFetch:
     """One FETCH that has not been answered yet."""
 
     __slots__ = (
-        "_correlation", "_entries", "_handler", "_started", "_timer",
+        "_correlation", "_entries", "_handler", "_pause", "_started", "_timer",
         "ask", "done", "late", "proofs", "session", "state",
     )  # fmt: skip
 
@@ -51,6 +55,7 @@ class ParkedFetch:
         self._correlation = frame.correlation
         self._started = perf_counter()
         self._timer: asyncio.TimerHandle | None = None
+        self._pause: asyncio.TimerHandle | None = None  # the reader has used its quota up
         self._entries: list[HostedReplica] = []
         self.done = False
         self.late = False  # its time is over: it is answered as soon as nothing is left to be proved
@@ -78,6 +83,15 @@ class ParkedFetch:
             replica.readers[self] = None
         self._timer = loop.call_later(self.ask.wait_ms / 1000, self._expire)
 
+    def pause(self, wait_ms: int, loop: asyncio.AbstractEventLoop) -> None:
+        """Look again after ``wait_ms``, whatever comes in between."""
+        if self._pause is None:
+            self._pause = loop.call_later(wait_ms / 1000, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self.emit()
+
     @property
     def parked(self) -> bool:
         return self._timer is not None
@@ -101,6 +115,8 @@ class ParkedFetch:
         if self.done:
             return
         self.done = True
+        if self._pause is not None:
+            self._pause.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._handler.unparked(self)
@@ -119,12 +135,14 @@ class FetchHandler:
         *,
         answer_bytes_max: int,
         parked_max: int,
+        quotas: Quotas | None = None,
     ) -> None:
         self.metrics = metrics
         self.driver = driver
         self._view = view
         self._answer_bytes_max = answer_bytes_max
         self._parked_max = parked_max
+        self._quotas = quotas or Quotas()
         self._parked: dict[ParkedFetch, None] = {}
         self._waiting: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -142,6 +160,8 @@ class FetchHandler:
             check_range(entry.bytes_max, "bytes_max", 1, 2**31 - 1)
         if len(self._parked) >= self._parked_max:
             raise Throttled(f"{self._parked_max} fetches are parked on this broker")
+        if not ask.wait_ms:
+            self._quotas.check(session.caller)
         self.serve(parked, last=ask.wait_ms == 0 or not ask.entries)
 
     def serve(self, parked: ParkedFetch, *, last: bool = False) -> None:
@@ -155,12 +175,19 @@ class FetchHandler:
         if not session.writable:
             self._when_drained(parked, last)
             return
-        results, parts, hosted = self._collect(parked)
+        if session.caller.limited and (wait_ms := self._quotas.wait_ms(session.caller)):
+            parked.pause(wait_ms, self._loop)
+            results, parts, hosted = self._nothing(parked)
+        else:
+            results, parts, hosted = self._collect(parked)
         if last and not results and parked.proving:
             parked.late = True
         elif results or last:
             if not results:
                 results = [_nothing(entry, self.driver) for entry in parked.ask.entries]
+            if parts and session.caller.limited:
+                records, size = sum(map(count_records, parts)), sum(map(len, parts))
+                self._quotas.charge(session.caller, records=records, bytes=size)
             parked.answer(results, parts)
         elif not parked.parked:
             self._parked[parked] = None
@@ -170,6 +197,11 @@ class FetchHandler:
                 parked.state.watched = True
                 session.close_callbacks.append(self._forget)
             parked.state.parked += 1
+
+    def _nothing(self, parked: ParkedFetch) -> tuple[list[FetchResult], list[Bytes], list[HostedReplica]]:
+        """Like `_collect` where there is nothing."""
+        found = (self.driver.replicas.get((entry.topic_id, entry.partition)) for entry in parked.ask.entries)
+        return [], [], [hosted for hosted in found if hosted is not None]
 
     def _collect(self, parked: ParkedFetch) -> tuple[list[FetchResult], list[Bytes], list[HostedReplica]]:
         """Results that say something, their payload, and the replicas to wait on otherwise."""
@@ -182,8 +214,12 @@ class FetchHandler:
         found: list[HostedReplica] = []
         first = state.rotation % count if count else 0
         replicas = self.driver.replicas
+        check = topic_check(parked.session, self._view, Kind.FETCH, READ)  # what was granted may be revoked meanwhile
         for step in range(count):
             entry = entries[(first + step) % count]
+            if check is not None and (refused := refusal(check, entry.topic_id)) is not None:
+                results.append(FetchResult(entry.topic_id, entry.partition, error=refused))
+                continue
             hosted = replicas.get((entry.topic_id, entry.partition))
             if hosted is None:
                 error = self._view.not_here(entry.topic_id, entry.partition).info()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ferryline.protocol.access import GROUP, MANAGE, READ
 from ferryline.protocol.errors import (
     FerrylineError,
     Forbidden,
@@ -34,6 +35,7 @@ from ferryline.protocol.messages import (
     CommittedAnswer,
     CommittedResult,
 )
+from ferryline_broker.access_rules import TopicCheck, topic_check
 from ferryline_broker.core.events import AnswerGroup, Claimed, CommitAsked, CommittedAsked, Event, Refuse
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
@@ -115,9 +117,13 @@ class GroupHandler:
     def claim(self, session: ServerSession, frame: Frame) -> None:
         ask = decode_header(frame.header, Claim)
         _check_group(ask.group, ask.member)
+        session.caller.check(READ, GROUP, ask.group)
         request = self._request(session, Kind.CLAIM, frame.correlation, ask.entries)
+        check = topic_check(session, self._view, Kind.CLAIM, READ)
         for index, entry in enumerate(ask.entries):
             try:
+                if check is not None:
+                    check(entry.topic_id)
                 hosted = self._hosted(entry.topic_id, entry.partition)
                 self._check_claim(ask, entry)
             except FerrylineError as error:
@@ -129,14 +135,22 @@ class GroupHandler:
 
     def commit(self, session: ServerSession, frame: Frame) -> None:
         lowest = ANY_GENERATION if identity_broker_id(session.identity) else 0
-        self.ask_commit(session, frame.correlation, decode_header(frame.header, Commit), lowest)
+        ask = decode_header(frame.header, Commit)
+        session.caller.check(READ, GROUP, ask.group)
+        if any(entry.reset and entry.generation <= 0 for entry in ask.entries):
+            session.caller.check(MANAGE, GROUP, ask.group)  # moved by hand: no member goes back to what it has seen
+        self.ask_commit(session, frame.correlation, ask, lowest, topic_check(session, self._view, Kind.COMMIT, READ))
 
-    def ask_commit(self, asker: Asker, correlation: int, ask: Commit, lowest: int = 0) -> None:
-        """``lowest``: generation that may be named."""
+    def ask_commit(
+        self, asker: Asker, correlation: int, ask: Commit, lowest: int = 0, check: TopicCheck | None = None
+    ) -> None:
+        """``lowest``: generation that may be named. ``check`` refuses single entries."""
         _check_group(ask.group, ask.member)
         request = self._request(asker, Kind.COMMIT, correlation, ask.entries)
         for index, entry in enumerate(ask.entries):
             try:
+                if check is not None:
+                    check(entry.topic_id)
                 hosted = self._hosted(entry.topic_id, entry.partition)
                 _check_commit(entry, lowest)
             except FerrylineError as error:
@@ -150,13 +164,19 @@ class GroupHandler:
         self._driver.at_end(request)
 
     def committed(self, session: ServerSession, frame: Frame) -> None:
-        self.ask_committed(session, frame.correlation, decode_header(frame.header, Committed))
+        ask = decode_header(frame.header, Committed)
+        session.caller.check(READ, GROUP, ask.group)
+        check = topic_check(session, self._view, Kind.COMMITTED, READ)
+        self.ask_committed(session, frame.correlation, ask, check)
 
-    def ask_committed(self, asker: Asker, correlation: int, ask: Committed) -> None:
+    def ask_committed(self, asker: Asker, correlation: int, ask: Committed, check: TopicCheck | None = None) -> None:
+        """``check`` refuses single entries."""
         _check_group(ask.group, "")
         request = self._request(asker, Kind.COMMITTED, correlation, ask.entries)
         for index, (topic_id, partition) in enumerate(ask.entries):
             try:
+                if check is not None:
+                    check(topic_id)
                 hosted = self._hosted(topic_id, partition)
             except FerrylineError as error:
                 self._refuse(request, index, topic_id, partition, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from ferryline.protocol.access import READ
 from ferryline.protocol.errors import (
     FerrylineError,
     InvalidArgument,
@@ -17,6 +18,7 @@ from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX, WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS, Offsets, OffsetsAnswer, OffsetsEntry, OffsetsResult
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
+from ferryline_broker.access_rules import topic_check
 from ferryline_broker.core.events import AnswerBarrier, BarrierAsked, Refuse
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
@@ -151,8 +153,11 @@ class OffsetsHandler:
         if not 0 < len(ask.entries) <= FRAME_ENTRIES_MAX:
             raise MalformedRequest(f"entries: {len(ask.entries)} is outside 1..{FRAME_ENTRIES_MAX}")
         request = OffsetsRequest(session, frame.correlation, len(ask.entries))
+        check = topic_check(session, self._view, Kind.OFFSETS, READ)
         for index, entry in enumerate(ask.entries):
             try:
+                if check is not None:
+                    check(entry.topic_id)
                 self._look_up(request, index, entry)
             except FerrylineError as error:
                 self._metrics.error(error.code)

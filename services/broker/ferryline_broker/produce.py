@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from ferryline.protocol.access import WRITE
 from ferryline.protocol.errors import (
     BY_CODE,
     CorruptBatch,
@@ -16,6 +17,7 @@ from ferryline.protocol.errors import (
     InternalError,
     InvalidArgument,
     MalformedRequest,
+    QuotaExceeded,
     RecordTooLarge,
     StalePartitioning,
     Throttled,
@@ -26,6 +28,7 @@ from ferryline.protocol.limits import BATCH_BYTES_MAX, FRAME_ENTRIES_MAX, TIMEOU
 from ferryline.protocol.messages import Produce, ProduceAnswer, ProduceEntry, ProduceResult
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.records import HEADER_BYTES, NO_PRODUCER, BatchHeader, check_crc, read_header
+from ferryline_broker.access_rules import topic_check
 from ferryline_broker.core.events import AnswerProduce, Produced, Refuse
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
@@ -33,6 +36,7 @@ from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.ports import Answer
 from ferryline_broker.sessions import ClientState, state_of
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 from ferryline_service.tls import identity_broker_id
 
@@ -98,6 +102,7 @@ class ProduceHandler:
         *,
         session_bytes_max: int,
         total_bytes_max: int,
+        quotas: Quotas | None = None,
     ) -> None:
         self.metrics = metrics
         self.driver = driver
@@ -106,6 +111,7 @@ class ProduceHandler:
         self._hold_above = session_bytes_max // 2
         self._total_bytes_max = total_bytes_max
         self._total_bytes = 0
+        self._quotas = quotas or Quotas()
 
     def handle(self, session: ServerSession, frame: Frame) -> None:
         ask = decode_header(frame.header, Produce)
@@ -118,14 +124,23 @@ class ProduceHandler:
         state, copied = state_of(session), identity_broker_id(session.identity) != 0
         self._account(state, len(payload))
         request = ProduceRequest(self, session, state, frame, len(entries))
+        caller, check = session.caller, topic_check(session, self._view, Kind.PRODUCE, WRITE)
+        over: QuotaExceeded | None = None  # then all that follows is over it, too: a later batch must not get in alone
         driver, at = self.driver, 0
         for index, entry in enumerate(entries):
             end = at + entry.size
             try:
+                if check is not None:
+                    check(entry.topic_id)
                 hosted, topic = self._target(entry)
                 data = payload[at:end]
                 header = check_batch(data, topic, copied)
+                if caller.limited:
+                    if over is not None:
+                        raise over
+                    self._quotas.spend(caller, records=header.record_count, bytes=len(data))
             except FerrylineError as error:
+                over = error if isinstance(error, QuotaExceeded) else over
                 request.refuse(index, error.info())
             else:
                 token = driver.token(request, index, hosted)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from ferryline.protocol.access import GROUP, MANAGE, READ
 from ferryline.protocol.errors import (
     FerrylineError,
     Forbidden,
@@ -34,6 +35,7 @@ from ferryline.protocol.queue_messages import (
     SettleEntry,
 )
 from ferryline.protocol.records import BatchBuilder, DecodedRecord
+from ferryline_broker.access_rules import QUEUE_MANAGES, TopicCheck, refusal, topic_check
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.queue_events import (
@@ -52,6 +54,7 @@ from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.queue_requests import BYTES_MAX, RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 
 LEASE_MS_MIN, LEASE_MS_MAX = 1_000, 12 * 3_600_000
@@ -65,12 +68,18 @@ class QueueHandler:
     """Checks what receivers say, lets the cores decide, and keeps who waits."""
 
     def __init__(
-        self, driver: PartitionDriver, view: ClusterView, metrics: BrokerMetrics, records: QueueRecords
+        self,
+        driver: PartitionDriver,
+        view: ClusterView,
+        metrics: BrokerMetrics,
+        records: QueueRecords,
+        quotas: Quotas | None = None,
     ) -> None:
         self.driver = driver
         self._view = view
         self._metrics = metrics
         self._records = records
+        self._quotas = quotas or Quotas()
         self._loop = asyncio.get_running_loop()
         self._parked: dict[tuple[Key, str], dict[ParkedReceive, int]] = {}  # (partition, group) -> in order of arrival
         self._askers: dict[Asker, set[ParkedReceive]] = {}
@@ -79,21 +88,37 @@ class QueueHandler:
     # -- frames -------------------------------------------------------------------------------------
 
     def receive(self, session: ServerSession, frame: Frame) -> None:
-        self.ask_receive(session, frame.correlation, decode_header(frame.header, Receive))
+        ask = decode_header(frame.header, Receive)
+        self.ask_receive(session, frame.correlation, ask, self._reader(session, Kind.RECEIVE, ask.group))
 
     def settle(self, session: ServerSession, frame: Frame) -> None:
-        self.ask_settle(session, frame.correlation, decode_header(frame.header, Settle))
+        ask = decode_header(frame.header, Settle)
+        self.ask_settle(session, frame.correlation, ask, self._reader(session, Kind.SETTLE, ask.group))
 
     def keep(self, session: ServerSession, frame: Frame) -> None:
-        self.ask_keep(session, frame.correlation, decode_header(frame.header, Keep))
+        ask = decode_header(frame.header, Keep)
+        self.ask_keep(session, frame.correlation, ask, self._reader(session, Kind.KEEP, ask.group))
 
     def queue(self, session: ServerSession, frame: Frame) -> None:
-        self.ask_queue(session, frame.correlation, decode_header(frame.header, QueueAsk))
+        ask = decode_header(frame.header, QueueAsk)
+        check = topic_check(session, self._view, Kind.QUEUE, READ)
+        if ask.op in QUEUE_MANAGES:
+            session.caller.check(MANAGE, GROUP, ask.group)
+            check = None
+        elif ask.op != "groups":  # it names none, and is answered with those that may be read
+            session.caller.check(READ, GROUP, ask.group)
+        self.ask_queue(session, frame.correlation, ask, check)
+
+    def _reader(self, session: ServerSession, kind: int, group: str) -> TopicCheck | None:
+        """Raises Forbidden unless the group may be read; what each topic is checked with."""
+        session.caller.check(READ, GROUP, group)
+        return topic_check(session, self._view, kind, READ)
 
     # -- requests, from whoever asks ----------------------------------------------------------------
 
-    def ask_receive(self, asker: Asker, correlation: int, ask: Receive) -> None:
-        """The answer, like that of the others, comes by ``asker.answer``. Raises what is wrong with the request."""
+    def ask_receive(self, asker: Asker, correlation: int, ask: Receive, check: TopicCheck | None = None) -> None:
+        """The answer, like that of the others, comes by ``asker.answer``. Raises what is wrong with the request.
+        ``check`` refuses single partitions, also when it waits."""
         _check_group(ask.group, ask.member, len(ask.entries))
         check_range(ask.records_max, "records_max", 1, RECORDS_MAX)
         check_range(ask.bytes_max, "bytes_max", 1, 2**31)
@@ -102,17 +127,33 @@ class QueueHandler:
         _check_one_of(ask.ordering, "ordering", ORDERINGS)
         _check_one_of(ask.start, "start", ("start", "end"))
         self._key()
+        if not ask.wait_ms:
+            self._quotas.check(asker.caller)
         self._replace(self._askers.get(asker, ()), ask)
-        parked = ParkedReceive(self, asker, ask, correlation)
+        parked = ParkedReceive(self, asker, ask, correlation, check)
         for topic_id, partition in ask.entries:
             hosted = self.driver.replicas.get((topic_id, partition))
-            if hosted is None:
+            if check is not None and (refused := refusal(check, topic_id)) is not None:
+                parked.refuse((topic_id, partition), refused)
+            elif hosted is None:
                 parked.refuse((topic_id, partition), self._view.not_here(topic_id, partition).info())
             else:
                 if ask.strict:
                     parked.seen[len(parked.hosted)] = hosted.core.high_watermark[RECORDS]
                 parked.hosted.append(hosted)
         self._saw(parked.hosted, ask)
+        self._lease(parked)
+        self._park(parked)
+        self.driver.at_end(parked)
+
+    def _lease(self, parked: ParkedReceive) -> None:
+        """Ask every partition for what it has, in turns; later, if the receiver has used its quota up."""
+        parked.pause = None
+        if parked.done or parked.expired:
+            return
+        if parked.asker.caller.limited and (wait_ms := self._quotas.wait_ms(parked.asker.caller)):
+            parked.pause = self._loop.call_later(wait_ms / 1000, self._lease_later, parked)
+            return
         order = range(len(parked.hosted))
         first = self._count % len(order) if order else 0
         self._count += 1
@@ -120,18 +161,22 @@ class QueueHandler:
             if parked.left <= 0:
                 break
             index = (first + step) % len(order)
-            ready = parked.hosted[index].core.queue_ready(ask.group)
+            ready = parked.hosted[index].core.queue_ready(parked.ask.group)
             parked.lease(index, min(parked.left, max(1, ready)))
-        self._park(parked)
+
+    def _lease_later(self, parked: ParkedReceive) -> None:
+        self._lease(parked)
         self.driver.at_end(parked)
 
-    def ask_settle(self, asker: Asker, correlation: int, ask: Settle) -> None:
+    def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
         _check_group(ask.group, ask.member, len(ask.entries))
         key = self._key()
         request = SettleRequest(self.driver, asker, Kind.SETTLE, correlation)
         items: dict[Key, tuple[list[int], list[SettleItem]]] = {}
         for index, entry in enumerate(ask.entries):
             try:
+                if check is not None:
+                    check(entry.topic_id)
                 _check_settle(entry)
                 if entry.receipt != receipt(key, ask.group, ask.member, entry):
                     raise Forbidden("receipt: it is not this cluster's for this lease, group and member")
@@ -158,10 +203,13 @@ class QueueHandler:
             self.driver.feed(hosted, SettleAsked(token, ask.group, ask.member, told))
         self.driver.at_end(request)
 
-    def ask_keep(self, asker: Asker, correlation: int, ask: Keep) -> None:
+    def ask_keep(self, asker: Asker, correlation: int, ask: Keep, check: TopicCheck | None = None) -> None:
         _check_group(ask.group, ask.member, len(ask.entries))
         request = SettleRequest(self.driver, asker, Kind.KEEP, correlation)
         for index, entry in enumerate(ask.entries):
+            if check is not None and (refused := refusal(check, entry.topic_id)) is not None:
+                request.refuse(index, refused)
+                continue
             hosted = self.driver.replicas.get((entry.topic_id, entry.partition))
             if hosted is None:
                 request.refuse(index, self._view.not_here(entry.topic_id, entry.partition).info())
@@ -173,11 +221,14 @@ class QueueHandler:
             self.driver.feed(hosted, KeepAsked(token, ask.group, ask.member, entry.leases))
         self.driver.at_end(request)
 
-    def ask_queue(self, asker: Asker, correlation: int, ask: QueueAsk) -> None:
+    def ask_queue(self, asker: Asker, correlation: int, ask: QueueAsk, check: TopicCheck | None = None) -> None:
         _check_group(ask.group, "", len(ask.entries))
         check_range(ask.count, "count", 0, RECORDS_MAX)
         request = QueueRequest(self, asker, correlation, ask)
         for index, (topic_id, partition) in enumerate(ask.entries):
+            if check is not None and (refused := refusal(check, topic_id)) is not None:
+                request.refuse(index, refused)
+                continue
             hosted = self.driver.replicas.get((topic_id, partition))
             if hosted is None:
                 request.refuse(index, self._view.not_here(topic_id, partition).info())
@@ -229,6 +280,7 @@ class QueueHandler:
             *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload)
         )
         mac = receipt(self._key(), ask.group, ask.member, delivery)
+        self._quotas.charge(parked.asker.caller, records=len(records), bytes=len(payload))
         parked.add(replace(delivery, receipt=mac), payload)
 
     def _give_back(self, hosted: HostedReplica, ask: Receive, answer: AnswerLease) -> None:
@@ -262,8 +314,13 @@ class QueueHandler:
         waiting = self._parked.get((hosted.key, group))
         if not waiting or hosted.broken:
             return
-        idle = [(parked, index) for parked, index in waiting.items() if parked.waits]
+        idle = [(parked, index) for parked, index in waiting.items() if parked.waits and parked.pause is None]
         for number, (parked, index) in enumerate(idle):
+            check = parked.check
+            if check is not None and (refused := refusal(check, hosted.key[0])) is not None:
+                parked.refuse(hosted.key, refused)  # it was granted when it began to wait
+                self.driver.at_end(parked)
+                continue
             ready = hosted.core.queue_ready(group)
             share = max(1, -(-ready // (len(idle) - number)))
             parked.lease(index, min(parked.left, share))  # also of nothing: it leaves word that somebody waits

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from ferryline.protocol.access import READ, TOPIC
 from ferryline.protocol.errors import (
     Conflict,
     CoordinatorUnavailable,
@@ -46,6 +47,8 @@ from ferryline_broker.rest_models import OffsetIn, OffsetsIn
 from ferryline_broker.rest_queues import RestAsker
 from ferryline_broker.rest_shared import leads
 from ferryline_broker.view import ClusterView
+from ferryline_service.access.caller import UNCHECKED
+from ferryline_service.access.gate import CALLER
 from ferryline_service.errors import read_json
 from ferryline_service.tls import TlsFiles
 
@@ -108,7 +111,12 @@ class OffsetsApi:
         """Where a log group stands: every partition in which it has committed, of one topic or of all."""
         group = check_name(request.match_info["group"], "group")
         wanted = request.query.get("topic")
-        topics = [self._view.topic_named(wanted)] if wanted is not None else self._all_topics()
+        caller = request.get(CALLER, UNCHECKED)
+        if wanted is not None:
+            topics = [self._view.topic_named(wanted)]
+            caller.check(READ, TOPIC, topics[0].name)
+        else:
+            topics = [topic for topic in self._all_topics() if caller.may(READ, TOPIC, topic.name)]
         keys = [(topic.id, number) for topic in topics for number in range(topic.config.partitions)]
         found = await self._committed(group, keys)
         shown, errors = [], []

@@ -18,10 +18,11 @@ from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from ferryline.protocol.errors import (
     FerrylineError,
-    Forbidden,
     InternalError,
     MalformedRequest,
+    QuotaExceeded,
     Throttled,
+    Unauthorized,
 )
 from ferryline.protocol.frames import (
     FLAG_ANSWER,
@@ -144,17 +145,8 @@ class ServerSession:
         encoded = encode_value(header)
         self.send(PREFIX.pack(kind, 0, 0, 0, len(encoded)) + encoded, parts)
 
-    def check(self, kind: int, action: str, resource: str, name: str) -> None:
-        """Raises Forbidden unless the caller may do this with the resource that a frame of ``kind`` names."""
-        caller = self.caller
-        if not caller.may(action, resource, name):
-            try:
-                caller.check(action, resource, name)
-            except Forbidden as error:
-                self._note_refused(kind, error)
-                raise
-
-    def _note_refused(self, kind: int, error: FerrylineError) -> None:
+    def note_refused(self, kind: int, error: FerrylineError) -> None:
+        """The caller was refused something in a frame of this kind. Frames that are refused whole are noted here."""
         if self._endpoint.on_refused is not None:
             self._endpoint.on_refused(self, kind, error)
 
@@ -323,6 +315,8 @@ class ServerSession:
                 self._endpoint.gate.quotas.request(self.caller)
             result = self._endpoint.on_frame(self, frame)
         except FerrylineError as error:
+            if isinstance(error, Unauthorized | QuotaExceeded):
+                self.note_refused(frame.kind, error)
             self.fail(frame.kind, frame.correlation, error)
         except Exception as error:
             self._unexpected(frame, error)

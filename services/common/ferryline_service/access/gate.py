@@ -24,7 +24,7 @@ from ferryline_service.access.caller import NOBODY, UNCHECKED, Caller
 from ferryline_service.access.keys import KEY_PREFIX
 from ferryline_service.access.principals import Principals, Verified
 from ferryline_service.access.quotas import Quotas
-from ferryline_service.access.rules import BODY, NODE, PATH, PUBLIC, Need, RouteRules, Rule, RuleMissing
+from ferryline_service.access.rules import BODY, ENTRY, NODE, PATH, PUBLIC, Need, RouteRules, Rule, RuleMissing
 from ferryline_service.errors import read_json
 from ferryline_service.tls import node_identity
 
@@ -175,6 +175,16 @@ class Gate:
 
         return middleware
 
+    async def admit(self, request: web.Request) -> Caller:
+        """Who asks, if they may: for an answer that takes long, in its midst. Raises what the gate refuses with."""
+        caller = await self.authenticate(request)
+        rule = self.rule_of(request)
+        if rule is None:
+            raise Forbidden(f"{request.method} {request.path[:200]}: no rule allows it")
+        if not caller.service:
+            await _apply(rule, request, caller)
+        return caller
+
     # -- sessions -----------------------------------------------------------------------------------
 
     def opened(self, session: ServerSession) -> None:
@@ -225,11 +235,12 @@ def _bearer(request: web.Request) -> str:
 
 
 async def _apply(rule: Rule, request: web.Request, caller: Caller) -> None:
-    """Raises Forbidden unless everything is granted that the rule needs."""
+    """Raises Forbidden unless all is granted that the rule needs, but for what the handler decides one by one."""
     if rule is NODE:
         raise Forbidden(f"{caller.name} is no node of this cluster", principal=caller.name)
     for need in rule.needs:
-        caller.check(need.action, need.resource, await _named(need, request))
+        if need.source != ENTRY:
+            caller.check(need.action, need.resource, await _named(need, request))
 
 
 async def _named(need: Need, request: web.Request) -> str:
