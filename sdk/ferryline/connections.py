@@ -21,6 +21,7 @@ from ferryline.protocol.errors import (
     FerrylineError,
     InternalError,
     PrimaryNotAvailable,
+    Unauthorized,
 )
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.metadata import MetadataAnswer
@@ -31,6 +32,7 @@ log = logging.getLogger("ferryline.connections")
 POLL_MS = 30_000  # parked metadata poll
 POLL_MARGIN_S = 5.0
 ASK_COORDINATOR_S = 2.0  # then a broker is asked, whose copy is a little older
+DENIALS = 3
 COORDINATOR = 0  # key of the coordinator's session among those of brokers, whose ids begin at 1
 
 
@@ -128,6 +130,7 @@ class MetadataWatch:
         self._nudges = [asyncio.Event(), asyncio.Event()]
         self._changed: asyncio.Event = asyncio.Event()
         self._last_error: FerrylineError | None = None
+        self._denied: dict[int, FerrylineError] = {}  # by slot that was denied again and again, by all it asked
         self._by_url: dict[str, Session] = {}
 
     def start(self) -> None:
@@ -176,9 +179,13 @@ class MetadataWatch:
         return True
 
     async def ready(self, *, timeout: float) -> None:
-        """Wait for the first picture of the cluster. Raises ConnectionFailed with the last cause at the deadline."""
-        if await self.until(lambda: self.routing.revision >= 0, timeout=timeout):
+        """Wait for the first picture of the cluster. Raises ConnectionFailed with the last cause at the deadline, or
+        Unauthorized as soon as it is sure that nobody lets this client in."""
+        await self.until(lambda: self.routing.revision >= 0 or len(self._denied) == 2, timeout=timeout)
+        if self.routing.revision >= 0:
             return
+        if len(self._denied) == 2:
+            raise self._denied[0]
         cause = self._last_error
         text = f"no answer from {', '.join(self.urls)} within {timeout:g} s"
         raise ConnectionFailed(f"{text}: {cause}" if cause else text, urls=self.urls) from cause
@@ -221,6 +228,7 @@ class MetadataWatch:
                 wait_ms = POLL_MS if self.routing.revision >= 0 else 0
                 await self._poll(session, wait_ms, wait_ms / 1000 + POLL_MARGIN_S)
                 failures = 0
+                self._denied.pop(slot, None)
             except Exception as error:
                 failures += 1
                 if not isinstance(error, FerrylineError):  # not foreseen: say so, and go on
@@ -228,6 +236,7 @@ class MetadataWatch:
                     error = InternalError(str(error))
                 self._last_error = error
                 log.debug("metadata poll %d: %s", slot, error)
+                self._note_denial(slot, failures, error)
                 nudge.clear()
                 delay_ms = backoff.pause_ms(failures, self._jitter.next(), error)
                 if told_ms(error):
@@ -240,6 +249,18 @@ class MetadataWatch:
                     except TimeoutError:
                         pass
 
+    def _note_denial(self, slot: int, failures: int, error: FerrylineError) -> None:
+        """Several in a row: a key that was just made is known to every broker a moment later."""
+        if not isinstance(error, Unauthorized):
+            self._denied.pop(slot, None)
+        elif failures >= DENIALS:
+            self._denied[slot] = error
+            self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
     async def _poll(self, session: Session, wait_ms: int, timeout: float) -> None:
         answer, _ = await session.request(Kind.METADATA, self.routing.request(wait_ms), MetadataAnswer, timeout=timeout)
         self.take(answer)
@@ -247,8 +268,7 @@ class MetadataWatch:
     def take(self, answer: MetadataAnswer) -> None:
         if not self.routing.apply(answer):
             return
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        self._wake()
         for callback in list(self.on_change):
             try:
                 callback()

@@ -85,7 +85,7 @@ async def test_every_hostile_token_is_refused_and_no_address_in_a_token_is_asked
         believed = [name for name, make in HOSTILE.items() if await _believed(verifier, make(issuer, attacker.url))]
         assert believed == []
         assert attacker.requests == []
-    assert (await verifier.verify(issuer.good())).name == "ann"  # the same verifier, all the while
+    assert (await verifier.verify(issuer.good())).name == "test:ann"  # the same verifier, all the while
     assert len(issuer.requests) <= 4, "unknown key ids ask the issuer once in ten seconds"
 
 
@@ -93,7 +93,7 @@ async def test_every_hostile_token_is_refused_and_no_address_in_a_token_is_asked
 async def test_a_good_token_of_each_algorithm_is_believed(issuer: Issuer, verifier: Verifier, kid: str) -> None:
     claims = issuer.claims(groups=["a", "b"], level=3, admin=True, realm_access={"roles": ["x"]})
     verified = await verifier.verify(issuer.sign(claims, kid=kid))
-    assert (verified.issuer, verified.name) == ("test", "ann")
+    assert (verified.issuer, verified.name) == ("test", "test:ann")
     assert verified.claims["groups"] == ["a", "b"]
     assert verified.claims["realm_access.roles"] == ["x"]
     assert verified.expires_ms == claims["exp"] * 1000
@@ -115,7 +115,7 @@ async def test_an_email_names_somebody_only_if_it_was_verified(issuer: Issuer, v
         token = issuer.good(email="ann@example.org", email_verified=unproven)
         assert (await refusal(verifier, token)).details["reason"] == "claims"
     verified = await verifier.verify(issuer.good(email="ann@example.org", email_verified=True))
-    assert verified.name == "ann@example.org"
+    assert verified.name == "test:ann@example.org"
 
 
 async def test_rules_do_not_see_an_email_that_nobody_verified(issuer: Issuer, verifier: Verifier) -> None:

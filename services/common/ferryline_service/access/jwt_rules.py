@@ -32,8 +32,8 @@ _LOGOUT = "http://schemas.openid.net/event/backchannel-logout"
 class Verified(msgspec.Struct, array_like=True, frozen=True):
     """A token that was believed.
 
-    ``issuer``: its short name in the policy; ``name``: what its claim names the principal, who is ``issuer:name``;
-    ``claims``: what rules can look at, nested ones by path (``realm_access.roles``); ``expires_ms``: wall clock time
+    ``issuer``: its short name in the policy; ``name``: of the principal, with the issuer in front, so that no token can
+    name a principal that was made here (``google:ann@example.org``); ``claims``: what rules can look at, nested ones by path (``realm_access.roles``); ``expires_ms``: wall clock time
     from which the token is refused.
     """
 
@@ -221,7 +221,6 @@ def _name(claims: dict[str, Any], issuer: IssuerMeta) -> str:
         why = " (an email counts if email_verified is true)" if issuer.name_claim == "email" else ""
         refuse("claims", f"has no {issuer.name_claim} that could name a principal{why}")
     try:
-        check_principal(f"{issuer.name}:{value}")
+        return check_principal(f"{issuer.name}:{value}")
     except InvalidArgument:
         refuse("claims", f"its {issuer.name_claim} holds characters that no principal's name may have")
-    return value
