@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ferryline import simple as simple
     from ferryline import sync as sync
     from ferryline import testing as testing
+    from ferryline import tracing as tracing
     from ferryline.admin import Admin as Admin
     from ferryline.app.app import App as App
     from ferryline.app.context import Context as Context
@@ -88,7 +89,7 @@ _MODULES = {
     "exponential": "ferryline.retry",
     "tune_process": "ferryline.tuning",
 }
-_SUBMODULES = ("errors", "simple", "sync", "testing")
+_SUBMODULES = ("errors", "simple", "sync", "testing", "tracing")
 
 __all__ = [*_MODULES, *_SUBMODULES]
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
+from ferryline import tracing
 from ferryline.accumulator import RECORD_OVERHEAD, Pairs, RecordFuture, TopicBuffer
 from ferryline.batching import Batching
 from ferryline.delivery import with_delivery
@@ -157,6 +158,20 @@ class Producer:
         """
         if priority is not None or delay is not None or ttl is not None or id is not None:
             headers = with_delivery(headers, priority=priority, delay=delay, ttl=ttl, id=id)
+        if tracing.active is not None:
+            with tracing.active.sending(topic, headers) as headers:
+                return await self._sent(topic, value, key, headers, partition, timestamp_ms)
+        return await self._sent(topic, value, key, headers, partition, timestamp_ms)
+
+    async def _sent(
+        self,
+        topic: str,
+        value: Any,
+        key: str | bytes | None,
+        headers: HeadersLike | None,
+        partition: int | None,
+        timestamp_ms: int | None,
+    ) -> RecordMetadata:
         if topic not in self._topics:
             await self._learn(topic)
         if not self._running().turn.locked():
@@ -263,6 +278,8 @@ class Producer:
         self, topic: str, records: Iterable[Any], *, headers: HeadersLike | None = None
     ) -> list[RecordMetadata | FerrylineError]:
         """Send records, each a value or a tuple (key, value); one result or error for each, in order."""
+        if tracing.active is not None:
+            headers = tracing.active.injected(headers)
         if topic not in self._topics:
             await self._learn(topic)
         outcomes: list[RecordFuture | FerrylineError] = []

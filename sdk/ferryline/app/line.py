@@ -10,6 +10,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from ferryline import tracing
 from ferryline.app.context import Context, Stop
 from ferryline.app.errors import Reject
 from ferryline.app.handler import Call, Handler, Threads, from_handler
@@ -184,6 +185,8 @@ class Line:
         )
         detail = ""
         if error is not None:
+            if tracing.active is not None:
+                tracing.active.failed(error)
             detail = detailed(error)
             trace = None if isinstance(error, Reject) else error
             log.warning(

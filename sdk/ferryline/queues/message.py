@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ferryline import tracing
 from ferryline.core.leases import HANDED, LOST, WAITING, Lease
 from ferryline.message import Described, Source
 from ferryline.protocol._codec import COMPILED, MessageBase, without_gc
@@ -138,10 +140,14 @@ class Processing(Generic[T]):
     def __init__(self, message: QueueMessage[T], reraise: bool) -> None:
         self._message = message
         self._reraise = reraise
+        self._span: AbstractContextManager[Any] | None = None
 
     async def __aenter__(self) -> QueueMessage[T]:
         source = self._message._source
         source.leasing.working += 1
+        if tracing.active is not None:
+            self._span = tracing.active.processing(self._message)
+            self._span.__enter__()
         return self._message
 
     async def __aexit__(
@@ -149,6 +155,8 @@ class Processing(Generic[T]):
     ) -> bool:
         message = self._message
         source = message._source
+        if self._span is not None:
+            self._span.__exit__(kind, error, trace)
         try:
             state = source.lease.states[message._at]
             if state == HANDED:

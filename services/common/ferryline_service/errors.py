@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pydantic
+import structlog
 from aiohttp import web
 
 from ferryline.protocol.errors import (
@@ -118,13 +119,20 @@ def error_middleware(metrics: ServiceMetrics) -> Any:
         given = request.headers.get("X-Request-Id", "")
         request_id = given if _REQUEST_ID_PATTERN.match(given) else uuid.uuid4().hex
         request[REQUEST_ID] = request_id
+        # On every line that is logged while this request is worked on, in this task and those that it starts.
+        structlog.contextvars.bind_contextvars(request_id=request_id)
         started = time.perf_counter()
         response = await _answer(request, handler, request_id, metrics)
         if not response.prepared:  # a session is over by now; its header went out long ago
             response.headers["X-Request-Id"] = request_id
             for name, value in _HEADERS:
                 response.headers.setdefault(name, value)
-            metrics.request_seconds.observe(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            metrics.request_seconds.observe(took)
+            _log.debug(
+                "request", method=request.method, path=request.path[:200], status=response.status,
+                ms=round(took * 1000, 1), remote=request.remote,
+            )  # fmt: skip
         return response
 
     return middleware
@@ -155,7 +163,7 @@ async def _answer(
     except ConnectionResetError:
         error = ConnectionLost("the client was gone before it was answered")  # nobody hears this
     except Exception as unexpected:
-        _log.exception("request failed", request_id=request_id, path=request.path)
+        _log.exception("request failed", path=request.path[:200])
         error = InternalError(f"{type(unexpected).__name__}; see the log for request {request_id}")
     metrics.error(error.code)
     response = problem(error, request_id, status=status)
