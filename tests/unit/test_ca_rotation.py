@@ -1,0 +1,133 @@
+"""Changing the CA: each step is whole after a crash anywhere, and none comes out of turn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from ferryline.protocol.errors import Conflict, InvalidArgument
+from ferryline.trust import Trust
+from ferryline_coordinator.authority import Authority
+from ferryline_coordinator.rotation import FINISH, ISSUE, ISSUED, ONE, STEPS, TRUST, TRUSTED, phase, signing, trusted
+from ferryline_service.tls import TlsFiles, node_client_context
+
+CLUSTER = "0" * 32
+
+
+def test_both_are_trusted_then_the_new_one_signs_then_the_old_one_is_gone(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    folder, old = authority.directory, authority.ca
+    assert phase(folder) == ONE
+    authority.rotate(TRUST)
+    assert (phase(folder), trusted(folder)[0], authority.ca, len(trusted(folder))) == (TRUSTED, old, old, 2)
+    new = trusted(folder)[1]
+    authority.rotate(ISSUE)
+    assert (phase(folder), trusted(folder), authority.ca) == (ISSUED, [new, old], new)
+    authority.rotate(FINISH)
+    assert (phase(folder), trusted(folder), authority.ca) == (ONE, [new], new)
+    assert authority.ca_pem == authority.ca_path.read_text()
+    assert sorted(path.name for path in folder.glob("ca*")) == ["ca.crt", "ca.key"]
+    assert Authority(tmp_path).ca == new
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_step_may_be_repeated_and_none_comes_out_of_turn(tmp_path: Path, done: int) -> None:
+    authority = Authority(tmp_path)
+    for step in STEPS[:done]:
+        authority.rotate(step)
+    before = authority.ca_path.read_bytes()
+    allowed = {STEPS[done % 3], *STEPS[done - 1 : done]}
+    for step in STEPS:
+        if step not in allowed or (done == 3 and step == FINISH):
+            with pytest.raises(Conflict, match="stands at"):
+                authority.rotate(step)
+    if 0 < done < 3:
+        authority.rotate(STEPS[done - 1])
+    assert authority.ca_path.read_bytes() == before
+    with pytest.raises(InvalidArgument):
+        authority.rotate("sideways")
+
+
+def test_whatever_a_crash_leaves_is_put_right(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    folder = authority.directory
+    authority.rotate(TRUST)
+    old, new = trusted(folder)
+    pem = [cert.public_bytes(serialization.Encoding.PEM) for cert in (new, old)]
+    (folder / "ca.crt").write_bytes(b"".join(pem))  # `issue`, ended before the key was moved
+    again = Authority(tmp_path)
+    assert again.ca == new
+    assert phase(folder) == ISSUED
+    assert signing(folder)[0].public_key() == new.public_key()
+    (folder / "ca-next.key").write_bytes(b"left over from a `trust` that ended half-way")
+    assert signing(folder)[1] == new
+
+
+async def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes:
+    """What the server shows (DER)."""
+    shown: bytes = b""
+
+    async def served(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    listening = await asyncio.start_server(served, "127.0.0.1", 0, ssl=server)
+    port = listening.sockets[0].getsockname()[1]
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client)
+        shown = writer.get_extra_info("ssl_object").getpeercert(True)
+        writer.close()
+    finally:
+        listening.close()
+        await listening.wait_closed()
+    return shown
+
+
+async def test_a_listening_socket_shows_the_new_certificate_and_trusts_the_new_ca_alone(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.coordinator_files(CLUSTER, [])
+    files = TlsFiles(cert, key, authority.ca_path)
+    server = files.server
+    old_client = node_client_context(authority.ca_path, cert, key)
+    first = await handshake(server, files.client)
+    assert await handshake(server, old_client) == first
+    for step in STEPS:
+        authority.rotate(step)
+        authority.coordinator_files(CLUSTER, [])
+        assert files.reload()
+        assert not files.reload()
+    assert await handshake(server, files.client) != first
+    with pytest.raises(ssl.SSLError):
+        await handshake(server, old_client)  # it trusts the old CA alone
+
+
+def test_a_half_written_file_changes_nothing(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.coordinator_files(CLUSTER, [])
+    files = TlsFiles(cert, key, authority.ca_path)
+    before, good = files.client, cert.read_bytes()
+    cert.write_bytes(good[:100])
+    with pytest.raises(ssl.SSLError):
+        files.reload()
+    assert files.client is before
+    cert.write_bytes(good)
+    assert files.reload()
+
+
+def test_a_client_takes_in_what_is_added_to_its_file(tmp_path: Path) -> None:
+    here, other = Authority(tmp_path / "a"), Authority(tmp_path / "b")
+    path = tmp_path / "ca.crt"
+    path.write_text(here.ca_pem)
+    trust = Trust(str(path))
+    for text in ("nonsense", here.ca_pem + other.ca_pem):
+        path.write_text(text)
+        os.utime(path, ns=(1, len(text)))
+        trust.refresh()
+    assert len(trust.context.get_ca_certs()) == 2
+    path.unlink()
+    trust.refresh()
+    assert len(trust.context.get_ca_certs()) == 2
