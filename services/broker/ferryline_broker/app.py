@@ -38,7 +38,7 @@ from ferryline_broker.log.node_store import NodeStore
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.node_driver import NodeDriver
 from ferryline_broker.node_sessions import NodeSessions
-from ferryline_broker.openapi import openapi_handler
+from ferryline_broker.openapi import OPERATIONS, openapi_handler
 from ferryline_broker.opening import Opener
 from ferryline_broker.peers import Peers
 from ferryline_broker.queue_port import Queues
@@ -50,9 +50,11 @@ from ferryline_broker.rest_offsets import Members, OffsetsApi
 from ferryline_broker.rest_queues import QueueApi
 from ferryline_broker.rest_read import ReadApi
 from ferryline_broker.sabotage import core_class
+from ferryline_broker.stored import StoredTeller
 from ferryline_broker.upkeep import Upkeep
 from ferryline_broker.view import ClusterView
 from ferryline_service.access.parts import Access
+from ferryline_service.contract import contract_middleware
 from ferryline_service.errors import error_middleware
 from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
@@ -167,6 +169,7 @@ class Broker:
         self.upkeep.on_space = lambda: self._leave_soon("there is space again", EXIT_SPACE)
         self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
         self.certificates = CertificateApi(tls, self.renewal)
+        self.stored = StoredTeller(partitions, view, node, link, access.gate)
 
     def _on_metadata(self) -> None:
         self.access.quotas.live(sum(not broker.fenced for broker in self.view.metadata.brokers.values()))
@@ -199,7 +202,7 @@ class Broker:
 
     def application(self) -> web.Application:
         self.access.watch(self.endpoint)
-        middlewares = [error_middleware(self.metrics), *self.access.middlewares()]
+        middlewares = [error_middleware(self.metrics), *self.access.middlewares(), contract_middleware(OPERATIONS)]
         app = web.Application(middlewares=middlewares, client_max_size=8 * 1024 * 1024)
         app.router.add_routes(self.access.routes())
         app.router.add_routes(self.endpoint.routes())
@@ -252,10 +255,12 @@ class Broker:
         slow.start()
         self.link.start()
         self.upkeep.start()
+        self.stored.start()
         self.renewal.start(self.config.coordinator)
         self.node_driver.on_serving = self._announce
         ended = await self._until_ended(stop)
         self.upkeep.close()
+        self.stored.close()
         self.renewal.close()
         self.dead_letters.close()
         self.peers.close()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from ferryline.protocol.access import AccessPolicy
+from ferryline.protocol.access import AccessPolicy, StoredBytes
 from ferryline.protocol.dead_letters import EnsureTopic, EnsureTopicOk
 from ferryline.protocol.errors import (
     ConnectionFailed,
@@ -260,14 +260,20 @@ class CoordinatorLink:
         self.count(error.code)
         self._leave()
 
-    async def ensure_topic(self, name: str, config: TopicConfig) -> TopicMeta:
+    async def ensure_topic(self, name: str, config: TopicConfig, owner: str = "") -> TopicMeta:
         """The topic of this name, made with ``config`` if it is missing. Raises FerrylineError; ask again then."""
         connection, node = self._connection, self._node
         if connection is None:
             raise ConnectionFailed("no session with a coordinator")
-        asked = EnsureTopic(node.broker_id, node.broker_epoch, name, config)
+        asked = EnsureTopic(node.broker_id, node.broker_epoch, name, config, owner)
         answer = await connection.call(Kind.ENSURE_TOPIC, asked, EnsureTopicOk, timeout_s=_REQUEST_TIMEOUT_S)
         return answer.topic
+
+    async def tell_stored(self, held: StoredBytes) -> None:
+        """Raises FerrylineError; tell again then."""
+        if self._connection is None:
+            raise ConnectionFailed("no session with a coordinator")
+        await self._connection.call(Kind.STORED, held, Done, timeout_s=_REQUEST_TIMEOUT_S)
 
     # -- messages of the partition cores ------------------------------------------------------------
 

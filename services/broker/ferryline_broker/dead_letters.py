@@ -63,7 +63,7 @@ T = TypeVar("T")
 class TopicMaker(Protocol):
     """Who can have topics made: the link to the coordinator."""
 
-    async def ensure_topic(self, name: str, config: TopicConfig) -> TopicMeta: ...
+    async def ensure_topic(self, name: str, config: TopicConfig, owner: str = "") -> TopicMeta: ...
 
 
 class _Produced:
@@ -186,7 +186,7 @@ class DeadLetters:
         name = dead_letters_of(source.name, source.config.retry)
         target = self._view.metadata.topic(name)
         if target is None:
-            target = await self._topics.ensure_topic(name, config_of(source.config))
+            target = await self._topics.ensure_topic(name, config_of(source.config), source.owner)
         at = (target.id, hosted.key[1] % target.config.partitions)
         leader = self._leader(target, at)
         record = self._record(hosted, move.offset)

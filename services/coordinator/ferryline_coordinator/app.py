@@ -24,7 +24,7 @@ from ferryline_coordinator.core.records import CLUSTER_KEY, cluster_id_of
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.metrics import CoordinatorMetrics
 from ferryline_coordinator.models import BODY_BYTES_MAX, Join, Renew
-from ferryline_coordinator.openapi import document
+from ferryline_coordinator.openapi import OPERATIONS, document
 from ferryline_coordinator.own_certificate import OwnCertificate
 from ferryline_coordinator.probing import Prober, refuses
 from ferryline_coordinator.rest import Rest
@@ -38,6 +38,7 @@ from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
 from ferryline_service.access.parts import Access
+from ferryline_service.contract import contract_middleware
 from ferryline_service.errors import error_middleware, read_json
 from ferryline_service.expiry import Expiry
 from ferryline_service.health import health_routes
@@ -224,7 +225,7 @@ class Coordinator:
         if self.config.access is None:
             self.access.take(None)
         self.access.watch(endpoint)
-        middlewares = [error_middleware(self.metrics), *self.access.middlewares()]
+        middlewares = [error_middleware(self.metrics), *self.access.middlewares(), contract_middleware(OPERATIONS)]
         app = web.Application(middlewares=middlewares, client_max_size=BODY_BYTES_MAX)
         app.router.add_routes(endpoint.routes())
         app.router.add_routes([*self.access.routes(), *PrincipalRest(self.driver, self.access.gate).routes()])
@@ -242,6 +243,7 @@ class Coordinator:
         return app
 
     async def _openapi(self, request: web.Request) -> web.Response:
+        """This document."""
         return web.json_response(document(request.app.router.routes()))
 
     async def _shut_down(self, _: web.Application) -> None:
@@ -278,6 +280,8 @@ class Coordinator:
                     self._renew_own()
                 if self._access_watch is not None:
                     self._access_watch.look()
+                brokers = self.driver.state.brokers.values()
+                self.access.quotas.live(sum(not record.meta.fenced for record in brokers))
                 await self._bootstrap()
                 await self._tell_members(loop.time())
             except (OSError, FerrylineError) as error:

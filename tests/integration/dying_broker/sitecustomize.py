@@ -43,8 +43,8 @@ def install() -> None:
         return move
 
     def made(real: Any) -> Any:
-        async def ensure_topic(self: Any, name: str, config: Any) -> Any:
-            topic = await real(self, name, config)
+        async def ensure_topic(self: Any, name: str, config: Any, owner: str = "") -> Any:
+            topic = await real(self, name, config, owner)
             die_at("made")
             return topic
 
