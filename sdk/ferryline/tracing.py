@@ -22,6 +22,7 @@ from ferryline.record_checks import HeadersLike, pairs_of
 
 if TYPE_CHECKING:
     from ferryline.message import Message
+    from ferryline.queues.message import QueueMessage
 
 Pairs = list[tuple[str, bytes | None]]
 active: Tracing | None = None  # asked by whoever sends or works on a record; None costs nothing more than the question
@@ -51,7 +52,7 @@ class Tracing:
             span.set_attribute("messaging.operation.outcome", "committed")
 
     @contextmanager
-    def processing(self, message: Message[Any]) -> Iterator[Any]:
+    def processing(self, message: Message[Any] | QueueMessage[Any]) -> Iterator[Any]:
         """A span around the work on a record, in the trace that its headers name."""
         carrier = {name: value.decode("latin-1") for name, value in message.headers.items() if value is not None}
         about = _about(message.topic, "process")
@@ -102,7 +103,7 @@ def inject(headers: HeadersLike | None = None) -> Pairs:
 
 
 @contextmanager
-def processing(message: Message[Any]) -> Iterator[None]:
+def processing(message: Message[Any] | QueueMessage[Any]) -> Iterator[None]:
     """Around the work on a record of a log, or on one whose settling is the caller's: a span while tracing is on."""
     if active is None:
         yield

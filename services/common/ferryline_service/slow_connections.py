@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from aiohttp import web
 
@@ -61,7 +61,7 @@ class SlowConnections:
         now, before, self._seen = self._loop.time(), self._seen, {}
         ended = 0
         for connection in server.connections:
-            transport = cast("asyncio.Transport | None", connection.transport)
+            transport = connection.transport
             if transport is None or transport.is_closing():
                 continue
             # aiohttp has no public way to these two; tests of this file fail if they change.
