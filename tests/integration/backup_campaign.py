@@ -22,7 +22,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,36 +220,43 @@ class Backup:
         return self._killing is not None
 
 
-async def drain(client: fl.Client, wanted: dict[int, set[int]]) -> set[Place]:
-    """Everything that the restored queue hands out, until all that is wanted came, or nothing more does."""
+async def drain(
+    client: fl.Client, wanted: dict[int, set[int]], dead: set[Place], look: Callable[[], Awaitable[set[Place]]]
+) -> set[Place]:
+    """Everything that the restored queue hands out, until all that is wanted came or died, and nothing more comes."""
     got: set[Place] = set()
     missing = {(partition, offset) for partition, offsets in wanted.items() for offset in offsets}
     end = time.monotonic() + DRAIN_S
     async with client.receiver(QUEUE_TOPIC, group=QUEUE_GROUP, lease=10.0, prefetch=256) as receiver:
         while time.monotonic() < end:
             try:
-                async with asyncio.timeout(DRAIN_S if missing - got else IDLE_S):
+                async with asyncio.timeout(IDLE_S):
                     message = await receiver.__anext__()
             except TimeoutError:
-                break
+                if not missing - got - dead - await look():
+                    break
+                continue
             got.add((message.partition, message.offset))
             message.ack_nowait()
     return got
 
 
-async def copies(client: fl.Client, manifest: Manifest, folder: Path) -> set[Place]:
-    """Origins of the dead letters in the backup."""
+async def copies(calls: BackupCalls, manifest: Manifest) -> set[Place]:
+    """Origins of the dead letters that the restored cluster holds now: some died there, of a lease of the old one."""
     found = set()
     for part in manifest.partitions:
-        if part.topic == LETTERS:
-            for data, headers in batches(folder, part, "records"):
-                for at, header in headers:
-                    if header.is_control:
-                        continue
-                    for record in decode_batch(data[at : at + header.size], header):
-                        told = dict(record.headers)
-                        assert told[HEADER_GROUP] == QUEUE_GROUP.encode()
-                        found.add((int(told[HEADER_ORIGIN_PARTITION] or b""), int(told[HEADER_ORIGIN_OFFSET] or b"")))
+        if part.topic != LETTERS:
+            continue
+        at = part.records.start
+        while (read := await calls.read(part.topic_id, part.partition, "records", from_=at)).data:
+            for place, header in split_batches(read.data):
+                at = header.next_offset
+                if header.is_control:
+                    continue
+                for record in decode_batch(read.data[place : place + header.size], header):
+                    told = dict(record.headers)
+                    assert told[HEADER_GROUP] == QUEUE_GROUP.encode()
+                    found.add((int(told[HEADER_ORIGIN_PARTITION] or b""), int(told[HEADER_ORIGIN_OFFSET] or b"")))
     return found
 
 
@@ -279,12 +286,21 @@ async def compare(
         settled |= {(partition, offset) for offset in gone}
         wanted[partition] = offsets - gone - dying
     early_acks = {place for place, when in load.acked.items() if when < state_from}
-    got = await drain(client, wanted)
-    letters = await copies(client, manifest, folder)
+    letters = await copies(calls, manifest)
+    at_mark = len(letters)
+    got = await drain(client, wanted, letters, lambda: copies(calls, manifest))
+    letters |= await copies(calls, manifest)
     dead = settled - set(load.acked) - letters  # settled, not by an acknowledgement that anybody was told of
     found["settled_again"] = len(got & settled) + len(early_acks - settled)
     found["lost"] = len({(p, o) for p, some in wanted.items() for o in some} - got - letters)
-    return {**found, "settled": len(settled), "came": len(got), "letters": len(letters), "acks_unheard": len(dead)}
+    return {
+        **found,
+        "settled": len(settled),
+        "came": len(got),
+        "letters": at_mark,
+        "died_later": len(letters) - at_mark,
+        "acks_unheard": len(dead),
+    }
 
 
 async def _committed(consumer: Any, partition: int) -> int | None:
@@ -382,6 +398,8 @@ def main() -> int:
     for number in range(options.rounds):
         options.seed += number
         options.incremental = bool(number % 2)
+        if options.incremental:
+            options.kill_after = min(options.kill_after, 20_000)  # there is little that is new
         with tempfile.TemporaryDirectory(prefix="ferryline-backup-") as folder:
             result = asyncio.run(run(options, Path(folder)))
         line = json.dumps({"good": good(result), "seed": options.seed, "incremental": options.incremental, **result})
