@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from ferryline_service.tls import node_client_context
+from tests.rest_contract import Contract
 from unit.broker_world import BrokerWorld, RunningBroker, eventually
 
 
@@ -20,6 +21,7 @@ class Curl:
         self._http = world.http
         self._ssl = node_client_context(world.coordinator.tls.ca)
         self._url = broker.url
+        self._contract: Contract | None = None
 
     async def get(self, path: str, **headers: str) -> tuple[int, Any]:
         async with self._http.get(self._url + path, ssl=self._ssl, headers=headers) as response:
@@ -32,6 +34,12 @@ class Curl:
             return response.status, await self._body(response)
 
     async def _body(self, response: aiohttp.ClientResponse) -> Any:
+        """The answer, once it was held against the document."""
+        if self._contract is None:
+            async with self._http.get(self._url + "/openapi.json", ssl=self._ssl) as told:
+                self._contract = Contract(await told.json())
+        path = response.url.raw_path
+        self._contract.check(response.method, path, response.status, response.headers, await response.read())
         return (
             await response.json()
             if "json" in response.content_type and "nd" not in response.content_type

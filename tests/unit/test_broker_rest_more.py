@@ -12,20 +12,20 @@ import pytest
 
 from ferryline.protocol.exchanges import ExchangeMeta, binding_to
 from ferryline_broker.rest_read import ReadApi
-from ferryline_service.tls import node_client_context
 from unit.broker_world import BrokerWorld, RunningBroker, eventually
+from unit.test_broker_rest import Curl as _Curl
 
 
-class Curl:
+class Curl(_Curl):
     """Asks one broker, and decodes what it says."""
 
     def __init__(self, world: BrokerWorld, broker: RunningBroker) -> None:
-        self.http, self.url = world.http, broker.url
-        self.ssl = node_client_context(world.coordinator.tls.ca)
+        super().__init__(world, broker)
+        self.ssl = self._ssl
 
     async def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        async with self.http.request(method, self.url + path, ssl=self.ssl, json=body, headers=headers) as response:
-            return response.status, await response.json(content_type=None)
+        async with self._http.request(method, self._url + path, ssl=self.ssl, json=body, headers=headers) as response:
+            return response.status, await self._body(response)
 
 
 async def two_brokers(world: BrokerWorld, *, alone: bool = False) -> tuple[RunningBroker, RunningBroker]:

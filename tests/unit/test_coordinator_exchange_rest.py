@@ -26,7 +26,10 @@ class Here:
     async def rest(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else None
         text = None if body is None or data is not None else body
-        async with self._http.request(method, self._url + path, data=data, json=text, ssl=self._trust) as response:
+        headers = {"Content-Type": "application/json"}
+        async with self._http.request(
+            method, self._url + path, data=data, json=text, ssl=self._trust, headers=headers
+        ) as response:
             return response.status, await response.json(content_type=None)
 
 

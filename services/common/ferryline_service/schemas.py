@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
+import msgspec.inspect
 from pydantic import WithJsonSchema
 
 Schema = dict[str, Any]
@@ -71,3 +73,21 @@ def told(low: int, high: int) -> dict[str, Any]:
 def component(name: str) -> Schema:
     """A reference to a schema of the document."""
     return {"$ref": f"#/components/schemas/{name}"}
+
+
+def of_struct(cls: type[msgspec.Struct], **instead: Schema) -> Schema:
+    """A protocol struct as JSON with the names of its fields; ``instead`` of what the types say, or beyond it."""
+    info = msgspec.inspect.type_info(cls)
+    assert isinstance(info, msgspec.inspect.StructType), cls
+    return shape(**{one.name: _of_type(one.type) for one in info.fields} | instead)
+
+
+def _of_type(info: msgspec.inspect.Type) -> Schema:
+    kinds = msgspec.inspect
+    if isinstance(info, kinds.StructType):
+        return of_struct(info.cls)
+    if isinstance(info, kinds.ListType | kinds.VarTupleType):
+        return several(_of_type(info.item_type))
+    if isinstance(info, kinds.IntType):
+        return WHOLE
+    return FLAG if isinstance(info, kinds.BoolType) else TEXT  # bytes as base64
