@@ -32,12 +32,29 @@ class DockerCluster:
     """One compose project of its own, with its own volumes below ``volumes``.
 
     Names are ``coordinator`` and ``broker-<number>``, the number being the one that compose gave the container.
+    ``port``: of the coordinator on this machine, 0 for a free one, another one each time its container is made.
+    ``environment``: for compose; ``services``: what is started, everything without a profile if empty.
     """
 
-    def __init__(self, project: str, volumes: Path, *, brokers: int = 3) -> None:
+    def __init__(
+        self,
+        project: str,
+        volumes: Path,
+        *,
+        brokers: int = 3,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+        services: tuple[str, ...] = (),
+    ) -> None:
         self.project = project
+        self.environment = {
+            "FERRYLINE_VOLUMES": str(volumes),
+            "FERRYLINE_PORT": str(port),
+            **(environment or {}),
+        }
         self._volumes = volumes
         self._count = brokers
+        self._services = services
         self._client = docker.from_env()
 
     # -- what is there -------------------------------------------------------------------------------
@@ -54,7 +71,8 @@ class DockerCluster:
                 found[f"broker-{number}"] = container
         return found
 
-    def _container(self, name: str) -> Container:
+    def container(self, name: str) -> Container:
+        """As it is now. Raises KeyError."""
         container = self._containers()[name]
         container.reload()
         return container
@@ -76,7 +94,7 @@ class DockerCluster:
         return sorted((name for name in self._containers() if name != COORDINATOR), key=lambda n: int(n.split("-")[1]))
 
     def _address(self, name: str) -> str:
-        networks: dict[str, Any] = self._container(name).attrs["NetworkSettings"]["Networks"]
+        networks: dict[str, Any] = self.container(name).attrs["NetworkSettings"]["Networks"]
         return next((str(network["IPAddress"]) for network in networks.values() if network["IPAddress"]), "")
 
     def url_of(self, name: str) -> str:
@@ -86,7 +104,7 @@ class DockerCluster:
         return f"https://{self._address(name)}:9443"
 
     def _port(self) -> int:
-        ports = self._container(COORDINATOR).attrs["NetworkSettings"]["Ports"]["8443/tcp"]
+        ports = self.container(COORDINATOR).attrs["NetworkSettings"]["Ports"]["8443/tcp"]
         return int(ports[0]["HostPort"])
 
     def broker_id(self, name: str) -> int:
@@ -100,18 +118,18 @@ class DockerCluster:
 
     def _ready(self, name: str) -> dict[str, Any]:
         """The last READY line of a container; {} when there is none."""
-        lines = self._container(name).logs(stdout=True, stderr=False).decode(errors="replace").splitlines()
+        lines = self.container(name).logs(stdout=True, stderr=False).decode(errors="replace").splitlines()
         ready = [line for line in lines if line.startswith("READY ")]
         return dict(json.loads(ready[-1][6:])) if ready else {}
 
     def logs(self, name: str) -> str:
-        return str(self._container(name).logs().decode(errors="replace"))
+        return str(self.container(name).logs().decode(errors="replace"))
 
     # -- life ----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         self._volumes.mkdir(parents=True, exist_ok=True)
-        await self._compose("up", "--detach", "--scale", f"broker={self._count}")
+        await self._compose("up", "--detach", "--scale", f"broker={self._count}", *self._services)
         for name in [COORDINATOR, *self.brokers]:
             await self._healthy(name)
 
@@ -120,15 +138,19 @@ class DockerCluster:
         self._client.close()
 
     async def add_broker(self) -> str:
-        before = set(self.brokers)
-        self._count += 1
-        await self._compose("up", "--detach", "--no-recreate", "--scale", f"broker={self._count}")
-        name = next(iter(set(self.brokers) - before))
-        await self._healthy(name)
-        return name
+        return (await self.scale(self._count + 1))[0]
+
+    async def scale(self, count: int) -> list[str]:
+        """Have this many brokers, at least as many as now. Returns the names of the new ones."""
+        before, self._count = set(self.brokers), count
+        await self._compose("up", "--detach", "--no-recreate", "--scale", f"broker={count}", *self._services)
+        new = sorted(set(self.brokers) - before)
+        for name in new:
+            await self._healthy(name)
+        return new
 
     async def kill(self, name: str) -> None:
-        container = self._container(name)
+        container = self.container(name)
         await self._off_loop(lambda: container.update(restart_policy={"Name": "no"}))
         await self._off_loop(lambda: container.kill("SIGKILL"))
         await self._off_loop(container.wait)
@@ -137,13 +159,13 @@ class DockerCluster:
         await asyncio.gather(*(self.kill(name) for name in self._containers()))
 
     async def pause(self, name: str) -> None:
-        await self._off_loop(self._container(name).pause)
+        await self._off_loop(self.container(name).pause)
 
     async def resume(self, name: str) -> None:
-        await self._off_loop(self._container(name).unpause)
+        await self._off_loop(self.container(name).unpause)
 
     async def terminate(self, name: str, timeout_s: float = 15.0) -> int | None:
-        container = self._container(name)
+        container = self.container(name)
         await self._off_loop(lambda: container.update(restart_policy={"Name": "no"}))
         await self._off_loop(lambda: container.kill("SIGTERM"))
         end = time.monotonic() + timeout_s
@@ -155,7 +177,7 @@ class DockerCluster:
         return None
 
     async def restart(self, name: str) -> None:
-        await self._off_loop(self._container(name).start)
+        await self._off_loop(self.container(name).start)
         await self._healthy(name)
 
     # -- inside --------------------------------------------------------------------------------------
@@ -167,7 +189,7 @@ class DockerCluster:
     async def _healthy(self, name: str) -> None:
         end = time.monotonic() + READY_TIMEOUT_S
         while True:
-            container = self._container(name)
+            container = self.container(name)
             if container.attrs["State"].get("Health", {}).get("Status") == "healthy" and self._ready(name):
                 return
             if time.monotonic() > end:
@@ -175,13 +197,22 @@ class DockerCluster:
             await asyncio.sleep(_POLL_S)
 
     async def _compose(self, *args: str) -> None:
-        env = {**os.environ, "FERRYLINE_VOLUMES": str(self._volumes), "FERRYLINE_PORT": "0"}
-        command = ["scripts/compose", "--project-name", self.project, *args]
+        await self.run("scripts/compose", "--project-name", self.project, *args)
+
+    async def run(self, *command: str, **environment: str) -> str:
+        """Output of a script of this tree, told where this cluster is. Raises RuntimeError with what it said."""
         done = await asyncio.to_thread(
-            subprocess.run, command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+            subprocess.run,
+            command,
+            cwd=ROOT,
+            env={**os.environ, **self.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.returncode}\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(command)}: {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        return done.stdout
 
 
 if TYPE_CHECKING:
