@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.integration.oidc import chromium, oidc
 from tests.polling import POLL_SECONDS, poll, poll_blocking
 
 NEEDS = {
@@ -24,8 +25,15 @@ NEEDS = {
 PROGRAMS = {  # tests run where these are found
     "etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it",
     "redis": "needs redis-server (Debian: redis-server): `make test-all` installs it",
+    "oidc": "needs node, chromium and what scripts/install-oidc fetches: `make test-all` installs them",
 }
 _COMMANDS = {"redis": "redis-server"}  # where it is not called like the marker
+
+
+def _there(program: str) -> bool:
+    if program == "oidc":
+        return shutil.which("node") is not None and chromium.program() is not None and oidc.modules() is not None
+    return shutil.which(_COMMANDS.get(program, program)) is not None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,8 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker) and not config.getoption(f"--{marker}"):
                 item.add_marker(pytest.mark.skip(reason=reason))
         for program, reason in PROGRAMS.items():
-            missing = shutil.which(_COMMANDS.get(program, program)) is None and not config.getoption(f"--{program}")
-            if item.get_closest_marker(program) and missing:
+            if item.get_closest_marker(program) and not config.getoption(f"--{program}") and not _there(program):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

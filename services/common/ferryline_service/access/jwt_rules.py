@@ -33,8 +33,8 @@ class Verified(msgspec.Struct, array_like=True, frozen=True):
     """A token that was believed.
 
     ``issuer``: its short name in the policy; ``name``: of the principal, with the issuer in front, so that no token can
-    name a principal that was made here (``google:ann@example.org``); ``claims``: what rules can look at, nested ones by path (``realm_access.roles``); ``expires_ms``: wall clock time
-    from which the token is refused.
+    name a principal that was made here (``google:ann@example.org``); ``claims``: what rules can look at, nested ones by
+    path (``realm_access.roles``); ``expires_ms``: wall clock time from which the token is refused.
     """
 
     issuer: str
