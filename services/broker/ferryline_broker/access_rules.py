@@ -83,11 +83,11 @@ FRAMES: FrameRules = {
     Kind.RECEIVE: _GROUP_ENTRIES,
     Kind.SETTLE: _GROUP_ENTRIES,
     Kind.KEEP: _GROUP_ENTRIES,
-    Kind.QUEUE: _GROUP_ENTRIES,  # manage on the group, and no topic, for an op of QUEUE_MANAGES
+    Kind.QUEUE: _GROUP_ENTRIES,  # manage on the group, and no topic, for an op that is none of QUEUE_LOOKS
     Kind.REPLICA_FETCH: NODE,
     Kind.REPLICA_PROGRESS: NODE,
 }
-QUEUE_MANAGES = ("pause", "resume", "purge", "redrive", "delete")
+QUEUE_LOOKS = ("groups", "stats", "peek", "explain")
 
 TopicCheck = Callable[[str], None]
 

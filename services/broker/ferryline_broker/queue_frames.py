@@ -35,7 +35,7 @@ from ferryline.protocol.queue_messages import (
     SettleEntry,
 )
 from ferryline.protocol.records import BatchBuilder, DecodedRecord
-from ferryline_broker.access_rules import QUEUE_MANAGES, TopicCheck, refusal, topic_check
+from ferryline_broker.access_rules import QUEUE_LOOKS, TopicCheck, refusal, topic_check
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.queue_events import (
@@ -102,7 +102,7 @@ class QueueHandler:
     def queue(self, session: ServerSession, frame: Frame) -> None:
         ask = decode_header(frame.header, QueueAsk)
         check = topic_check(session, self._view, Kind.QUEUE, READ)
-        if ask.op in QUEUE_MANAGES:
+        if ask.op not in QUEUE_LOOKS:
             session.caller.check(MANAGE, GROUP, ask.group)
             check = None
         elif ask.op != "groups":  # it names none, and is answered with those that may be read

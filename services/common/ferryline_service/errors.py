@@ -49,7 +49,7 @@ _log = get_logger()
 
 
 def problem(error: FerrylineError, request_id: str, *, status: int | None = None) -> web.Response:
-    """The answer for an error. A retriable 429 or 503 carries Retry-After."""
+    """The answer for an error. A retriable 429 or 503 carries Retry-After, a 401 how to say who one is."""
     number = error.http_status if status is None else status
     body: dict[str, Any] = {
         "type": f"urn:ferryline:error:{error.code}",
@@ -69,6 +69,8 @@ def problem(error: FerrylineError, request_id: str, *, status: int | None = None
     )
     if number in (429, 503):
         response.headers["Retry-After"] = str(_retry_after_s(error))
+    elif number == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="ferryline"'
     return response
 
 
