@@ -42,6 +42,7 @@ from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.ports import Answer, Asker
 from ferryline_broker.produce import refusal_info
+from ferryline_broker.told import told
 from ferryline_broker.view import ClusterView
 from ferryline_service.claims import claim_token_valid
 from ferryline_service.server_session import ServerSession
@@ -137,9 +138,11 @@ class GroupHandler:
         lowest = ANY_GENERATION if identity_broker_id(session.identity) else 0
         ask = decode_header(frame.header, Commit)
         session.caller.check(READ, GROUP, ask.group)
+        asker: Asker = session
         if any(entry.reset and entry.generation <= 0 for entry in ask.entries):
             session.caller.check(MANAGE, GROUP, ask.group)  # moved by hand: no member goes back to what it has seen
-        self.ask_commit(session, frame.correlation, ask, lowest, topic_check(session, self._view, Kind.COMMIT, READ))
+            asker = told(session, self._view, "seek_group", ask.group, {entry.topic_id for entry in ask.entries})
+        self.ask_commit(asker, frame.correlation, ask, lowest, topic_check(session, self._view, Kind.COMMIT, READ))
 
     def ask_commit(
         self, asker: Asker, correlation: int, ask: Commit, lowest: int = 0, check: TopicCheck | None = None

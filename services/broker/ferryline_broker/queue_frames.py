@@ -53,6 +53,7 @@ from ferryline_broker.ports import Asker
 from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.queue_requests import BYTES_MAX, RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
+from ferryline_broker.told import told
 from ferryline_broker.view import ClusterView
 from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
@@ -102,12 +103,15 @@ class QueueHandler:
     def queue(self, session: ServerSession, frame: Frame) -> None:
         ask = decode_header(frame.header, QueueAsk)
         check = topic_check(session, self._view, Kind.QUEUE, READ)
+        asker: Asker = session
         if ask.op not in QUEUE_LOOKS:
             session.caller.check(MANAGE, GROUP, ask.group)
             check = None
+            if not ask.dry_run:
+                asker = told(session, self._view, f"queue_{ask.op}", ask.group, {topic for topic, _ in ask.entries})
         elif ask.op != "groups":  # it names none, and is answered with those that may be read
             session.caller.check(READ, GROUP, ask.group)
-        self.ask_queue(session, frame.correlation, ask, check)
+        self.ask_queue(asker, frame.correlation, ask, check)
 
     def _reader(self, session: ServerSession, kind: int, group: str) -> TopicCheck | None:
         """Raises Forbidden unless the group may be read; what each topic is checked with."""

@@ -104,6 +104,7 @@ class ServerSession:
         self._hold: asyncio.Future[None] | None = None
         self._receiver = receiver
         self._held_back: deque[bytes | bytearray] = deque()  # came in one piece with what put reading on hold
+        self._deaf = False
         self._refused = False  # `_read` ends the session for a frame that makes no sense
 
     # -- sending ------------------------------------------------------------------------------------
@@ -149,6 +150,11 @@ class ServerSession:
         """The caller was refused something in a frame of this kind. Frames that are refused whole are noted here."""
         if self._endpoint.on_refused is not None:
             self._endpoint.on_refused(self, kind, error)
+
+    def note_changed(self, action: str, resource: str, name: str, code: str, **details: Any) -> None:
+        """The caller changed something by a frame, or failed to, with ``code``."""
+        if self._endpoint.on_changed is not None:
+            self._endpoint.on_changed(self, action, resource, name, code, details)
 
     def fail(self, kind: int, correlation: int, error: FerrylineError) -> None:
         """Answer a request with an error."""
@@ -250,6 +256,10 @@ class ServerSession:
 
     # -- closing ------------------------------------------------------------------------------------
 
+    def deafen(self) -> None:
+        """Take no further frame: for the peer it is as if the connection had broken before what it sends from now on."""
+        self._deaf = self._refused = True
+
     async def close(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
         """Write what is queued, then end the session."""
         if not self.closed:
@@ -342,7 +352,8 @@ class ServerSession:
                 self._refuse_structure(data, error)
                 await self.close(WSCloseCode.PROTOCOL_ERROR, error.message)
                 return
-            self._handle(frame)
+            if not self._deaf:
+                self._handle(frame)
 
     async def _odd(self, message: WSMessage) -> bool:
         """A message that is no frame. Returns whether the session is over."""

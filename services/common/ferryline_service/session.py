@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
@@ -48,6 +48,7 @@ __all__ = ["Buffer", "OnFrame", "ServerSession", "SessionEndpoint", "common_vers
 
 OnFrame = Callable[[ServerSession, Frame], Awaitable[None] | None]
 OnRefused = Callable[[ServerSession, int, FerrylineError], None]  # a frame of this kind, or an entry of one
+OnChanged = Callable[[ServerSession, str, str, str, str, dict[str, Any]], None]  # action, resource, name, code, details
 HELLO_TIMEOUT_S = 10.0
 PING_S = 10.0  # a peer that does not answer a ping within half of this is gone
 OUT_BYTES_MAX = 128 * 1024 * 1024  # a peer that asks for more than this and does not read it is cut off
@@ -98,6 +99,7 @@ class SessionEndpoint:
         self.admit = admit  # raises what every HELLO is refused with
         self.gate = gate or Gate(server, cluster_id)  # without one nobody is asked who they are
         self.on_refused: OnRefused | None = None
+        self.on_changed: OnChanged | None = None
         self.metrics = metrics
         self.out_bytes_max = out_bytes_max
         self.sessions: set[ServerSession] = set()

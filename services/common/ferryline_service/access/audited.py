@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ferryline_service.server_session import ServerSession
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+BODY_BYTES_MAX = 64 * 1024
 _LOOKS = ("GET", "HEAD", "OPTIONS")
 _CONNECT = "connect"
 _NAMES = ("name", "topic", "exchange", "principal")  # in a body or an error, where the path names nothing
@@ -87,6 +88,13 @@ class Auditor:
             REFUSED,
             error.code,
         )
+
+    def changed_frame(
+        self, session: ServerSession, action: str, resource: str, name: str, code: str, details: dict[str, Any]
+    ) -> None:
+        """What a frame has changed, or failed to."""
+        outcome = FAILED if code else DONE
+        self.log.note(_known(session.caller), session.remote, action, resource, name, outcome, code, **details)
 
     async def _changed(self, request: web.Request, rule: Rule) -> None:
         body = await _body(request) if rule is not PUBLIC else None  # what nodes send to join holds a token
@@ -146,8 +154,8 @@ def _name(request: web.Request, need: Need | None, body: Any) -> str:
 
 
 async def _body(request: web.Request) -> Any:
-    """The JSON that the handler has read; None without one."""
-    if not request.body_exists:
+    """The JSON that the handler has read; None without one, or where it is more than a line can tell."""
+    if request.content_type != "application/json" or not 0 < (request.content_length or 0) <= BODY_BYTES_MAX:
         return None
     try:
         return json.loads(await request.text())

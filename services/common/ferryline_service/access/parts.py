@@ -73,10 +73,11 @@ class Access:
         return [*WhoamiRest(self.gate).routes(), *audit]
 
     def watch(self, endpoint: SessionEndpoint) -> None:
-        """The endpoint asks our gate from now on, and tells the audit log what frames were refused."""
+        """The endpoint asks our gate from now on, and tells the audit log what frames changed and were refused."""
         endpoint.gate = self.gate
         if self._auditor is not None:
             endpoint.on_refused = self._auditor.refused_frame
+            endpoint.on_changed = self._auditor.changed_frame
 
     async def close(self) -> None:
         if self._shared is not None:
