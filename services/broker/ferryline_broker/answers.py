@@ -132,6 +132,7 @@ SCHEMAS: dict[str, Schema] = {
         batches=several({"type": "array"}),
         wrong=nullable(shape(offset=WHOLE, file=TEXT, position=WHOLE, reason=TEXT)),
     ),
+    "Certificates": shape(node={"type": "object"}, authorities=several({"type": "object"})),
     "Repairing": shape(partition=TEXT, was_primary=FLAG),
     "LogEnd": shape(log_end=COUNT),
     "LogEnds": shape(log_end=shape(**dict.fromkeys(LOGS, COUNT))),

@@ -129,6 +129,8 @@ OPERATIONS: Operations = {
         problems=(421,),
     ),
     ("DELETE", _QUEUE): Operation(_both("Deleted"), query=(_THIS_ONE,), problems=(409, 421)),
+    ("GET", "/v1/certificates"): Operation({200: _one("Certificates")}),
+    ("POST", "/v1/certificates/renew"): Operation({200: _one("Certificates")}),
     ("GET", _REPLICA): Operation({200: _one("Replica")}, problems=(421,)),
     ("GET", f"{_REPLICA}/digests"): Operation(
         {200: _one("Digests")},

@@ -41,7 +41,7 @@ def check_query(request: web.Request, operation: Operation) -> None:
     if len(request.raw_path.partition("?")[2]) > TEXT_MAX or len(request.query) > PARAMETERS_MAX:
         raise InvalidArgument(f"query: over {TEXT_MAX} bytes or {PARAMETERS_MAX} parameters", field="query")
     known = {one.name: one for one in operation.query}
-    for name, count in Counter(request.query.keys()).items():
+    for name, count in Counter(name for name, _ in request.query.items()).items():
         if name not in known:
             there = f"; there are {', '.join(sorted(known))}" if known else ""
             raise InvalidArgument(f"{name[:40]!r}: no such query parameter{there}", field=name[:40])
