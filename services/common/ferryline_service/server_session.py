@@ -104,7 +104,7 @@ class ServerSession:
         self._hold: asyncio.Future[None] | None = None
         self._receiver = receiver
         self._held_back: deque[bytes | bytearray] = deque()  # came in one piece with what put reading on hold
-        self._deaf = False
+        self._silent = False  # at the latest when it is closed
         self._refused = False  # `_read` ends the session for a frame that makes no sense
 
     # -- sending ------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class ServerSession:
 
         The buffers must not change until written. After the session closed, nothing happens.
         """
-        if self.closed:
+        if self._silent:
             return
         size = len(frame)
         if parts:
@@ -256,9 +256,11 @@ class ServerSession:
 
     # -- closing ------------------------------------------------------------------------------------
 
-    def deafen(self) -> None:
-        """Take no further frame: for the peer it is as if the connection had broken before what it sends from now on."""
-        self._deaf = self._refused = True
+    def fall_silent(self) -> None:
+        """Take and answer nothing more: for the peer it is as if the connection had broken now. What was answered is
+        still written."""
+        self.flush()
+        self._silent = self._refused = True
 
     async def close(self, code: int = WSCloseCode.OK, reason: str = "") -> None:
         """Write what is queued, then end the session."""
@@ -283,7 +285,7 @@ class ServerSession:
     def _finish(self) -> None:
         if self.closed:
             return
-        self.closed = True
+        self.closed = self._silent = True
         self.resume_reading()
         for task in list(self._tasks):
             task.cancel()
@@ -352,7 +354,7 @@ class ServerSession:
                 self._refuse_structure(data, error)
                 await self.close(WSCloseCode.PROTOCOL_ERROR, error.message)
                 return
-            if not self._deaf:
+            if not self._silent:
                 self._handle(frame)
 
     async def _odd(self, message: WSMessage) -> bool:

@@ -212,7 +212,12 @@ class Gate:
             self._arm(session)
 
     def _end(self, session: ServerSession, reason: str) -> None:
-        """Nothing is done for it from now on; what was answered is still written."""
+        """Nothing is done for it from now on; what was answered is still written.
+
+        What is unanswered stays so: a refusal would be an error of the request, but what a broken connection left open
+        its client asks again, over a session with another token.
+        """
+        session.fall_silent()
         session.caller = NOBODY
         task = asyncio.get_running_loop().create_task(session.close(WSCloseCode.GOING_AWAY, reason))
         self._ending.add(task)

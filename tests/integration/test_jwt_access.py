@@ -1,0 +1,152 @@
+"""JWTs at a real cluster: hostile ones are refused wherever they are shown; good ones end, and nobody notices."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+import ferryline as fl
+from ferryline.cli.driver import ProcessCluster
+from ferryline.protocol.errors import BadCredentials
+from ferryline.trust import ssl_context
+from tests.integration.conftest import Start
+from tests.polling import poll
+from unit.hostile_jwts import HOSTILE, weak_keys
+from unit.issuer import AUDIENCE, Issuer, Keyring
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+
+TOKEN_S = 3
+_ACCESS = """
+[[issuers]]
+name = "test"
+issuer = "{issuer}"
+audience = "{audience}"
+leeway_ms = 0
+
+[[principals]]
+name = "test:ann"
+grants = [
+    {{resource = "topic", pattern = "*", actions = ["manage"]}},
+    {{resource = "group", pattern = "*", actions = ["manage"]}},
+]
+"""
+
+
+@pytest.fixture
+async def issuer() -> AsyncIterator[Issuer]:
+    async with Issuer(Keyring()) as running:
+        yield running
+
+
+async def begin(start_cluster: Start, issuer: Issuer, folder: Path, brokers: int) -> ProcessCluster:
+    (folder / "access.toml").write_text(_ACCESS.format(issuer=issuer.url, audience=AUDIENCE))
+    return await start_cluster(brokers=brokers, coordinator_args=["--access", str(folder / "access.toml")])
+
+
+async def test_every_hostile_token_is_refused_over_rest_and_sessions_of_both_services(
+    issuer: Issuer, start_cluster: Start, tmp_path: Path
+) -> None:
+    issuer.extra = weak_keys()
+    cluster = await begin(start_cluster, issuer, tmp_path, brokers=1)
+    urls = [cluster.url, cluster.url_of(cluster.brokers[0])]
+    tls = ssl_context(str(cluster.ca))
+    async with (
+        Issuer(issuer.keyring) as attacker,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=8)) as http,
+    ):
+        for url in urls:
+            assert (await shown(http, f"{url}/v1/whoami", issuer.good()))[0] == 200
+        unlike: list[str] = []
+        for name, make in HOSTILE.items():
+            token = make(issuer, attacker.url)
+            for url in urls:
+                for path in ("/v1/whoami", "/v1/session"):
+                    status, code = await shown(http, url + path, token)
+                    # What is no header of HTTP, or too long for one, does not get as far as the gate.
+                    if (status, code) != (401, "BAD_CREDENTIALS") and not (status == 400 and _no_header(token)):
+                        unlike.append(f"{name} at {url}{path}: {status} {code}")
+        assert unlike == []
+        assert attacker.requests == []
+        for url in urls:  # neither service minds
+            assert (await shown(http, f"{url}/v1/whoami", issuer.good()))[0] == 200
+
+
+async def shown(http: aiohttp.ClientSession, url: str, token: str) -> tuple[int, str]:
+    """Status and code of the answer to whoever shows a token; a session is asked for as its clients do."""
+    headers = {"Authorization": f"Bearer {token}"}
+    if url.endswith("/session"):
+        headers |= {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers["Sec-WebSocket-Key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
+    try:
+        async with asyncio.timeout(30), http.get(url, headers=headers) as answer:
+            body: dict[str, Any] = await answer.json(content_type=None) if answer.status != 101 else {}
+    except ValueError:  # aiohttp does not send it
+        return 400, "not sent"
+    return answer.status, str((body or {}).get("code"))
+
+
+def _no_header(token: str) -> bool:
+    return len(token) > 8000 or "\n" in token or not token.isascii()
+
+
+async def test_no_error_is_seen_while_tokens_end_under_load(
+    issuer: Issuer, start_cluster: Start, tmp_path: Path
+) -> None:
+    """Sends that never pause, a consumer, a receiver and an administrator, through four ends of their tokens."""
+    cluster = await begin(start_cluster, issuer, tmp_path, brokers=2)
+    given: list[str] = []
+
+    async def token() -> str:
+        given.append(issuer.good(exp=int(time.time()) + TOKEN_S))
+        return given[-1]
+
+    sent, read, received = 0, set[int](), set[int]()
+    async with fl.connect(cluster.url, ca=cluster.ca, token=token) as client:
+        await client.admin.create_topic("orders", partitions=4)
+        async with (
+            client.producer() as producer,
+            client.consumer("orders", group="billing") as consumer,
+            client.receiver("orders", group="packing") as receiver,
+        ):
+
+            async def consuming() -> None:
+                async for message in consumer:
+                    read.add(int(message.value))
+
+            async def receiving() -> None:
+                async for message in receiver:
+                    async with message.processing():
+                        received.add(int(message.value))
+
+            tasks = [asyncio.create_task(consuming()), asyncio.create_task(receiving())]
+            end = time.monotonic() + 4 * TOKEN_S
+            while time.monotonic() < end:
+                results = await producer.send_many(
+                    "orders", [(f"k{number % 50}", b"%d" % number) for number in range(sent, sent + 50)]
+                )
+                assert [result for result in results if isinstance(result, BaseException)] == []
+                sent += 50
+                await client.admin.list_topics()
+                assert not [task.exception() for task in tasks if task.done()]
+            await poll(lambda: len(read) == sent and len(received) == sent, within_s=60)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+    assert len(set(given)) >= 4
+
+
+async def test_a_function_that_gives_no_good_token_is_told_so_at_once(
+    issuer: Issuer, start_cluster: Start, tmp_path: Path
+) -> None:
+    cluster = await begin(start_cluster, issuer, tmp_path, brokers=1)
+    for token in (lambda: issuer.good(aud="another"), lambda: issuer.good(exp=1), "fl_0000000000000000_x", ""):
+        with pytest.raises(BadCredentials):
+            async with fl.connect(cluster.url, ca=cluster.ca, token=token, timeout=60):
+                pass
