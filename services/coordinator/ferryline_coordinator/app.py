@@ -34,6 +34,7 @@ from ferryline_coordinator.rest_definitions import DefinitionRest
 from ferryline_coordinator.rest_exchanges import ExchangeRest
 from ferryline_coordinator.rest_login import LoginRest
 from ferryline_coordinator.rest_principals import PrincipalRest
+from ferryline_coordinator.rest_upgrade import UpgradeRest
 from ferryline_coordinator.sessions import Sessions
 from ferryline_coordinator.store.interface import MetaStore
 from ferryline_coordinator.store.opening import open_store
@@ -163,6 +164,7 @@ class Coordinator:
         self.metrics.deposed = lambda: getattr(store, "deposed", 0)
         if await store.members() is None:
             await driver.start()
+            await driver.settled()  # what the access file says holds before anybody is served
             assert driver.state.cluster is not None
             return driver.state.cluster.cluster_id
         driver.begin()
@@ -232,7 +234,7 @@ class Coordinator:
         app.router.add_routes(LoginRest(self.access.gate).routes())
         app.router.add_routes([*Rest(self.driver).routes(), *ExchangeRest(self.driver).routes()])
         app.router.add_routes(DefinitionRest(self.driver).routes())
-        app.router.add_routes(BackupRest(self.driver).routes())
+        app.router.add_routes([*BackupRest(self.driver).routes(), *UpgradeRest(self.driver).routes()])
         app.router.add_routes(CertificateRest(lambda: self.authority, self._renew_own).routes())
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
