@@ -53,6 +53,8 @@ class Load:
     async def finish(self) -> None:
         """No more is sent; what was sent is read."""
         self.stop.set()
+        senders = [*self._tasks[:2], self._tasks[4]]
+        await asyncio.wait(senders)
         end = time.monotonic() + DRAIN_S
         while not self._drained:
             if time.monotonic() > end:

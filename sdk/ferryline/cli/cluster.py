@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -150,3 +151,68 @@ def broker_state(broker: Any) -> str:
     if broker.draining:
         return "draining"
     return "stopping" if broker.stopping else "running"
+
+
+@app.command()
+def upgrade(
+    ctx: typer.Context,
+    finish: Annotated[
+        bool, typer.Option("--finish/--check", help="Say that the upgrade is over; or only look.")
+    ] = False,
+) -> None:
+    """Which release every node runs, and whether the whole cluster can use what is new.
+
+    A rolling upgrade: new programs on one node after the other, brokers first, each restarted when everything is in
+    sync again (`rolling-restart`); then --finish. Until then every node may go back to the release before; afterwards
+    older ones are refused. Exit status 1 with --check when somebody is behind.
+
+    Example: ferryline cluster upgrade --check && ferryline cluster upgrade --finish
+    """
+    from ferryline.backup.calls import BackupCalls
+    from ferryline.cli.connection import connected, run
+
+    invocation = of(ctx)
+
+    async def act() -> dict[str, Any]:
+        async with connected(invocation.settings) as client:
+            method, path = ("POST", "/v1/upgrade/finish") if finish else ("GET", "/v1/upgrade")
+            found: dict[str, Any] = await BackupCalls(client, 0.0).coordinator(method, path, {} if finish else None)
+            return found
+
+    found = run(act())
+    own = found["coordinator"]
+    rows = [{"node": "coordinator", "running": True, **own}]
+    rows += [{"node": f"broker {broker.pop('id')}", **broker} for broker in found["brokers"]]
+    for row in rows:
+        row["behind"] = row["feature_level"] < own["feature_level"]
+    if invocation.output.for_people:
+        invocation.output.rows(rows, columns=["node", "running", "feature_level", "behind"])
+        level, possible = found["feature_level"], found["possible"]
+        more = "; --finish raises it" if possible > level else ""
+        invocation.output.done(f"the cluster runs at feature level {level}, and could run at {possible}{more}")
+    else:
+        invocation.output.one({**found, "brokers": rows[1:]})
+    if found["behind"] and not finish:
+        raise Failed(f"brokers {', '.join(map(str, found['behind']))} run an older release", FAILED)
+
+
+@app.command("rolling-restart")
+def rolling_restart(
+    ctx: typer.Context,
+    data_dir: Annotated[Path | None, typer.Option(help="Of the `ferryline up` whose services are restarted.")] = None,
+    coordinator: Annotated[bool, typer.Option(help="The coordinators, too, after the brokers.")] = True,
+    timeout: Annotated[float, typer.Option("--step-timeout", help="Seconds for each service.")] = 120.0,
+) -> None:
+    """Restart the services of `ferryline up` on this machine one by one, each when everything is in sync again.
+
+    A broker hands its partitions over before it ends, so clients see retries and no errors. Elsewhere, do the same by
+    hand or by your orchestrator: stop one broker (SIGTERM), start it, wait for `ferryline cluster health` to say good.
+    """
+    from ferryline.cli.connection import run
+    from ferryline.cli.rolling import restart_all
+    from ferryline.cli.settings import local_data_dir
+
+    invocation = of(ctx)
+    root = (data_dir or local_data_dir()).expanduser().absolute()
+    done = run(restart_all(invocation.settings, root, coordinator, timeout))
+    invocation.output.rows(done, columns=["service", "pid_before", "pid", "seconds"])

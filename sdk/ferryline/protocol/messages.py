@@ -17,7 +17,10 @@ from ferryline.protocol.metadata import PartitionMeta
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
-FEATURE_LEVEL = 1  # highest cluster feature level this release can run at
+# What a whole cluster may use only once all of it can: a cluster runs at one level, which `ferryline cluster upgrade
+# --finish` raises. 1: the first release. 2: access policies, entries of restored state logs.
+FEATURE_LEVEL = 2  # highest that this release can run at
+FEATURE_ACCESS = FEATURE_RESTORE = 2
 
 RECORDS, STATE = 0, 1  # the two logs of a replica
 

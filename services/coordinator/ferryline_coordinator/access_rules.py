@@ -73,6 +73,8 @@ ROUTES: RouteRules = {
     ("GET", "/v1/certificates"): _LOOK,
     ("POST", "/v1/certificates/renew"): _OPERATE,
     ("POST", "/v1/certificates/rotate"): _OPERATE,
+    ("GET", "/v1/upgrade"): _LOOK,
+    ("POST", "/v1/upgrade/finish"): _OPERATE,
     ("GET", "/v1/backup"): _OPERATE,  # of every record, keys of principals included
     ("POST", "/v1/restore"): _OPERATE,
     ("POST", "/v1/restore/finish"): _OPERATE,

@@ -133,6 +133,13 @@ SCHEMAS: dict[str, Schema] = {
             shape(name=TEXT, issuer=TEXT, audience=TEXT, client_id=TEXT, client_secret=TEXT, scopes=several(TEXT))
         )
     ),
+    "Upgrade": shape(
+        feature_level=COUNT,
+        possible=COUNT,
+        behind=several(COUNT),
+        coordinator=shape(feature_level=COUNT, versions=several(COUNT)),
+        brokers=several(shape(id=COUNT, running=FLAG, feature_level=COUNT, versions=several(COUNT))),
+    ),
     "Backup": shape(cluster_id=TEXT, revision=COUNT, feature_level=WHOLE, records=table(TEXT)),
     "Certificates": shape(
         node=nullable({"type": "object"}), authorities=several({"type": "object"}), phase=TEXT, ca=TEXT

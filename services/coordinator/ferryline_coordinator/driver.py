@@ -23,6 +23,7 @@ from ferryline.protocol.errors import (
     ErrorInfo,
     FerrylineError,
     ShuttingDown,
+    UnsupportedVersion,
     from_info,
 )
 from ferryline_coordinator.clock import now_ms
@@ -92,7 +93,10 @@ class Driver:
         core = CoordinatorCore(self._config)
         self._versions = {key: version for key, (_, version) in loaded.records.items()}
         values = [(key, value) for key, (value, _) in loaded.records.items()]
-        core.load(values, primaryship.coord_epoch, now_ms())
+        try:
+            core.load(values, primaryship.coord_epoch, now_ms())
+        except UnsupportedVersion as later:  # a later release has been here: leave it to that one
+            raise StoreUnusable(str(later)) from None
         floor = core.state.cluster.coord_epoch_floor if core.state.cluster is not None else 0
         if primaryship.coord_epoch < floor:
             return await self.start(floor)

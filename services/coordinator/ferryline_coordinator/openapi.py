@@ -180,6 +180,8 @@ OPERATIONS: Operations = {
     ("GET", "/v1/certificates"): Operation({200: _one("Certificates")}),
     ("POST", "/v1/certificates/renew"): Operation({200: _one("Certificates")}, problems=(409,)),
     ("POST", "/v1/certificates/rotate"): Operation({200: _one("Certificates")}, Rotate, problems=(409,)),
+    ("GET", "/v1/upgrade"): Operation({200: _one("Upgrade")}),
+    ("POST", "/v1/upgrade/finish"): Operation({200: _one("Upgrade")}, problems=(409,)),
     ("GET", "/v1/backup"): Operation({200: _one("Backup")}),
     ("POST", "/v1/restore"): Operation({200: _one("Restored")}, Restore, problems=(409,)),
     ("POST", "/v1/restore/finish"): Operation({200: _one("Partition")}, Finish, problems=(404, 409)),

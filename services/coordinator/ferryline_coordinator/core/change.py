@@ -242,10 +242,10 @@ class Change:
 
     @property
     def cluster_moved(self) -> bool:
-        """Whether the coordinators are others than before."""
+        """Whether the coordinators, or the feature level, are others than before."""
         record = self._puts.get(CLUSTER_KEY)
         known = self.state.cluster
-        return isinstance(record, ClusterRecord) and known is not None and record.coordinators != known.coordinators
+        return isinstance(record, ClusterRecord) and known is not None and _told(record) != _told(known)
 
     def next_revision(self) -> int:
         """The revision that will stand once this decision is durable. Only right when no more is written."""
@@ -259,3 +259,8 @@ class Change:
         puts = [*(self._puts[key] for key in keys), *(self._parts[key] for key in sorted(self._parts))]
         effects = [self._late[n]() if n in self._late else effect for n, effect in enumerate(self.effects)]
         return Decision(tuple(puts), tuple(sorted(self._deletes)), tuple(effects))
+
+
+def _told(cluster: ClusterRecord) -> tuple[object, ...]:
+    """What of it goes to everybody."""
+    return cluster.coordinators, cluster.feature_level

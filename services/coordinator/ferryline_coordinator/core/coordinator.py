@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Iterable
 
 from ferryline.protocol.errors import FerrylineError
+from ferryline.protocol.messages import FEATURE_LEVEL
 from ferryline.protocol.metadata import TopicMeta
+from ferryline_coordinator.core import upgrade
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.elections import can_elect, elect
@@ -30,6 +32,7 @@ from ferryline_coordinator.core.events import (
     HeartbeatReceived,
     KeyAdded,
     KeyRemoved,
+    LevelRaised,
     MetadataAsked,
     PartitionsAdded,
     PrincipalAltered,
@@ -111,6 +114,7 @@ class CoordinatorCore:
         assert coord_epoch > 0
         assert self.coord_epoch == 0, "a core is loaded once"
         self.state.load(records)
+        upgrade.check_known(self.state.cluster)
         self.coord_epoch = coord_epoch
         self.polls = Polls(self.config, self.state, coord_epoch)
         self._now_ms = now_ms
@@ -215,7 +219,7 @@ class CoordinatorCore:
     def _found(self, event: Founded) -> Decision:
         if self.founded:
             return Decision()
-        return Decision((ClusterRecord(event.cluster_id, event.claim_key),))
+        return Decision((ClusterRecord(event.cluster_id, event.claim_key, feature_level=FEATURE_LEVEL),))
 
     def _dispatch(self, change: Change, event: Event) -> None:
         match event:
@@ -275,6 +279,8 @@ class CoordinatorCore:
                 self.membership.forget(change, event)
             case RecoveryAsked():
                 self.recovery.asked(change, event)
+            case LevelRaised():
+                upgrade.finish(change, event)
             case RestoreBegun():
                 self.restoring.begin(change, event)
             case RestoreEnded():

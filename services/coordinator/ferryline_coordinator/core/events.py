@@ -258,6 +258,12 @@ class BrokerForgotten(Event):
     broker_id: int
 
 
+class LevelRaised(Event):
+    """Raise the cluster's feature level as far as everybody can run at. Answer: the level."""
+
+    reply: int
+
+
 class RestoreBegun(Event):
     """Put records of a backup into an empty cluster; topics get partitions that nobody leads yet. ``records`` are
     encoded, by key; ``epochs``: of each partition, not below any that its logs hold. Repeating changes nothing.

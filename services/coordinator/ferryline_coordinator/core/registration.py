@@ -127,7 +127,10 @@ class Registration:
         level = change.cluster.feature_level
         if message.feature_level < level:
             raise UnsupportedVersion(
-                f"feature_level: the cluster runs at {level}, the broker at {message.feature_level}"
+                f"feature_level: the cluster runs at {level}, broker {message.broker_id or 'new'} of an older release "
+                f"at {message.feature_level} at most: upgrade it",
+                cluster=level,
+                broker=message.feature_level,
             )
         if message.broker_id:
             return message

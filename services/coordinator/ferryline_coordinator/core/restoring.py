@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ferryline.protocol.errors import Conflict, InvalidArgument, NotEnoughReplicas, NotReady, UnknownPartition
+from ferryline.protocol.messages import FEATURE_RESTORE
 from ferryline.protocol.metadata import NO_BROKER, RESTORING, PartitionMeta, TopicMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
@@ -35,6 +36,12 @@ class Restoring:
         self._config = config
 
     def begin(self, change: Change, event: RestoreBegun) -> None:
+        if change.cluster.feature_level < FEATURE_RESTORE:
+            raise Conflict(
+                f"feature_level: restoring needs {FEATURE_RESTORE}, the cluster runs at "
+                f"{change.cluster.feature_level}: ferryline cluster upgrade --finish",
+                feature_level=change.cluster.feature_level,
+            )
         self._check_empty(change)
         records = [_decoded(key, value) for key, value in sorted(event.records.items())]
         topics = {record.id: record for record in records if isinstance(record, TopicMeta)}
