@@ -186,7 +186,6 @@ async def test_what_cannot_be_done_is_told_by_item_and_the_rest_is_done(here: He
     wanted = {
         "topics": [
             {"name": "orders", "config": {"partitions": 2, "replication": 2, "retention_ms": 60_000}},
-            {"name": "__secret"},
             {"name": "new", "config": {"replication": 1}},
         ],
         "exchanges": [{"name": "events", "type": "topic", "bindings": [{"topic": "nowhere", "routing_key": "a"}]}],
@@ -198,7 +197,6 @@ async def test_what_cannot_be_done_is_told_by_item_and_the_rest_is_done(here: He
         ("orders", "conflict", "CONFLICT"),
         ("orders", "conflict", "CONFLICT"),
         ("orders", "alter", None),
-        ("__secret", "create", "INVALID_NAME"),
         ("new", "create", None),
         ("events", "conflict", "CONFLICT"),
         ("events -> topic nowhere", "bind", "UNKNOWN_TOPIC"),
@@ -231,8 +229,32 @@ async def test_principals_are_made_without_keys_and_changed_where_they_differ(he
 
 @pytest.mark.parametrize(
     "body",
-    [{"version": 2}, {"topic": []}, {"topics": [{"name": 5}]}, {"exchanges": [{"name": "x"}]}, [], {"topics": {}}],
+    [
+        {"version": 2},
+        {"topic": []},
+        {"topics": [{"name": 5}]},
+        {"topics": [{"name": "__secret"}]},
+        {"topics": [{"name": "a"}, {"name": "b", "config": {"partitions": 0}}]},
+        {"topics": [{"name": "a", "config": {"min_isr": 3, "replication": 2}}]},
+        {"exchanges": [{"name": "x"}]},
+        {"exchanges": [{"name": "x", "type": "ring"}]},
+        {"exchanges": [{"name": "x", "type": "fanout", "alternate": "a b"}]},
+        {"exchanges": [{"name": "x", "type": "fanout", "bindings": [{"topic": "t", "routing_key": "a"}]}]},
+        {"exchanges": [{"name": "x", "type": "fanout", "bindings": [{}]}]},
+        {"principals": [{"name": "a b"}]},
+        {"principals": [{"name": "a", "grants": [{"resource": "sea", "actions": ["read"]}]}]},
+        {"principals": [{"name": "a", "quota": {"records": -1}}]},
+        [],
+        {"topics": {}},
+    ],
 )
-async def test_a_document_that_is_none_is_refused_whole(here: Here, body: Any) -> None:
-    assert (await here.rest("PUT", "/v1/definitions", body))[0] == 400
+async def test_a_document_that_fits_no_cluster_is_refused_whole(here: Here, body: Any) -> None:
+    for query in ("", "?dry_run=true"):
+        assert (await here.rest("PUT", f"/v1/definitions{query}", body))[0] == 400
+    assert (await here.rest("GET", "/v1/topics"))[1]["topics"] == []
+
+
+async def test_flags_are_true_or_false_and_filters_are_names(here: Here) -> None:
     assert (await here.rest("PUT", "/v1/definitions?dry_run=perhaps", {}))[0] == 400
+    assert (await here.rest("GET", "/v1/partitions?topic="))[0] == 400
+    assert (await here.rest("POST", "/v1/restore", {"records": {"a": "\u00e4"}}))[0] == 400

@@ -72,8 +72,8 @@ _LOG = shape(log_start=COUNT, log_end=COUNT, high_watermark=COUNT)
 _STATUS: dict[str, Schema] = {
     "broker": COUNT,
     "role": TEXT,
-    "stopped": FLAG,
-    "log_state": WHOLE,
+    "stopped": {**TEXT, "description": "Why, or nothing."},
+    "log_state": TEXT,
     "repairing": FLAG,
     "epoch": COUNT,
     "logs": shape(**dict.fromkeys(LOGS, _LOG)),

@@ -213,7 +213,7 @@ class Broker:
         app.router.add_routes(self.audit.routes())
         app.router.add_routes(self.backup.routes())
         app.router.add_routes(self.certificates.routes())
-        app.router.add_get("/openapi.json", openapi_handler(app.router))
+        app.router.add_get("/openapi.json", openapi_handler(app.router, lambda: self.access.gate.enabled))
         self.access.gate.guard(app.router, ROUTES)
         app.on_shutdown.append(self._shut_down)
         return app

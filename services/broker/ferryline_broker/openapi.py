@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from ferryline.protocol.limits import OFFSET_MAX, PARTITIONS_MAX, WAIT_MS_MAX
@@ -166,11 +168,12 @@ OPERATIONS: Operations = {
 }
 
 
-def openapi_handler(router: web.UrlDispatcher) -> Handler:
-    """The handler that tells of everything on ``router``."""
+def openapi_handler(router: web.UrlDispatcher, secured: Callable[[], bool]) -> Handler:
+    """The handler that tells of everything on ``router``. ``secured``: access is on."""
 
     async def openapi(_: web.Request) -> web.StreamResponse:
         """This document."""
-        return web.json_response(document("Ferryline broker", router.routes(), OPERATIONS, _NAMES, SCHEMAS))
+        made = document("Ferryline broker", router.routes(), OPERATIONS, _NAMES, SCHEMAS, secured=secured())
+        return web.json_response(made)
 
     return openapi

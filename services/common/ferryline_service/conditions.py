@@ -12,6 +12,7 @@ from aiohttp import web
 from ferryline.protocol.errors import InvalidArgument
 
 TAGS_MAX = 100
+TAGS_CHARS_MAX = 4_000  # of one header: well below what a whole line of HTTP may have
 _TAGS = re.compile(r'\A\s*(?:W/)?"[\x21\x23-\x7e]{0,200}"\s*(?:,\s*(?:W/)?"[\x21\x23-\x7e]{0,200}"\s*)*\Z')
 _TAG = re.compile(r'(W/)?"([^"]*)"')
 
@@ -24,7 +25,7 @@ def given_tags(request: web.Request, header: str) -> list[tuple[bool, str]] | No
     text = ",".join(given)
     if text.strip() == "*":
         return [(False, "*")]
-    if len(text) > 8_192 or not _TAGS.match(text):
+    if len(text) > TAGS_CHARS_MAX or not _TAGS.match(text):
         raise InvalidArgument(f"{header}: expected * or a list of entity tags in quotes", field=header)
     found = [(bool(weak), tag) for weak, tag in _TAG.findall(text)]
     if len(found) > TAGS_MAX:

@@ -82,9 +82,11 @@ def document(
     operations: Operations,
     names: Mapping[str, Schema],
     schemas: Mapping[str, Schema],
+    *,
+    secured: bool = False,
 ) -> dict[str, Any]:
-    """Everything that the router serves but sessions. ``names``: schemas of the parameters of paths, ``schemas``:
-    components that answers refer to."""
+    """Everything that the router serves. ``names``: schemas of the parameters of paths, ``schemas``: components that
+    answers refer to, ``secured``: access is on, so a token is needed."""
     bodies = dict.fromkeys(one.body for one in operations.values() if one.body is not None)
     _, made = models_json_schema(
         [(body, "validation") for body in bodies],
@@ -107,7 +109,7 @@ def document(
         "openapi": "3.1.0",
         "info": {"title": title, "version": "1", "license": {"name": "MIT", "identifier": "MIT"}},
         "servers": [{"url": "/"}],
-        "security": [{"bearer": []}, {}],
+        "security": [{"bearer": []}] if secured else [],
         "paths": dict(sorted(paths.items())),
         "components": {
             "schemas": components,

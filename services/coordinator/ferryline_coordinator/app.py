@@ -246,7 +246,7 @@ class Coordinator:
 
     async def _openapi(self, request: web.Request) -> web.Response:
         """This document."""
-        return web.json_response(document(request.app.router.routes()))
+        return web.json_response(document(request.app.router.routes(), secured=self.access.gate.enabled))
 
     async def _shut_down(self, _: web.Application) -> None:
         self.driver.answer_parked()

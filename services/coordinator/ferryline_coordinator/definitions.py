@@ -13,10 +13,15 @@ import msgspec
 from msgspec.structs import asdict
 from pydantic import Field
 
-from ferryline.protocol.access import PRINCIPALS_MAX, PrincipalMeta
-from ferryline.protocol.exchanges import BindingMeta, ExchangeMeta
-from ferryline.protocol.metadata import TopicMeta
+from ferryline.protocol.access import PRINCIPALS_MAX, PrincipalMeta, check_principal
+from ferryline.protocol.errors import InvalidArgument
+from ferryline.protocol.exchanges import EXCHANGE_TYPES, BindingMeta, ExchangeMeta
+from ferryline.protocol.limits import REPLICATION_MAX, check_name
+from ferryline.protocol.metadata import RetryPolicy, TopicConfig, TopicMeta
+from ferryline_coordinator.core.exchanges import check_binding
+from ferryline_coordinator.core.principals import check_comment, check_grants, check_quota
 from ferryline_coordinator.core.state import CoordinatorState
+from ferryline_coordinator.core.topics import checked_config
 from ferryline_coordinator.models import Bind, Body, Kind, MaybeName, TopicSettings, as_json
 from ferryline_coordinator.models_access import CreatePrincipal
 from ferryline_coordinator.views import exchange_json
@@ -97,6 +102,31 @@ def _principal_shown(principal: PrincipalMeta) -> dict[str, Any]:
         "disabled": principal.disabled,
         "comment": principal.comment,
     }
+
+
+def check(wanted: Definitions) -> None:
+    """Raises InvalidArgument or InvalidName for a document that fits no cluster, naming the item and the field."""
+    any_topic = TopicConfig(replication=REPLICATION_MAX, retry=RetryPolicy(backoff_ms=0, backoff_max_ms=86_400_000))
+    for number, topic in enumerate(wanted.topics):
+        check_name(topic.name, f"topics.{number}.name")
+        checked_config(topic.config.given(), any_topic)
+    for number, exchange in enumerate(wanted.exchanges):
+        check_name(exchange.name, f"exchanges.{number}.name")
+        if exchange.type not in EXCHANGE_TYPES:
+            field = f"exchanges.{number}.type"
+            raise InvalidArgument(
+                f"{field}: {exchange.type[:40]!r} is none of {', '.join(EXCHANGE_TYPES)}", field=field
+            )
+        if exchange.alternate:
+            check_name(exchange.alternate, f"exchanges.{number}.alternate")
+        for bind in exchange.bindings:
+            check_binding(exchange.type, bind.binding())
+    for one in wanted.principals:
+        given = one.given()
+        check_principal(one.name)
+        check_grants(given["grants"])
+        check_quota(given["quota"])
+        check_comment(given["comment"])
 
 
 def planned(state: CoordinatorState, wanted: Definitions) -> list[Step]:

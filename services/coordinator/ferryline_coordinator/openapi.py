@@ -25,6 +25,7 @@ from ferryline_coordinator.models import (
 from ferryline_coordinator.models_access import AddKey, AlterPrincipal, CreatePrincipal
 from ferryline_coordinator.rest_backup import Finish, Restore
 from ferryline_coordinator.rest_certificates import Rotate
+from ferryline_service.conditions import TAGS_CHARS_MAX
 from ferryline_service.openapi import document as describe
 from ferryline_service.operations import Answer, Operation, Operations, Parameter, answer
 from ferryline_service.paging import CURSOR_PATTERN, LIMIT_MAX
@@ -41,7 +42,7 @@ _NAMES: dict[str, Schema] = {
     "key": {"type": "string", "minLength": 1, "maxLength": 100},
 }
 _OFFSET: Schema = {"type": "integer", "minimum": 0, "maximum": 2**62}
-_TAGS: Schema = {"type": "string", "maxLength": 8_192}
+_TAGS: Schema = {"type": "string", "maxLength": TAGS_CHARS_MAX}
 _IF_MATCH = (Parameter("If-Match", _TAGS, "Change only what is as one of these ETags says."),)
 _IF_NONE_MATCH = (Parameter("If-None-Match", _TAGS, "Answer 304 if it is as one of these ETags says."),)
 _PAGE = (
@@ -188,6 +189,6 @@ OPERATIONS: Operations = {
 }
 
 
-def document(routes: Iterable[web.AbstractRoute]) -> dict[str, Any]:
+def document(routes: Iterable[web.AbstractRoute], *, secured: bool) -> dict[str, Any]:
     """Everything that the router serves."""
-    return describe("Ferryline coordinator", routes, OPERATIONS, _NAMES, SCHEMAS)
+    return describe("Ferryline coordinator", routes, OPERATIONS, _NAMES, SCHEMAS, secured=secured)

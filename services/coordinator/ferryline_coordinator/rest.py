@@ -213,11 +213,11 @@ class Rest:
     async def list_partitions(self, request: web.Request) -> web.Response:
         """All partitions; ``state=offline|under_replicated|moving`` and ``topic=`` choose among them."""
         state = await self._state()
-        wanted, name = request.query.get("state", ""), request.query.get("topic", "")
+        wanted, name = request.query.get("state", ""), request.query.get("topic")
         if wanted not in ("", "offline", "under_replicated", "moving"):
             raise InvalidArgument("state: expected offline, under_replicated or moving", field="state")
         parts = [state.parts[key].meta for key in sorted(state.parts)]
-        if name:
+        if name is not None:
             topic = state.topic(check_name(name))
             parts = [part for part in parts if topic is not None and part.topic_id == topic.id]
         if wanted == "offline":

@@ -74,7 +74,7 @@ class BackupRest:
         body = Restore.model_validate(await read_json(request))
         try:
             records = {key: base64.b64decode(value, validate=True) for key, value in body.records.items()}
-        except binascii.Error:
+        except (binascii.Error, ValueError):  # ValueError: no ASCII
             raise InvalidArgument("records: expected base64", field="records") from None
         epochs = {_key(name): check_range(epoch, "epochs", 0, 2**31 - 2) for name, epoch in body.epochs.items()}
         taken: Any = await self._driver.ask(lambda reply: ev.RestoreBegun(reply, records, epochs))

@@ -25,6 +25,7 @@ from ferryline_coordinator.definitions import (
     UNCHANGED,
     Definitions,
     Step,
+    check,
     exported,
     planned,
 )
@@ -68,6 +69,7 @@ class DefinitionRest:
         caller = request.get(CALLER, UNCHECKED)
         dry_run, keys_move = _flag(request, "dry_run"), _flag(request, "keys_move")
         wanted = Definitions.model_validate(await read_json(request))
+        check(wanted)
         steps = planned(await durable_state(self._driver), wanted)
         results: list[dict[str, Any]] = []
         for step in steps:

@@ -76,6 +76,11 @@ class Gate:
         self._sessions: dict[ServerSession, asyncio.TimerHandle | None] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
+    @property
+    def enabled(self) -> bool:
+        """Access is on, as far as is known."""
+        return self.policy is not None and self.policy.enabled
+
     # -- the policy ---------------------------------------------------------------------------------
 
     def take(self, policy: AccessPolicy, *, registered: bool = False) -> None:
