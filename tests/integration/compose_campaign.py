@@ -212,6 +212,10 @@ class Story:
     async def down_and_up(self, load: Load) -> None:
         """Other containers, the same records, offsets, settled jobs, principals and keys."""
         ids = sorted(self.cluster.broker_id(name) for name in self.cluster.brokers)
+        for name in self.cluster.brokers:
+            self._check(
+                "process_crash" not in self.cluster.logs(name), f"{name} follows one that did not stop in order"
+            )
         await self.cluster.stop()
         self.cluster = self._project(5)
         await self.cluster.start()
