@@ -63,6 +63,7 @@ class Issuer:
     async def __aenter__(self) -> Issuer:
         app = web.Application()
         app.router.add_get("/{tail:.*}", self._answer)
+        self.add_routes(app)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -73,6 +74,9 @@ class Issuer:
     async def __aexit__(self, *exc: object) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
+
+    def add_routes(self, app: web.Application) -> None:
+        """More of them, in a class that answers more."""
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(request.path)
