@@ -37,12 +37,13 @@ class PartitionInfo(msgspec.Struct, frozen=True):
 
 
 class TopicInfo(msgspec.Struct, frozen=True):
-    """A topic, its settings and its partitions."""
+    """A topic, its settings and its partitions. ``owner``: the principal that created it, "" where access was off."""
 
     name: str
     id: str
     config: TopicConfig
     partitions: list[PartitionInfo]
+    owner: str = ""
 
 
 class BrokerInfo(msgspec.Struct, frozen=True):
@@ -234,6 +235,7 @@ class Admin(ExchangeAdmin, AccessAdmin):
             meta.id,
             meta.config,
             [PartitionInfo(p.partition, p.primary, p.epoch, p.replicas, p.isr, p.min_isr) for p in parts],
+            meta.owner,
         )
 
     def _brokers(self) -> list[BrokerInfo]:

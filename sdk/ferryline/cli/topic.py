@@ -88,6 +88,7 @@ def topic_row(topic: TopicMeta) -> dict[str, Any]:
     return {
         "name": topic.name,
         "id": topic.id,
+        "owner": topic.owner,
         "partitions": config.partitions,
         "replication": config.replication,
         "min_isr": config.min_isr,
@@ -110,6 +111,7 @@ def topic_row(topic: TopicMeta) -> dict[str, Any]:
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     return {
         **row,
+        "owner": row["owner"] or "nobody",
         "retention_ms": show_time(row["retention_ms"]),
         "segment_ms": show_time(row["segment_ms"]),
         "retention_bytes": show_size(row["retention_bytes"]),
