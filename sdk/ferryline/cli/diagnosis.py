@@ -81,9 +81,23 @@ def _validity(what: str, cert: tlsinfo.Certificate) -> list[Finding]:
         remedy = "The clock of this machine, or of the one that made it, is wrong."
         return [Finding(FAIL, what, f"not valid before {cert.not_before:%Y-%m-%d %H:%M} UTC", remedy)]
     if left < 0:
-        return [Finding(FAIL, what, f"expired at {until}", "Renew it; see docs/operations.")]
+        return [
+            Finding(
+                FAIL,
+                what,
+                f"expired at {until}",
+                "Renew it: ferryline certs rotate, or rotate-ca; see docs/operations.md.",
+            )
+        ]
     if left < EXPIRES_SOON_DAYS:
-        return [Finding(WARN, what, f"expires in {left:.1f} days, at {until}", "Renew it; see docs/operations.")]
+        return [
+            Finding(
+                WARN,
+                what,
+                f"expires in {left:.1f} days, at {until}",
+                "ferryline certs rotate, or rotate-ca; docs/operations.md.",
+            )
+        ]
     return [Finding(OK, what, f"{cert.subject}, valid for {left:.0f} days")]
 
 
@@ -171,8 +185,8 @@ def _wrong_certificate(url: str, host: str, ca: Path | None, error: ssl.SSLCertV
     return Finding(FAIL, url, f"its certificate is signed by {shown.issuer!r}, which {known} does not hold", remedy)
 
 
-def get(url: str, path: str, ca: Path | None) -> tuple[int, dict[str, str], bytes]:
-    """One GET: status, headers (lower case), at most 4 MiB of body. Raises OSError, http.client.HTTPException."""
+def get(url: str, path: str, ca: Path | None, token: str = "") -> tuple[int, dict[str, str], bytes]:
+    """One GET: status, headers (lower case), at most 16 MiB of body. Raises OSError, http.client.HTTPException."""
     host, port = tlsinfo.address(url)
     connection: http.client.HTTPConnection
     if url.startswith("https://"):
@@ -181,10 +195,10 @@ def get(url: str, path: str, ca: Path | None) -> tuple[int, dict[str, str], byte
     else:
         connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
         response = connection.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, headers, response.read(4 * 1024 * 1024)
+        return response.status, headers, response.read(16 * 1024 * 1024)
     finally:
         connection.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,12 +21,14 @@ NAMED_MAX = 5
 
 def app(
     ctx: typer.Context,
-    all_findings: Annotated[bool, typer.Option("--all", help="Also show what is in order.")] = True,
+    all_findings: Annotated[bool, typer.Option("--all/--problems", help="Also show what is in order.")] = True,
+    data_dir: Annotated[Path | None, typer.Option(help="Of a cluster on this machine, if it is another one.")] = None,
 ) -> None:
     """Look at everything between this command and the records, and say what is wrong and what to do.
 
-    Settings, names, ports, TLS, certificates, clocks, each service's health, brokers, partitions, disks. Exit status 0
-    when all is well (warnings included), 5 when no server can be used, 1 for other problems.
+    Settings, names, ports, TLS, certificates, clocks, tokens, each service's health, releases, brokers and their disks,
+    partitions, groups, queues and dead letters, keys on this machine. Exit status 0 when all is well (warnings
+    included), 5 when no server can be used, 1 for other problems.
 
     Examples:
 
@@ -38,26 +41,42 @@ def app(
     invocation = of(ctx)
     settings = invocation.settings
     found = diagnosis.check_settings(settings)
-    answering = 0
+    answering = []
     for url in settings.url:
         findings, answers = diagnosis.check_server(url, settings.ca)
         found += findings
-        answering += answers
-        if not answers:
+        if answers:
+            answering.append(url)
+        else:
             found += diagnosis.check_port_owner(url)
     if answering:
-        from ferryline.cli.connection import run
-
-        found += run(_cluster(settings))
+        found += _served(settings, answering[0])
+    elif settings.context:
+        remedy = "If the cluster has moved or was made anew, it is stale: ferryline context set, or context delete."
+        found.append(diagnosis.Finding(diagnosis.FAIL, "context", f"nothing of {settings.context!r} answers", remedy))
+    from ferryline.cli.diagnosis_access import check_keys
     from ferryline.cli.settings import local_data_dir
 
-    found += diagnosis.check_disk(local_data_dir())
+    root = data_dir or local_data_dir()
+    found += [*diagnosis.check_disk(root), *check_keys(root)]
     _show(found, invocation.output, all_findings)
     problems = sum(finding.level == diagnosis.FAIL for finding in found)
     if not answering:
         raise Failed("no server can be used", UNAVAILABLE)
     if problems:
         raise Failed(f"{problems} problem{'s' if problems > 1 else ''}", FAILED)
+
+
+def _served(settings: Settings, url: str) -> list[Finding]:
+    """What the cluster says to this client, if it lets it in."""
+    from ferryline.cli.connection import run
+    from ferryline.cli.diagnosis import FAIL
+    from ferryline.cli.diagnosis_access import check_token
+
+    found = check_token(url, settings.ca, settings.token)
+    if any(finding.level == FAIL for finding in found):
+        return found
+    return found + run(_cluster(settings))
 
 
 def _show(found: list[Finding], output: Output, everything: bool) -> None:
@@ -97,16 +116,72 @@ async def _cluster(settings: Settings) -> list[Finding]:
         return [Finding(FAIL, "cluster", str(error), error.remedy)]
     found = [Finding(OK, "cluster", f"{metadata.cluster_id}: {len(brokers)} brokers, {len(topics)} topics")]
     found += diagnosis.check_versions([level], FEATURE_LEVEL)
+    reached = []
     for broker in brokers:
         state = _state(broker)
         if state:
             found.append(Finding(WARN, f"broker {broker.id}", f"{broker.external} is {state[0]}", state[1]))
-        if broker.external not in settings.url and not broker.fenced:
-            findings, answers = await asyncio.to_thread(diagnosis.check_server, broker.external, settings.ca)
+        if broker.fenced:
+            continue
+        findings, answers = await asyncio.to_thread(diagnosis.check_server, broker.external, settings.ca)
+        if broker.external not in settings.url:
             found += [one for one in findings if one.level != OK]
-            if answers:
-                found.append(Finding(OK, f"broker {broker.id}", f"{broker.external} can be reached"))
-    return found + _partitions(parts, {topic.id: topic.name for topic in topics.values()})
+        if answers:
+            reached.append(broker)
+            found.append(Finding(OK, f"broker {broker.id}", f"{broker.external} can be reached"))
+        else:
+            remedy = "Clients are sent there: --advertise-external must be an address that they can reach."
+            what = f"it advertises {broker.external}, where it cannot be reached from here"
+            found.append(Finding(FAIL, f"broker {broker.id}", what, remedy))
+    found += _partitions(parts, {topic.id: topic.name for topic in topics.values()})
+    found += await asyncio.to_thread(_releases, settings)
+    return found + await asyncio.to_thread(_measured, settings, reached, list(metadata.coordinators))
+
+
+def _releases(settings: Settings) -> list[Finding]:
+    """Whether all nodes run the same release, and the cluster uses it."""
+    import http.client
+    import json
+
+    from ferryline.cli.diagnosis import WARN, Finding, get
+
+    for url in settings.url:
+        try:
+            status, _, body = get(url, "/v1/upgrade", settings.ca, settings.token)
+            told = json.loads(body)
+        except (OSError, http.client.HTTPException, ValueError):
+            continue
+        if status != 200:
+            continue  # a broker, or nobody who may ask
+        if told["behind"]:
+            brokers = ", ".join(map(str, told["behind"]))
+            remedy = "Upgrade them, too, one after the other: docs/operations.md, Upgrade."
+            return [Finding(WARN, "release", f"brokers {brokers} run an older one than the coordinator", remedy)]
+        if told["possible"] > told["feature_level"]:
+            remedy = "When nobody is to go back any more: ferryline cluster upgrade --finish"
+            level = f"level {told['feature_level']}, and could run at {told['possible']}"
+            return [Finding(WARN, "release", f"the cluster runs at feature {level}", remedy)]
+    return []
+
+
+def _measured(settings: Settings, brokers: list[Any], coordinators: list[str]) -> list[Finding]:
+    """What the services measure themselves."""
+    from ferryline.cli import diagnosis_metrics as metrics
+
+    found: list[Finding] = []
+    everything: list[metrics.Sample] = []
+    members: dict[str, float] = {}
+    for broker in brokers:
+        samples, status = metrics.scrape(broker.external, settings.ca, settings.token)
+        if status == 200:
+            everything += samples
+            found += metrics.check_broker(f"broker {broker.id}", samples)
+    active = False
+    for url in dict.fromkeys([*coordinators, *settings.url]):
+        samples, _ = metrics.scrape(url, settings.ca, settings.token)
+        if metrics.one(samples, "ferryline_coordinator_active"):
+            active, members = True, metrics.total(samples, "ferryline_group_members", "group")
+    return found + (metrics.check_traffic(everything, members) if active else [])
 
 
 def _state(broker: Any) -> tuple[str, str] | None:

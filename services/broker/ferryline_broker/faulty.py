@@ -30,12 +30,15 @@ _log = get_logger()
 
 class Switches(msgspec.Struct, frozen=True):
     """What is wrong now: ``write`` and ``sync`` are errno names or "" and hold for files with ``path`` in their
-    path; ``wall_ms`` is added to the wall clock."""
+    path; ``sync_ms`` is how long a sync takes longer; ``free_bytes``, if not negative, is what the disk has left;
+    ``wall_ms`` is added to the wall clock."""
 
     write: str = ""
     sync: str = ""
     path: str = ""
     wall_ms: int = 0
+    sync_ms: int = 0
+    free_bytes: int = -1
 
     def of(self, path: str) -> Switches:
         """What is wrong with the file at ``path``."""
@@ -95,7 +98,9 @@ class _FaultyFile:
         self._real.pwrite(data, position)
 
     def fdatasync(self) -> None:
-        self._faults.check(self._faults.now().of(self._path).sync, f"fdatasync {self._path}")
+        now = self._faults.now().of(self._path)
+        time.sleep(now.sync_ms / 1000)
+        self._faults.check(now.sync, f"fdatasync {self._path}")
         self._real.fdatasync()
 
     def truncate(self, size: int) -> None:
@@ -116,7 +121,9 @@ class FaultyStorage(LossyStorage):
 
     def usage(self) -> tuple[int, int]:
         free, total = super().usage()
-        return (0 if self._faults.now().write == "ENOSPC" else free), total
+        now = self._faults.now()
+        left = now.free_bytes if now.free_bytes >= 0 else free
+        return (0 if now.write == "ENOSPC" else left), total
 
     def write_small_atomic(self, path: str, data: bytes, *, sync: bool = True) -> None:
         now = self._faults.now().of(path)
