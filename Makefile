@@ -33,6 +33,8 @@ lock: venv ## rewrite requirements/*.txt from requirements/*.in
 
 docs: venv ## rewrite the pages that are made from code
 	@$(BIN)/python scripts/error_table.py
+	@$(BIN)/python scripts/dashboards.py
+	@$(BIN)/python scripts/metric_table.py
 
 # -- see it run -------------------------------------------------------------------------------------
 
@@ -52,8 +54,8 @@ test: venv ## all tests that need neither docker nor root
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-all: venv ## all tests; installs and starts what they need (Debian, root)
-	@scripts/install-parts etcd redis-server gcc
-	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow --etcd --redis $(ARGS)
+	@scripts/install-parts etcd redis-server prometheus gcc
+	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow --etcd --redis --prometheus $(ARGS)
 
 test-containers: venv ## the tests of the compose cluster; installs and starts docker if need be (Debian, root)
 	@scripts/with-docker $(BIN)/python -m pytest --docker -m docker $(ARGS) tests/integration

@@ -24,6 +24,7 @@ NEEDS = {
 }
 PROGRAMS = {  # tests run where these are found
     "etcd": "needs etcd (Debian: etcd-server): `make test-all` installs it",
+    "prometheus": "needs prometheus and promtool (Debian: prometheus): `make test-all` installs them",
     "redis": "needs redis-server (Debian: redis-server): `make test-all` installs it",
     "oidc": "needs node, chromium and what scripts/install-oidc fetches: `make test-all` installs them",
 }

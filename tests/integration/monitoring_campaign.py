@@ -76,8 +76,8 @@ class Campaign:
 
     # -- alerts -------------------------------------------------------------------------------------
 
-    async def fires(self, *names: str, by: Do, within_s: float = FIRES_WITHIN_S) -> None:
-        """``by`` makes these alerts fire, none of which does so before."""
+    async def fires(self, what: str, *names: str, by: Do, within_s: float = FIRES_WITHIN_S) -> None:
+        """``by`` makes these alerts fire, none of which does so before. ``what``: how to say that in a table."""
         before = {labels["alertname"] for labels in await self.prometheus.firing()}
         for name in names:
             if name in before:
@@ -90,7 +90,7 @@ class Campaign:
                 if labels["alertname"] in missing:
                     missing.discard(labels["alertname"])
                     after = round(time.monotonic() - began, 1)
-                    self.alerts[labels["alertname"]] = {"fired_after_s": after, "labels": labels}
+                    self.alerts[labels["alertname"]] = {"what": what, "fired_after_s": after, "labels": labels}
                     sys.stderr.write(f"  {labels['alertname']}: after {after} s, {labels}\n")
             await asyncio.sleep(0.2)
         self.wrong += [f"{name} did not fire" for name in sorted(missing)]
@@ -125,24 +125,36 @@ class Campaign:
     async def every_alert(self, disk: Disk) -> None:
         """One after the other, the death of the coordinator last: without it nothing else is told."""
         load = self.load
-        await self.fires("FerrylineParkedLanes", by=load.poison)
+        await self.fires("a record was rejected in a topic that parks", "FerrylineParkedLanes", by=load.poison)
         await self.ends("FerrylineParkedLanes", by=self.redrive_lanes)
-        await self.fires("FerrylineDeadLettersGrowing", by=self.start_rejecting)
+        await self.fires("every tenth record was rejected", "FerrylineDeadLettersGrowing", by=self.start_rejecting)
         await self.ends("FerrylineDeadLettersGrowing", by=self.stop_rejecting)
-        await self.fires("FerrylineLagGrowing", by=lambda: load.stop("consumers"))
+        await self.fires("the consumers were stopped", "FerrylineLagGrowing", by=lambda: load.stop("consumers"))
         await self.ends("FerrylineLagGrowing", by=lambda: self.resume("consumers"))
-        await self.fires("FerrylineQueueGrowing", by=lambda: load.stop("receivers"))
+        await self.fires("the receivers were stopped", "FerrylineQueueGrowing", by=lambda: load.stop("receivers"))
         await self.ends("FerrylineQueueGrowing", by=lambda: self.resume("receivers"))
-        await self.fires("FerrylineDiskFilling", "FerrylineDiskFull", "FerrylineErrorRate", by=disk.fill)
+        await self.fires(
+            "a file grew on the disk of a broker, and then was removed",
+            "FerrylineDiskFilling",
+            "FerrylineDiskFull",
+            "FerrylineErrorRate",
+            by=disk.fill,
+        )
         await self.ends("FerrylineDiskFilling", "FerrylineDiskFull", "FerrylineErrorRate", by=disk.empty)
-        await self.fires("FerrylineCertificateExpiring", by=self.shorten_certificate)
+        await self.fires(
+            "the authority's certificate was replaced by one that ends in 7 days",
+            "FerrylineCertificateExpiring",
+            by=self.shorten_certificate,
+        )
         await self.ends("FerrylineCertificateExpiring", by=self.restore_certificate)
         names = (
             "FerrylineBrokerDown", "FerrylineTargetDown", "FerrylineUnderReplicated", "FerrylineOfflinePartitions",
         )  # fmt: skip
-        await self.fires(*names, by=lambda: self.cluster.kill("broker-2"))
+        await self.fires("kill -9 of a broker", *names, by=lambda: self.cluster.kill("broker-2"))
         await self.ends(*names, by=lambda: self.cluster.restart("broker-2"))
-        await self.fires("FerrylineCoordinatorDown", by=lambda: self.cluster.kill("coordinator"))
+        await self.fires(
+            "kill -9 of the coordinator", "FerrylineCoordinatorDown", by=lambda: self.cluster.kill("coordinator")
+        )
         await self.ends("FerrylineCoordinatorDown", by=lambda: self.cluster.restart("coordinator"))
 
     async def shorten_certificate(self) -> None:
@@ -177,7 +189,7 @@ class Disk:
             self._filler.unlink()
         else:
             (self._folder.parent / SWITCHES).unlink()
-        # A replica that had to stop for want of space is opened again by a new process only, which its supervisor starts.
+        # A replica that had to stop for want of space is opened again by a new process only; a supervisor starts it.
         await asyncio.sleep(2.0)
         if not self._cluster.local.services["broker-3"].running:
             await self._cluster.restart("broker-3")
