@@ -120,6 +120,52 @@ def test_falconq_is_served_when_it_is_asked_for_and_started_again(
     assert "falconq" not in [service["service"] for service in found["services"]], "it is off by default"
 
 
+@pytest.mark.timeout(240)
+def test_with_auth_nobody_gets_in_without_a_token_and_commands_here_have_one(
+    up: Any, eventually_blocking: Any, tmp_path: Path
+) -> None:
+    """1. The first start makes an access file, a key and a context; FalconQ's gateway has a principal of its own.
+    2. A later one goes on, also when the key's file was taken away.
+    3. Without --auth it says that everybody may do everything."""
+    process, found = up("--brokers", "1", "--port", "0", "--auth", "--falconq")
+    access, config = tmp_path / "data", tmp_path / ".config" / "ferryline" / "config.toml"
+    assert [path.stat().st_mode & 0o777 for path in (access / "admin-key", access / "access.toml", config)] == [
+        0o600
+    ] * 3
+    own = {"HOME": str(tmp_path), "NO_COLOR": "1"}
+
+    def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("FERRYLINE_")}
+        command = [sys.executable, "-m", "ferryline.cli", *args]
+        env = {**clean, **own, **env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run("topic", "list").returncode == 0, "the context is in use: neither address nor token was given"
+    stranger = run("topic", "list", FERRYLINE_URL=found["url"], FERRYLINE_CA=found["ca"])
+    assert (stranger.returncode, "BAD_CREDENTIALS" in stranger.stderr) == (4, True)
+    (gateway,) = [service for service in found["services"] if service["service"] == "falconq"]
+    data = json.dumps({"message": "hi"}).encode()
+    with urllib.request.urlopen(gateway["url"] + "/topic/kept/publish", data=data, timeout=30) as response:
+        assert response.status == 201
+    arguments = psutil.Process(gateway["pid"]).cmdline()
+    assert not any("fl_" in argument for argument in arguments), "everybody on the machine can read those"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+    (access / "admin-key").unlink()
+    process, _ = up("--brokers", "1", "--port", "0", "--auth", "--falconq")
+    names = [one["name"] for one in json.loads(run("principal", "list", "-o", "json").stdout)]
+    assert names == ["admin", "falconq"]
+    assert len(json.loads(run("token", "list", "falconq", "-o", "json").stdout)) == 1, "its key is used again"
+    assert not (access / "admin-key").exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+    _, found = up("--brokers", "1", "--port", "0")
+    assert "access control is OFF this time" in (tmp_path / "stderr").read_text()
+    assert run("topic", "list", FERRYLINE_URL=found["url"], FERRYLINE_CA=found["ca"]).returncode == 0
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(up: Any, tmp_path: Path) -> None:
     import socket
 
