@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent.parent / "docker_volumes" / "grafana" / "dashboards"
 DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
@@ -19,8 +18,7 @@ HEIGHTS = {"stat": 4, "timeseries": 8, "table": 8}
 RATE = "$__rate_interval"
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """``queries``: (expression, legend). ``bad``: from this value on a stat is red."""
 
     title: str
@@ -33,15 +31,14 @@ class Panel:
     stacked: bool = False
 
 
-@dataclass(frozen=True)
-class Dashboard:
+class Dashboard(NamedTuple):
     """``variables``: (name, metric that has the label, its label)."""
 
     uid: str
     title: str
     about: str
     panels: tuple[Panel, ...]
-    variables: tuple[tuple[str, str, str], ...] = field(default=())
+    variables: tuple[tuple[str, str, str], ...] = ()
 
 
 def stat(title: str, about: str, unit: str, expr: str, bad: float | None = None, width: int = 4) -> Panel:
