@@ -416,6 +416,7 @@ class RunningBroker:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         broker.upkeep.close()
+        broker.stored.close()
         broker.renewal.close()
         broker.dead_letters.close()
         broker.peers.close()
