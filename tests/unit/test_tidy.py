@@ -39,6 +39,7 @@ LONG_FILES = {
     "sdk/ferryline/protocol/errors.py": "one tree of all errors: a reader looks a code up, not through",
     "sdk/ferryline/protocol/messages.py": "one flat list of all frame headers: a reader looks a kind up, not through",
     "services/broker/ferryline_broker/core/events.py": "one flat vocabulary of events and effects",
+    "services/coordinator/ferryline_coordinator/core/events.py": "the same",
     "services/broker/ferryline_broker/core/partition.py": "the funnel of a replica: an event is followed through it",
 }
 LONG_FUNCTIONS: dict[str, str] = {
@@ -376,7 +377,7 @@ def test_distributions_ask_for_what_the_lock_holds() -> None:
 
 def test_distributions_ask_for_what_they_import() -> None:
     found = []
-    homes = {"prometheus_client": "prometheus-client", "pydantic_settings": "pydantic-settings"}
+    homes = {"prometheus_client": "prometheus-client", "pydantic_settings": "pydantic-settings", "jwt": "pyjwt[crypto]"}
     for package, root in PACKAGES.items():
         table = project(name_of(root.parent))
         extras = [line for lines in table.get("optional-dependencies", {}).values() for line in lines]  # type: ignore[attr-defined]

@@ -93,6 +93,20 @@ def bind(config: BrokerConfig) -> Address:
     return Address(listening, internal, config.advertise_external or internal)
 
 
+def _identity(store: NodeStore, address: Address, partitions: PartitionDriver) -> NodeIdentity:
+    return NodeIdentity(
+        store.broker_id,
+        store.storage_id,
+        store.incarnation,
+        store.restart_class,
+        address.internal,
+        address.external,
+        store.seen_coord_epoch,
+        store.cluster_id,
+        {key: hosted.core.report().log_state for key, hosted in partitions.replicas.items()},
+    )
+
+
 class Broker:
     """All parts of one broker. Made by `run_broker` once the broker knows who it is."""
 
@@ -118,17 +132,7 @@ class Broker:
         opener = Opener(store, metrics, replica_config, core_class())
         for hosted in opener.open_all(store.broker_id):
             partitions.host(hosted)
-        identity = NodeIdentity(
-            store.broker_id,
-            store.storage_id,
-            store.incarnation,
-            store.restart_class,
-            address.internal,
-            address.external,
-            store.seen_coord_epoch,
-            store.cluster_id,
-            {key: hosted.core.report().log_state for key, hosted in partitions.replicas.items()},
-        )
+        identity = _identity(store, address, partitions)
         node_config = NodeConfig(heartbeat_ms=config.heartbeat_ms, stop_ms=config.stop_ms)
         self.node = node = NodeCore(node_config, identity)
         self.view = view = ClusterView(node.metadata)

@@ -15,16 +15,13 @@ from ferryline.protocol.access import GROUP, MANAGE, READ
 from ferryline.protocol.errors import (
     FerrylineError,
     Forbidden,
-    InvalidArgument,
-    MalformedRequest,
     NotReady,
     StorageFailed,
 )
 from ferryline.protocol.frames import Frame, Kind, decode_header
-from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_name, check_range
+from ferryline.protocol.limits import WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS
 from ferryline.protocol.queue_messages import (
-    ACTIONS,
     ORDERINGS,
     RELEASE,
     Delivery,
@@ -32,7 +29,6 @@ from ferryline.protocol.queue_messages import (
     QueueAsk,
     Receive,
     Settle,
-    SettleEntry,
 )
 from ferryline.protocol.records import BatchBuilder, DecodedRecord
 from ferryline_broker.access_rules import QUEUE_LOOKS, TopicCheck, refusal, topic_check
@@ -50,6 +46,7 @@ from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.ports import Asker
+from ferryline_broker.queue_checks import LEASE_MS_MAX, LEASE_MS_MIN, check_group, check_one_of, check_settle
 from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.queue_requests import BYTES_MAX, RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
@@ -58,10 +55,6 @@ from ferryline_broker.view import ClusterView
 from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 
-LEASE_MS_MIN, LEASE_MS_MAX = 1_000, 12 * 3_600_000
-DELAY_MS_MAX = 366 * 86_400_000
-REASON_CHARS_MAX, DETAIL_CHARS_MAX = 256, 4_096
-MEMBER_CHARS_MAX = 256
 _PARKED_MAX = 20_000
 
 
@@ -123,13 +116,13 @@ class QueueHandler:
     def ask_receive(self, asker: Asker, correlation: int, ask: Receive, check: TopicCheck | None = None) -> None:
         """The answer, like that of the others, comes by ``asker.answer``. Raises what is wrong with the request.
         ``check`` refuses single partitions, also when it waits."""
-        _check_group(ask.group, ask.member, len(ask.entries))
+        check_group(ask.group, ask.member, len(ask.entries))
         check_range(ask.records_max, "records_max", 1, RECORDS_MAX)
         check_range(ask.bytes_max, "bytes_max", 1, 2**31)
         check_range(ask.lease_ms, "lease_ms", LEASE_MS_MIN, LEASE_MS_MAX)
         check_range(ask.wait_ms, "wait_ms", 0, WAIT_MS_MAX)
-        _check_one_of(ask.ordering, "ordering", ORDERINGS)
-        _check_one_of(ask.start, "start", ("start", "end"))
+        check_one_of(ask.ordering, "ordering", ORDERINGS)
+        check_one_of(ask.start, "start", ("start", "end"))
         self._key()
         if not ask.wait_ms:
             self._quotas.check(asker.caller)
@@ -173,7 +166,7 @@ class QueueHandler:
         self.driver.at_end(parked)
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
-        _check_group(ask.group, ask.member, len(ask.entries))
+        check_group(ask.group, ask.member, len(ask.entries))
         key = self._key()
         request = SettleRequest(self.driver, asker, Kind.SETTLE, correlation)
         items: dict[Key, tuple[list[int], list[SettleItem]]] = {}
@@ -181,7 +174,7 @@ class QueueHandler:
             try:
                 if check is not None:
                     check(entry.topic_id)
-                _check_settle(entry)
+                check_settle(entry)
                 if entry.receipt != receipt(key, ask.group, ask.member, entry):
                     raise Forbidden("receipt: it is not this cluster's for this lease, group and member")
             except FerrylineError as error:
@@ -208,7 +201,7 @@ class QueueHandler:
         self.driver.at_end(request)
 
     def ask_keep(self, asker: Asker, correlation: int, ask: Keep, check: TopicCheck | None = None) -> None:
-        _check_group(ask.group, ask.member, len(ask.entries))
+        check_group(ask.group, ask.member, len(ask.entries))
         request = SettleRequest(self.driver, asker, Kind.KEEP, correlation)
         for index, entry in enumerate(ask.entries):
             if check is not None and (refused := refusal(check, entry.topic_id)) is not None:
@@ -226,7 +219,7 @@ class QueueHandler:
         self.driver.at_end(request)
 
     def ask_queue(self, asker: Asker, correlation: int, ask: QueueAsk, check: TopicCheck | None = None) -> None:
-        _check_group(ask.group, "", len(ask.entries))
+        check_group(ask.group, "", len(ask.entries))
         check_range(ask.count, "count", 0, RECORDS_MAX)
         request = QueueRequest(self, asker, correlation, ask)
         for index, (topic_id, partition) in enumerate(ask.entries):
@@ -397,29 +390,3 @@ def _payload(records: list[DecodedRecord]) -> bytearray:
     builder = BatchBuilder(2**30)
     builder.extend([(record.timestamp, record.key, record.value, record.headers) for record in records])
     return builder.build()
-
-
-def _check_group(group: str, member: str, entries: int) -> None:
-    check_name(group, "group")
-    if len(member) > MEMBER_CHARS_MAX:
-        raise InvalidArgument(f"member: {len(member)} characters, limit {MEMBER_CHARS_MAX}", field="member")
-    if not 0 < entries <= FRAME_ENTRIES_MAX:
-        raise MalformedRequest(f"entries: {entries} is outside 1..{FRAME_ENTRIES_MAX}")
-
-
-def _check_one_of(value: str, what: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InvalidArgument(f"{what}: {value[:32]!r} is not one of {', '.join(known)}", field=what)
-
-
-def _check_settle(entry: SettleEntry) -> None:
-    _check_one_of(entry.action, "action", ACTIONS)
-    check_range(entry.delay_ms, "delay_ms", -1, DELAY_MS_MAX)
-    if not 0 < len(entry.offsets) <= RECORDS_MAX:
-        raise InvalidArgument(f"offsets: {len(entry.offsets)} is outside 1..{RECORDS_MAX}", field="offsets")
-    for offset in entry.offsets:
-        check_range(offset, "offsets", 0, OFFSET_MAX)
-    if len(entry.reason) > REASON_CHARS_MAX:
-        raise InvalidArgument(f"reason: {len(entry.reason)} characters, limit {REASON_CHARS_MAX}", field="reason")
-    if len(entry.detail) > DETAIL_CHARS_MAX:
-        raise InvalidArgument(f"detail: {len(entry.detail)} characters, limit {DETAIL_CHARS_MAX}", field="detail")

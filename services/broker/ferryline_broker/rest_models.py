@@ -17,7 +17,7 @@ from ferryline.protocol.limits import (
     WAIT_MS_MAX,
 )
 from ferryline.protocol.queue_messages import ORDER_KEY
-from ferryline_broker.queue_frames import (
+from ferryline_broker.queue_checks import (
     DELAY_MS_MAX,
     DETAIL_CHARS_MAX,
     LEASE_MS_MAX,

@@ -9,7 +9,6 @@ too.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -38,30 +37,15 @@ from ferryline_service.access.caller import UNCHECKED
 from ferryline_service.access.gate import CALLER
 from ferryline_service.logs import get_logger
 from ferryline_service.receiver import Receiver
+from ferryline_service.websocket_bytes import JOIN_BYTES_MAX, Buffer, coalesced, websocket_prefix
 
 if TYPE_CHECKING:
     from ferryline_service.session import SessionEndpoint
 
-Buffer = bytes | bytearray | memoryview
 WRITE_HIGH_BYTES = 2 * 1024 * 1024  # above this the transport holds us back; below it a frame never waits
 HOLD_S = 2.0  # longest pause in reading from a peer; well below half of PING_S
 TASKS_MAX = 10_000  # unfinished coroutine handlers of one session
-_JOIN_BYTES_MAX = 64 * 1024  # copying less than this is cheaper than a TLS record of its own
-
-_SHORT = struct.Struct("!BB").pack
-_MEDIUM = struct.Struct("!BBH").pack
-_LONG = struct.Struct("!BBQ").pack
-_BINARY = 0x82  # FIN + binary
 _log = get_logger()
-
-
-def websocket_prefix(size: int) -> bytes:
-    """Head of an unmasked binary WebSocket frame that carries ``size`` bytes."""
-    if size < 126:
-        return _SHORT(_BINARY, size)
-    if size < 65536:
-        return _MEDIUM(_BINARY, 126, size)
-    return _LONG(_BINARY, 127, size)
 
 
 class ServerSession:
@@ -197,10 +181,10 @@ class ServerSession:
             self._out, self._out_bytes = [], 0
             return
         self._out = []
-        if self._out_bytes <= _JOIN_BYTES_MAX:
+        if self._out_bytes <= JOIN_BYTES_MAX:
             self._transport.write(b"".join(out))
         else:
-            self._transport.writelines(_coalesced(out))
+            self._transport.writelines(coalesced(out))
         self._out_bytes = 0
         if self._protocol.writing_paused:
             self._draining = self._loop.create_task(self._drain())
@@ -393,25 +377,3 @@ class ServerSession:
             self.fail(frame.kind, frame.correlation, error)
         except Exception as error:
             self._unexpected(frame, error)
-
-
-def _coalesced(buffers: list[Buffer]) -> list[Buffer]:
-    """Join runs of small buffers and leave large ones as they are: each element becomes a TLS write of its own."""
-    joined: list[Buffer] = []
-    run: list[Buffer] = []
-    size = 0
-    for buffer in buffers:
-        if len(buffer) > _JOIN_BYTES_MAX // 4:
-            if run:
-                joined.append(b"".join(run))
-                run, size = [], 0
-            joined.append(buffer)
-            continue
-        run.append(buffer)
-        size += len(buffer)
-        if size > _JOIN_BYTES_MAX:
-            joined.append(b"".join(run))
-            run, size = [], 0
-    if run:
-        joined.append(b"".join(run))
-    return joined

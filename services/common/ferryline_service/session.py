@@ -41,8 +41,9 @@ from ferryline_service.access.caller import UNCHECKED
 from ferryline_service.access.gate import CALLER, Gate
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.receiver import Receiver
-from ferryline_service.server_session import Buffer, ServerSession, websocket_prefix
+from ferryline_service.server_session import ServerSession
 from ferryline_service.tls import identity_broker_id, node_identity
+from ferryline_service.websocket_bytes import Buffer, websocket_prefix
 
 __all__ = ["Buffer", "OnFrame", "ServerSession", "SessionEndpoint", "common_version", "websocket_prefix"]
 

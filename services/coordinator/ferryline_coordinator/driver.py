@@ -66,6 +66,7 @@ class Driver:
         self.core = CoordinatorCore(config)
         self.failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._store = store
+        self.access = config.access  # what the access file says; None: there is none
         self._config = config
         self._surroundings = surroundings
         self._loop = asyncio.get_running_loop()
@@ -192,13 +193,9 @@ class Driver:
 
     # -- events -------------------------------------------------------------------------------------
 
-    @property
-    def access(self) -> AccessPolicy | None:
-        """What the access file says; None: there is none."""
-        return self._config.access
-
     def take_access(self, file: AccessPolicy) -> None:
         """The access file says something else now: in this term, and in those that follow."""
+        self.access = file
         self._config = replace(self._config, access=file)
         if self.serving:
             self.post(ev.AccessFileRead(file))

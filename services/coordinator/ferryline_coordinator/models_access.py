@@ -35,6 +35,8 @@ class QuotaIn(Body):
 
 
 class CreatePrincipal(Body):
+    """A principal without keys: they are made one by one, and shown once."""
+
     name: str
     grants: list[GrantIn] = []
     quota: QuotaIn = QuotaIn()
