@@ -25,7 +25,7 @@ from ferryline_broker.rest_read import EVENTS, NDJSON, RECORDS_MAX
 from ferryline_service.errors import Handler
 from ferryline_service.openapi import document
 from ferryline_service.operations import JSON, Answer, Operation, Operations, Parameter, answer
-from ferryline_service.schemas import FLAG, NAME_SCHEMA, TEXT, Schema, component, one_of
+from ferryline_service.schemas import ASKED_FLAG, NAME_SCHEMA, TEXT, Schema, component, one_of
 from ferryline_service.shared_operations import SHARED
 
 _QUEUE = "/v1/queues/{topic}/{group}"
@@ -82,8 +82,8 @@ OPERATIONS: Operations = {
             Parameter("offset", _FROM, "Of the first record; 0 if left out."),
             _number("wait_ms", 0, WAIT_MS_MAX, "For a record."),
             _number("limit", 1, RECORDS_MAX, "Records at most; 100 if left out."),
-            Parameter("secondary", FLAG, "Also where this broker is not the primary."),
-            Parameter("follow", FLAG, "NDJSON that goes on until the reader leaves."),
+            Parameter("secondary", ASKED_FLAG, "Also where this broker is not the primary."),
+            Parameter("follow", ASKED_FLAG, "NDJSON that goes on until the reader leaves."),
         ),
         headers=(
             Parameter(
@@ -141,7 +141,7 @@ OPERATIONS: Operations = {
             _number("from", 0, OFFSET_MAX, "Where to begin."),
             _number("below", 0, OFFSET_MAX, "Where to end; the high watermark if left out."),
             _number("limit", 1, 256 * 1024 * 1024, "Bytes to look at."),
-            Parameter("batches", FLAG, "Tell of every batch."),
+            Parameter("batches", ASKED_FLAG, "Tell of every batch."),
             _number("producer", 0, 2**63 - 1, "Batches of this producer only."),
         ),
         problems=(421,),

@@ -28,7 +28,7 @@ from ferryline.protocol.errors import (
     ShuttingDown,
     from_info,
 )
-from ferryline.protocol.limits import OFFSET_MAX, check_range
+from ferryline.protocol.limits import OFFSET_MAX, check_name, check_range
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import (
     ACTIONS,
@@ -259,7 +259,8 @@ class QueueApi:
     def _queue(self, request: web.Request) -> tuple[TopicMeta, str]:
         if self._stopping:
             raise ShuttingDown("this broker is stopping")
-        return self._view.topic_named(request.match_info["topic"]), request.match_info["group"]
+        group = check_name(request.match_info["group"], "group")
+        return self._view.topic_named(request.match_info["topic"]), group
 
     def _split(self, topic: TopicMeta, partition: int | None) -> tuple[list[Key], list[dict[str, Any]]]:
         """The partitions that are meant and led here, and where the others are. Raises NotPrimary if there is none."""

@@ -10,8 +10,10 @@ from typing import Any
 from aiohttp import web
 
 from ferryline.protocol.errors import InvalidArgument, UnsupportedMediaType
+from ferryline.protocol.limits import check_range
 from ferryline_service.errors import Handler
 from ferryline_service.operations import JSON, Operation, Operations
+from ferryline_service.schemas import Schema
 
 PARAMETERS_MAX = 200
 TEXT_MAX = 4_096  # of a whole query string, encoded
@@ -47,6 +49,22 @@ def check_query(request: web.Request, operation: Operation) -> None:
             raise InvalidArgument(f"{name[:40]!r}: no such query parameter{there}", field=name[:40])
         if count > 1 and not known[name].several:
             raise InvalidArgument(f"{name}: given {count} times", field=name)
+        check_value(name, request.query[name], known[name].schema)
+
+
+def check_value(name: str, text: str, schema: Schema) -> None:
+    """Numbers are whole and within their limits, choices are among those that there are: also where other parameters
+    make them count for nothing. Names and patterns are for whoever looks them up."""
+    ways = schema.get("anyOf", [schema])
+    choices = [choice for way in ways for choice in way.get("enum", ())]
+    whole = next((way for way in ways if way.get("type") == "integer"), None)
+    if text in choices or not (choices or whole):
+        return
+    if whole is None:
+        raise InvalidArgument(f"{name}: {text[:40]!r} is none of {', '.join(filter(None, choices))}", field=name)
+    if not text.removeprefix("-").isdigit() or not text.isascii() or len(text) > 20:
+        raise InvalidArgument(f"{name}: {text[:40]!r} is not an integer", field=name)
+    check_range(int(text), name, whole["minimum"], whole["maximum"])
 
 
 def check_type(request: web.Request, operation: Operation) -> None:

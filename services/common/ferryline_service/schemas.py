@@ -16,6 +16,7 @@ Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
+ASKED_FLAG: Schema = {"type": "string", "enum": ["true", "false", "1", "0"]}  # in a query
 WHOLE: Schema = {"type": "integer"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 REAL: Schema = {"type": "number"}

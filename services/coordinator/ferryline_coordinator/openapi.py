@@ -29,7 +29,7 @@ from ferryline_service.conditions import TAGS_CHARS_MAX
 from ferryline_service.openapi import document as describe
 from ferryline_service.operations import Answer, Operation, Operations, Parameter, answer
 from ferryline_service.paging import CURSOR_PATTERN, LIMIT_MAX
-from ferryline_service.schemas import FLAG, NAME_SCHEMA, TEXT, Schema, component, nullable, one_of, several, shape
+from ferryline_service.schemas import ASKED_FLAG, NAME_SCHEMA, TEXT, Schema, component, nullable, one_of, several, shape
 from ferryline_service.shared_operations import SHARED
 
 _NAMES: dict[str, Schema] = {
@@ -49,7 +49,7 @@ _PAGE = (
     Parameter("limit", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX}, "At most so many; all if left out."),
     Parameter("cursor", {"type": "string", "pattern": CURSOR_PATTERN}, "`next_cursor` of the page before."),
 )
-_DRY_RUN = Parameter("dry_run", FLAG, "Only say what would be done.")
+_DRY_RUN = Parameter("dry_run", ASKED_FLAG, "Only say what would be done.")
 
 
 def _one(name: str, *headers: str) -> Answer:
@@ -121,7 +121,7 @@ OPERATIONS: Operations = {
     ("PUT", "/v1/definitions"): Operation(
         {200: _one("Imported"), 207: _one("Imported")},
         Definitions,
-        query=(_DRY_RUN, Parameter("keys_move", FLAG, "Partitions may be added: keys move to other ones.")),
+        query=(_DRY_RUN, Parameter("keys_move", ASKED_FLAG, "Partitions may be added: keys move to other ones.")),
         example={"topics": [{"name": "orders"}]},
     ),
     ("GET", "/v1/cluster"): Operation({200: _one("Cluster")}),
