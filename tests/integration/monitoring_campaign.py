@@ -19,6 +19,7 @@ import datetime
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 import ferryline as fl
 from ferryline.cli.driver import ProcessCluster
 from tests.integration.certificates import shorten_authority
 from tests.integration.monitored_load import KEEPERS, LANES, Load
 from tests.integration.prometheus import REPOSITORY, Prometheus, filled_in, panels, rules
+from tests.integration.quota_campaign import Key
 
 RESULT = REPOSITORY / "benchmarks" / "results" / "monitoring.json"
 SWITCHES = "faults.json"
@@ -40,17 +44,43 @@ BROKER_ARGS = ("--disk-reserve-bytes", "16777216", "--disk-reserve-percent", "0"
 MIB = 1024 * 1024
 DISK_MIB, FILL_MIB = 192, 4
 FIRES_WITHIN_S = 180.0
+LIMIT = 10  # requests a second, of a principal that wants more
+ACCESS = """
+[[principals]]
+name = "root"
+grants = [
+    {{resource = "cluster", actions = ["manage"]}},
+    {{resource = "topic", actions = ["manage"]}},
+    {{resource = "group", actions = ["manage"]}},
+]
+keys = [{root}]
+
+[[principals]]
+name = "prometheus"
+grants = [{{resource = "cluster", actions = ["read"]}}]
+keys = [{prometheus}]
+
+[[principals]]
+name = "limited"
+grants = [{{resource = "topic", actions = ["read"]}}]
+quota = {{requests = {limit}}}
+keys = [{limited}]
+"""
 Do = Callable[[], Awaitable[None]]
 
 
 class Campaign:
     """What is found goes into ``result``; ``wrong`` is everything that should not have been."""
 
-    def __init__(self, cluster: ProcessCluster, prometheus: Prometheus, client: fl.Client, load: Load) -> None:
+    def __init__(
+        self, cluster: ProcessCluster, prometheus: Prometheus, client: fl.Client, load: Load, limited: Key
+    ) -> None:
         self.cluster = cluster
         self.prometheus = prometheus
         self.client = client
         self.load = load
+        self._limited = limited
+        self._pressing: asyncio.Task[None] | None = None
         self.wrong: list[str] = []
         self.alerts: dict[str, dict[str, Any]] = {}
         self._authority = b""
@@ -122,6 +152,23 @@ class Campaign:
     async def resume(self, part: str) -> None:
         self.load.start(part)
 
+    async def press(self) -> None:
+        """A principal asks ten times as often as it may, and does not wait as it is told."""
+        self._pressing = asyncio.create_task(self._press())
+
+    async def _press(self) -> None:
+        context = ssl.create_default_context(cafile=str(self.cluster.ca))
+        headers = {"Authorization": f"Bearer {self._limited.token}"}
+        async with aiohttp.ClientSession(headers=headers) as http:
+            while True:
+                async with http.get(f"{self.cluster.url}/v1/topics", ssl=context) as answer:
+                    await answer.read()
+                await asyncio.sleep(0.1 / LIMIT)
+
+    async def stop_pressing(self) -> None:
+        if self._pressing is not None:
+            self._pressing.cancel()
+
     async def every_alert(self, disk: Disk) -> None:
         """One after the other, the death of the coordinator last: without it nothing else is told."""
         load = self.load
@@ -147,6 +194,10 @@ class Campaign:
             by=self.shorten_certificate,
         )
         await self.ends("FerrylineCertificateExpiring", by=self.restore_certificate)
+        await self.fires(
+            "a principal asked ten times as often as its quota allows", "FerrylineQuotaRefusals", by=self.press
+        )
+        await self.ends("FerrylineQuotaRefusals", by=self.stop_pressing)
         names = (
             "FerrylineBrokerDown", "FerrylineTargetDown", "FerrylineUnderReplicated", "FerrylineOfflinePartitions",
         )  # fmt: skip
@@ -196,11 +247,11 @@ class Disk:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of `DISK_MIB` at ``folder``; False where we may not make one."""
+def small_disk(folder: Path, wanted: bool) -> Iterator[bool]:
+    """A file system of `DISK_MIB` at ``folder``, if it is wanted; False where we may not make one."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+    if not wanted or os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         yield False
         return
     try:
@@ -210,19 +261,35 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.asynccontextmanager
-async def campaign(folder: Path, *, by: float, interval_ms: int) -> AsyncIterator[tuple[Campaign, Disk]]:
+async def campaign(
+    folder: Path, *, by: float, interval_ms: int, own_disk: bool = True
+) -> AsyncIterator[tuple[Campaign, Disk]]:
     """A cluster with load, and a Prometheus that looks at it."""
-    root = folder / "cluster"
-    with small_disk(root / "broker-3" / "data") as own:
-        cluster = ProcessCluster(root, brokers=3, broker_args=BROKER_ARGS, env={} if own else FAULTS)
+    root, keys = folder / "cluster", {name: Key() for name in ("root", "prometheus", "limited")}
+    access = folder / "access.toml"
+    access.write_text(ACCESS.format(limit=LIMIT, **{name: key.toml for name, key in keys.items()}))
+    with small_disk(root / "broker-3" / "data", own_disk) as own:
+        cluster = ProcessCluster(
+            root,
+            brokers=3,
+            broker_args=BROKER_ARGS,
+            coordinator_args=["--access", str(access)],
+            env={} if own else FAULTS,
+        )
         await cluster.start()
         try:
             async with (
-                Prometheus(folder / "prometheus", cluster.local, by=by, interval_ms=interval_ms) as prometheus,
-                fl.connect(cluster.urls, ca=cluster.ca) as client,
+                Prometheus(
+                    folder / "prometheus",
+                    cluster.local,
+                    by=by,
+                    interval_ms=interval_ms,
+                    token=keys["prometheus"].token,
+                ) as prometheus,
+                fl.connect(cluster.urls, ca=cluster.ca, token=keys["root"].token) as client,
                 Load(client) as load,
             ):
-                yield Campaign(cluster, prometheus, client, load), Disk(cluster, own=own)
+                yield Campaign(cluster, prometheus, client, load, keys["limited"]), Disk(cluster, own=own)
         finally:
             await cluster.kill_all()
 

@@ -61,14 +61,20 @@ def filled_in(expression: str, rate_interval: str = "1m") -> str:
 
 
 class Prometheus:
-    """One process, with its data in ``folder``. ``by``: durations of the rules are that much shorter."""
+    """One process, with its data in ``folder``. ``by``: durations of the rules are that much shorter.
 
-    def __init__(self, folder: Path, cluster: LocalCluster, *, by: float, interval_ms: int = 1000) -> None:
+    ``token``: what it shows to the cluster; one without access control looks at none.
+    """
+
+    def __init__(
+        self, folder: Path, cluster: LocalCluster, *, by: float, interval_ms: int = 1000, token: str = "none"
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_port(set())}"
         self._folder = folder
         self._cluster = cluster
         self._by = by
         self._interval_ms = interval_ms
+        self.token = token
         self._process: subprocess.Popen[bytes] | None = None
         self._http: aiohttp.ClientSession | None = None
 
@@ -111,7 +117,7 @@ class Prometheus:
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "token").write_text("none")
+        (self._folder / "token").write_text(self.token)
         interval = f"{self._interval_ms}ms"
         config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
