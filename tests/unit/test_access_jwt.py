@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import BadCredentials, Unavailable
 from ferryline_service.access import jwks
 from ferryline_service.access.jwks import UnusableKeys, checked_url, read_keys, small_order
+from ferryline_service.access.jwt_rules import parse
 from ferryline_service.access.verifier import Verifier
 from unit.hostile_jwts import HOSTILE, weak_keys
 from unit.issuer import Issuer, Keyring, jwk_of
@@ -218,12 +219,8 @@ async def test_an_issuer_that_never_answered_makes_tokens_unavailable_and_is_ask
         await verifier.close()
 
 
-def _other_issuer() -> web.Response:
-    return web.json_response({"issuer": "https://other.example", "jwks_uri": "https://other.example/keys"})
-
-
-def _elsewhere() -> web.Response:
-    return web.Response(status=302, headers={"Location": "/keys"})
+def _redirect(to: str) -> Callable[[], web.Response]:
+    return lambda: web.Response(status=302, headers={"Location": to})
 
 
 def _huge() -> web.Response:
@@ -249,11 +246,10 @@ def _too_many() -> web.Response:
 @pytest.mark.parametrize(
     ("path", "answer"),
     [
-        ("/.well-known/openid-configuration", _other_issuer),
-        ("/.well-known/openid-configuration", _elsewhere),
+        ("/.well-known/openid-configuration", _redirect("/good/configuration")),
         ("/.well-known/openid-configuration", _huge),
         ("/.well-known/openid-configuration", _clear),
-        ("/keys", _elsewhere),
+        ("/keys", _redirect("/good/keys")),
         ("/keys", _huge),
         ("/keys", _not_json),
         ("/keys", _no_keys),
@@ -262,6 +258,9 @@ def _too_many() -> web.Response:
 )
 async def test_documents_that_are_not_what_they_must_be_give_no_keys(issuer: Issuer, path: str, answer: Any) -> None:
     issuer.answers[path] = answer
+    good = {"issuer": issuer.url, "jwks_uri": f"{issuer.url}/good/keys"}
+    issuer.answers["/good/configuration"] = lambda: web.json_response(good)
+    issuer.answers["/good/keys"] = lambda: web.json_response({"keys": [issuer.keyring.jwk("rsa-1")]})
     verifier = Verifier()
     verifier.take(policy(issuer.meta()))
     try:
@@ -269,6 +268,39 @@ async def test_documents_that_are_not_what_they_must_be_give_no_keys(issuer: Iss
             await verifier.verify(issuer.good())
     finally:
         await verifier.close()
+
+
+async def test_a_discovery_document_of_another_issuer_gives_no_keys(issuer: Issuer) -> None:
+    other = {"issuer": f"{issuer.url}/", "jwks_uri": f"{issuer.url}/keys"}
+    issuer.answers["/.well-known/openid-configuration"] = lambda: web.json_response(other)
+    verifier = Verifier()
+    verifier.take(policy(issuer.meta()))
+    try:
+        with pytest.raises(Unavailable):
+            await verifier.verify(issuer.good())
+        assert "/keys" not in issuer.requests
+    finally:
+        await verifier.close()
+
+
+async def test_a_token_that_names_no_key_must_not_choose_among_several(issuer: Issuer, verifier: Verifier) -> None:
+    token = issuer.sign(issuer.claims(), header={"kid": None})
+    await verifier.verify(token)
+    other = Keyring()
+    issuer.extra = [jwk_of("RS256", other.rsa.public_key(), "rsa-2")]
+    later = Verifier()
+    later.take(policy(issuer.meta()))
+    try:
+        assert (await refusal(later, token)).details["reason"] == "key"
+    finally:
+        await later.close()
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name.startswith("form_")])
+async def test_a_token_in_another_form_is_not_even_taken_apart(issuer: Issuer, name: str) -> None:
+    if name != "form_trailing_bytes":  # which are a longer signature, in good form
+        with pytest.raises(BadCredentials):
+            parse(HOSTILE[name](issuer, ""))
 
 
 async def test_keys_of_a_configured_address_need_no_discovery(issuer: Issuer) -> None:
