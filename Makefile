@@ -22,7 +22,7 @@ help: ## this list
 venv: .venv/.stamp ## the environment in .venv, with exactly the pinned versions
 
 .venv/.stamp: requirements/dev.txt $(DISTRIBUTIONS:%=%/pyproject.toml) sdk/hatch_build.py $(wildcard sdk/codec/*)
-	@echo "venv: installing into .venv"
+	@echo "venv: installing into .venv; a minute or two"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install --require-hashes --requirement requirements/dev.txt
 	@$(PIP) install --no-deps --no-build-isolation $(DISTRIBUTIONS:%=--editable %)
@@ -54,7 +54,8 @@ test: venv ## all tests that need neither docker nor root
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-all: venv ## all tests; installs and starts what they need (Debian, root)
-	@scripts/install-parts etcd redis-server prometheus gcc
+	@scripts/install-parts etcd redis-server prometheus gcc chromium
+	@scripts/install-oidc >/dev/null || echo "NOT RUN: logging in with an OIDC issuer from npm"
 	@scripts/with-docker $(BIN)/python -m pytest --docker --root --slow --etcd --redis --prometheus $(ARGS)
 
 test-containers: venv ## the tests of the compose cluster; installs and starts docker if need be (Debian, root)

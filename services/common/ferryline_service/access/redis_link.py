@@ -28,7 +28,7 @@ T = TypeVar("T")
 CALL_S = 0.5  # for connecting, asking and being answered together
 PAUSE_S = 1.0  # without a try after a failure
 _CONNECTIONS_MAX = 8
-_SCHEMES = ("redis://", "rediss://")
+_SCHEMES = ("redis://", "rediss://", "unix://")
 _log = get_logger()
 
 
@@ -39,8 +39,8 @@ class RedisAway(Exception):
 class RedisLink:
     """A client that connects when it is first used. ``up``: whether the last call was answered.
 
-    ``url``: redis://host:port/db or rediss:// (certificate and name are checked; ``?ssl_ca_certs=FILE`` names a CA).
-    Raises InvalidArgument for another one, without its password.
+    ``url``: redis://host:port/db, unix://PATH, or rediss:// (certificate and name are checked, and
+    ``?ssl_ca_certs=FILE`` names a CA). Raises InvalidArgument for another one, without its password.
     """
 
     def __init__(self, url: str, *, call_s: float = CALL_S, pause_s: float = PAUSE_S) -> None:
