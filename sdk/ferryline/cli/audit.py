@@ -13,9 +13,9 @@ from ferryline.cli.settings import UsageError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from ferryline.cli.output import Output
     from ferryline.client import Client
 
-COLUMNS = ["time", "service", "principal", "remote", "action", "resource", "name", "outcome", "code", "count"]
 OUTCOMES = ("done", "failed", "refused", "lost")
 LOOK_S = 1.0
 PAGE = 500
@@ -33,7 +33,8 @@ def app(
     """Show changes and refusals, newest last, of the coordinator and of all brokers.
 
     Each service keeps what it decided itself. done: somebody changed something. failed: it was allowed, and did not
-    work. refused: it was not allowed. count: so many equal refusals within a second. Needs manage on the cluster.
+    work. refused: it was not allowed. Times are UTC. -o json shows addresses, request ids and what was changed as they
+    are. Needs manage on the cluster.
 
     Examples:
 
@@ -68,17 +69,34 @@ async def _show(
             cursors[service] = None
         rows = [row async for row in _new(client, cursors, only, count, strict=broker is not None or coordinator)]
         rows.sort(key=lambda row: row["time"])
-        output.rows(rows, columns=COLUMNS, empty="nothing yet")
+        _print(output, rows)
+        if not rows and output.for_people:
+            say("nothing yet.")
         while follow:
             await asyncio.sleep(LOOK_S)
             for service in _services(client, broker, coordinator):
                 cursors.setdefault(service, "0")  # a broker that was added meanwhile
             fresh = [row async for row in _new(client, cursors, only, PAGE, strict=False)]
-            for row in sorted(fresh, key=lambda row: row["time"]):
-                if output.for_people:
-                    say("  ".join(str(row[name]) for name in COLUMNS if row.get(name) not in ("", None)))
-                else:
-                    output.rows([row])
+            if fresh:
+                _print(output, sorted(fresh, key=lambda row: row["time"]))
+
+
+def _print(output: Output, rows: list[dict[str, Any]]) -> None:
+    """For people a line each, as of a log: a table would be wider than most terminals."""
+    if not output.for_people:
+        output.rows(rows)
+        return
+    for row in rows:
+        say(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    """`11-28 22:14:25 coordinator  refused FORBIDDEN  shop@10.0.0.7  create_topic topic:other`"""
+    times = f" x{row['count']}" if row["count"] != 1 else ""
+    outcome = f"{row['outcome']} {row['code']}".rstrip() + times
+    who = f"{row['principal']}@{row['remote']}" if row["remote"] else str(row["principal"])
+    what = f"{row['resource']}:{row['name']}" if row["name"] else str(row["resource"])
+    return f"{row['time'][5:10]} {row['time'][11:19]} {row['service']:<11}  {outcome}  {who}  {row['action']} {what}"
 
 
 def _services(client: Client, broker: int | None, coordinator: bool) -> list[int]:

@@ -198,10 +198,10 @@ def _welcome(cluster: LocalCluster, form: str, saved: SavedContext | None) -> No
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("service", "url", "pid", "log"):
+    for name in ("service", "url", "pid"):
         table.add_column(name, overflow="fold")
     for row in services:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(row[name]) for name in ("service", "url", "pid")))
     console = stdout()
     console.print(table)
     console.print()
@@ -220,7 +220,7 @@ def _welcome(cluster: LocalCluster, form: str, saved: SavedContext | None) -> No
             f"who may do what: ferryline principal, and {LocalAuth(cluster.root).access_file}",
             soft_wrap=True,
         )
-    console.print("\nCtrl-C stops it. Data and CA stay in " + str(cluster.root), soft_wrap=True)
+    console.print(f"\nCtrl-C stops it. Data, CA and logs stay in {cluster.root}", soft_wrap=True)
 
 
 def _is_default(cluster: LocalCluster) -> bool:
