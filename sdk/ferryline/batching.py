@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ferryline.receipts import Receipts
 
 _EARLY_S = 0.0005  # a timer may fire a hair before its time
+_SMALL_S = 60.0  # how long batches stay small after a refusal for a quota
+_SMALL_SHARE = 10  # then a batch is about this part of what the quota allows in a second
+_SMALL_BYTES_MIN = 1024
 
 
 class Batching:
@@ -48,6 +51,8 @@ class Batching:
         self._loop = asyncio.get_running_loop()
         self._linger_s = linger_s
         self._batch_bytes = batch_bytes
+        self._small_bytes = batch_bytes
+        self._small_until = float("-inf")  # loop time
         self._buffer_bytes = buffer_bytes
         self._compression = compression
         self._delivery_ms = delivery_ms
@@ -57,6 +62,7 @@ class Batching:
             partial_in_flight=PARTIAL_IN_FLIGHT if linger_s else PARTIAL_IN_FLIGHT + 1,  # without linger latency counts
             left=self._left,
             returned=self._returned,
+            over_quota=self._over_quota,
             receipts=receipts,
         )
         self._numbers = 0
@@ -167,7 +173,9 @@ class Batching:
             if builder is not None:
                 self._close(buffer, accumulator)
                 self._sender.dispatch()
-            builder = accumulator.builder = BatchBuilder(self._batch_bytes, self._compression)
+            small = self._loop.time() < self._small_until
+            batch_bytes = self._small_bytes if small else self._batch_bytes
+            builder = accumulator.builder = BatchBuilder(batch_bytes, self._compression)
             builder.append(timestamp_ms, key, value, pairs)
             accumulator.opened_ms = self._sender.now_ms()
             self.stamp_ms = 0  # a caller that never lets the loop run must not stop time
@@ -251,6 +259,16 @@ class Batching:
         accumulator.bytes = 0
         accumulator.keyed = accumulator.waiting = False
         self._sender.add(batch, accumulator.opened_ms + self._delivery_ms)
+
+    def _over_quota(self, batch: Batch, quota: str, limit: int) -> None:
+        """Large batches would be let in whole and then be waited for long: begin smaller ones for a while."""
+        share = max(1, limit // _SMALL_SHARE)
+        if quota == "records":
+            share *= max(1, len(batch.data) // len(batch.futures))
+        elif quota != "bytes":
+            return
+        self._small_bytes = min(self._batch_bytes, max(_SMALL_BYTES_MIN, share))
+        self._small_until = self._loop.time() + _SMALL_S
 
     # -- when batches leave ------------------------------------------------------------------------
 

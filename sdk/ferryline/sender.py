@@ -32,6 +32,7 @@ from ferryline.protocol.errors import (
     DeadlineExceeded,
     FerrylineError,
     InternalError,
+    QuotaExceeded,
     RequestTimedOut,
     from_info,
 )
@@ -95,7 +96,8 @@ class Flight:
 
 class Sender:
     """Sends batches for a producer. ``left(batch)`` is told when a batch has had its last word, futures resolved;
-    ``returned(batch)`` when its records must be routed anew."""
+    ``returned(batch)`` when its records must be routed anew; ``over_quota(batch, quota, limit)`` when it was refused
+    for that."""
 
     def __init__(
         self,
@@ -105,11 +107,13 @@ class Sender:
         partial_in_flight: int,
         left: Callable[[Batch], None],
         returned: Callable[[Batch], None],
+        over_quota: Callable[[Batch, str, int], None],
         receipts: Receipts | None = None,
     ) -> None:
         self._client = client
         self._left = left
         self._returned = returned
+        self._over_quota = over_quota
         self._receipts = receipts
         self._core = ProducerCore(
             secrets.randbits(63), request_timeout_ms=request_timeout_ms, partial_in_flight=partial_in_flight
@@ -150,7 +154,14 @@ class Sender:
             self._client.routing.hint(send.key, error.details.get("primary"), error.details.get("epoch"))
         if error is None and self._receipts is not None:
             self._receipts.answered(send.batch, epoch)
+        if isinstance(error, QuotaExceeded):
+            self._note_quota(send, error)
         self._feed(BatchAnswered(send.key, send.batch, send.attempt, base_offset, epoch, error))
+
+    def _note_quota(self, send: SendBatch, error: QuotaExceeded) -> None:
+        batch, limit = self._batches.get(send.batch), error.details.get("limit")
+        if batch is not None and type(limit) is int:
+            self._over_quota(batch, str(error.details.get("quota")), limit)
 
     def tell_routes(self, buffer: TopicBuffer) -> None:
         """Tell the core where the partitions of a topic are now, as far as that changed."""
