@@ -48,9 +48,10 @@ def build(into: Path = PACKAGE, flags: tuple[str, ...] = ()) -> Path:
     with tempfile.TemporaryDirectory(dir=into) as folder:  # renamed when whole: a process may have the old one open
         made = Path(folder) / target.name
         command = [*compiler, *FLAGS, *flags, *(f"-I{path}" for path in includes), *link]
-        command += [str(path) for path in sorted(SOURCES.glob("*.c"))] + ["-o", str(made)]
+        # Relative to here: the compiler writes the names into the file, which is to be the same wherever it was built.
+        command += [str(path.relative_to(ROOT)) for path in sorted(SOURCES.glob("*.c"))] + ["-o", str(made)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         except OSError as error:
             raise NotBuilt(f"{compiler[0]}: {error.strerror}") from None
         if done.returncode:

@@ -7,6 +7,7 @@ four programs. Nothing is caught on the way: whatever an application would have 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -47,11 +48,14 @@ class Load:
         self._tasks = [asyncio.create_task(job) for job in jobs]
 
     async def stop(self, within_s: float = 60.0) -> None:
-        """Send no more, wait until all was consumed and worked off, end."""
+        """Send no more, wait until all was consumed and worked off or the time is over, end."""
         self._stop.set()
         try:
             await asyncio.wait_for(asyncio.shield(self._tasks[0]), within_s)
-            await poll(lambda: not self.outstanding(), within_s=within_s, what="everything is consumed and worked off")
+            for _ in range(int(within_s / RETRY_S)):
+                if not self.outstanding():
+                    break
+                await asyncio.sleep(RETRY_S)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -69,6 +73,7 @@ class Load:
             "longest_wait_s": round(max(self._worst_s, time.perf_counter() - self._last_ack), 2),
             "errors": sum(self.errors.values()) - errors,
         }
+        sys.stderr.write(f"{what}: {told[what]}\n")
 
     async def flows(self, within_s: float = 30.0) -> None:
         """Something new is acknowledged, consumed and worked off."""
@@ -86,15 +91,19 @@ class Load:
     def total(self) -> int:
         return sum(len(numbers) for keys in self.acknowledged.values() for numbers in keys.values())
 
-    def outstanding(self) -> int:
-        """Acknowledged, and not yet consumed or worked off."""
-        consumed = sum(len(set(numbers)) for numbers in self.consumed.values())
-        done = sum(len(numbers) for numbers in self.done.values())
-        return self.total - consumed - done
+    def outstanding(self) -> str:
+        """Acknowledged, and not yet consumed or worked off; empty when nothing is."""
+        left = {
+            topic: sum(len(set(numbers).difference(seen[key])) for key, numbers in self.acknowledged[topic].items())
+            for topic, seen in ((LOG, self.consumed), (QUEUE, self.done))
+        }
+        return ", ".join(f"{count} of {topic}" for topic, count in left.items() if count)
 
     def wrong(self) -> list[str]:
         """Every promise that was not kept."""
         found = [f"{count} times {error}" for error, count in sorted(self.errors.items())]
+        if left := self.outstanding():
+            found.append(f"never consumed or worked off: {left}")
         for key, numbers in self.acknowledged[LOG].items():
             seen = self.consumed[key]
             if sorted(set(seen)) != numbers:

@@ -1,4 +1,4 @@
-"""Jobs of the pipeline, run as a runner would: build, deploy, roll back, stop. The others: `gitlab_jobs` as a program."""
+"""Jobs of the pipeline, as a runner would run them: build, deploy, roll back, stop. All: `gitlab_jobs` as a program."""
 
 from __future__ import annotations
 
