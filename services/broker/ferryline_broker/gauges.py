@@ -3,6 +3,8 @@ read from the log, and whose dead letters a topic holds, which the metadata says
 
 from __future__ import annotations
 
+from itertools import islice
+
 from ferryline.protocol.dead_letters import dead_letters_of
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.messages import RECORDS
@@ -14,6 +16,7 @@ from ferryline_broker.partition_metrics import PartitionGauges
 from ferryline_broker.view import ClusterView
 
 REDRIVE_GROUP = "dead-letters"  # what it has settled was redriven; the name is the client's, too
+_MARKS_MAX = 16  # beginnings of epochs, one after the other, before the first record
 _READS_MAX = 500  # of batch headers at one scrape; a record that is first for long is looked at once
 
 
@@ -49,7 +52,7 @@ class Gauges:
         shown.origin = origins.get(shown.topic)
         if shown.origin is not None:
             redriven = shown.queues.get(REDRIVE_GROUP)
-            retained = shown.high_watermark - shown.log_start
+            retained = shown.high_watermark - shown.log_start - shown.marks
             shown.letters = retained if redriven is None else redriven["unsettled"]
         return shown
 
@@ -63,14 +66,12 @@ class Gauges:
         found = known.get(key)
         if (found is None or found[0] != offset) and self._reads < _READS_MAX:
             self._reads += 1
-            try:
-                header = next(hosted.logs[RECORDS].batch_headers(offset), None)
-            except FerrylineError:  # whoever reads the records finds it, and says so
-                header = None
-            found = None if header is None else (offset, header.base_timestamp)
+            found = _time_at(hosted, offset)
         if found is None:
             return 0.0
         self._times[key] = found
+        if found[1] <= 0:  # its sender said no time
+            return 0.0
         return max(0, now - found[1]) / 1000
 
     def _origins_now(self) -> dict[str, str]:
@@ -82,3 +83,14 @@ class Gauges:
                 if target != topic.name:
                     self._origins[target] = "" if target in self._origins else topic.name
         return self._origins
+
+
+def _time_at(hosted: HostedReplica, offset: int) -> tuple[int, int] | None:
+    """(offset, time) of the first batch from there on that holds records, if there is one close by."""
+    try:
+        for header in islice(hosted.logs[RECORDS].batch_headers(offset), _MARKS_MAX):
+            if not header.is_control:
+                return offset, header.base_timestamp
+    except FerrylineError:  # whoever reads the records finds it, and says so
+        return None
+    return None

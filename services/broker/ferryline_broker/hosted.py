@@ -148,6 +148,7 @@ class HostedReplica:
         shown.topic, shown.partition = self.topic_name, self.key[1]
         shown.role = "stopped" if self.broken else core.role
         shown.log_start, shown.high_watermark = core.log_start[RECORDS], core.high_watermark[RECORDS]
+        shown.marks = core.replica.epochs[RECORDS].marks(shown.log_start, shown.high_watermark)
         shown.log_bytes = self.logs[RECORDS].size_bytes + self.logs[STATE].size_bytes
         shown.in_sync = len(core.isr)
         shown.replicas = len(core.part.replicas) if core.part is not None else 0

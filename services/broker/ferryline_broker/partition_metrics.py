@@ -25,6 +25,7 @@ class PartitionGauges:
         "letters",
         "log_bytes",
         "log_start",
+        "marks",
         "origin",
         "partition",
         "producers",
@@ -43,6 +44,7 @@ class PartitionGauges:
         self.partition: int | str = 0
         self.role = "idle"
         self.log_start = self.high_watermark = 0
+        self.marks = 0  # offsets between them that hold the beginning of an epoch, and no record
         self.log_bytes = 0
         self.in_sync = self.replicas = 0
         self.producers = 0
@@ -107,7 +109,7 @@ def _rows(parts: list[PartitionGauges]) -> Iterator[Metric]:
         producers.add_metric(where, part.producers)
         if part.role != "primary":
             continue
-        queued.add_metric(where, part.high_watermark - part.log_start)
+        queued.add_metric(where, part.high_watermark - part.log_start - part.marks)
         in_sync.add_metric(where, part.in_sync)
         for broker, lag in part.secondary_lags.items():
             lags.add_metric([*where, str(broker)], lag)
@@ -186,6 +188,7 @@ def _sums(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 def _add(row: PartitionGauges, part: PartitionGauges) -> None:
     row.log_start += part.log_start
     row.high_watermark += part.high_watermark
+    row.marks += part.marks
     row.log_bytes += part.log_bytes
     row.producers += part.producers
     row.letters += part.letters

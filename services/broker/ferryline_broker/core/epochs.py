@@ -74,6 +74,12 @@ class EpochIndex:
             self._starts[gone] = log_start
         del self._starts[:gone], self._epochs[:gone]
 
+    def marks(self, log_start: int, below: int) -> int:
+        """How many epochs begin in [log_start, below), each with a control record. What retention left of an epoch
+        begins with a record of its own."""
+        cut = bool(self._starts) and 0 < log_start == self._starts[0]
+        return bisect_right(self._starts, below - 1) - cut
+
     def items(self) -> list[tuple[int, int]]:
         """(epoch, start offset) pairs in log order."""
         return list(zip(self._epochs, self._starts, strict=True))
