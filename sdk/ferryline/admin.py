@@ -12,6 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from ferryline.access_admin import AccessAdmin
+from ferryline.definition_admin import DefinitionAdmin
 from ferryline.exchange_admin import ExchangeAdmin
 from ferryline.message import TopicPartition
 from ferryline.protocol.errors import InvalidArgument, TopicExists, UnknownTopic
@@ -71,7 +72,7 @@ class ClusterInfo(msgspec.Struct, frozen=True):
     offline: list[TopicPartition]
 
 
-class Admin(ExchangeAdmin, AccessAdmin):
+class Admin(ExchangeAdmin, AccessAdmin, DefinitionAdmin):
     """Administration of the cluster that the client is connected to. Made by ``client.admin``.
 
     Every call ends within ``timeout`` seconds (default: the client's), with a value or a FerrylineError.

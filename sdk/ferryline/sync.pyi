@@ -261,6 +261,15 @@ class Admin:
         broker: int | None = None,
         timeout: float | None = None,
     ) -> AuditRecords: ...
+    def export_definitions(self, *, timeout: float | None = None) -> dict[str, Any]: ...
+    def import_definitions(
+        self,
+        document: Mapping[str, Any],
+        *,
+        dry_run: bool = False,
+        keys_move: bool = False,
+        timeout: float | None = None,
+    ) -> dict[str, Any]: ...
 
 class Queue:
     def stats(self, *, timeout: float | None = None) -> list[QueuePart]: ...

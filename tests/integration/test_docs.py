@@ -28,7 +28,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     page
-    for page in ("concepts", "recipes", "from-kafka", "from-rabbitmq", "from-celery", "tracing")
+    for page in ("concepts", "recipes", "from-kafka", "from-rabbitmq", "from-celery", "tracing", "rest")
     if (ROOT / f"docs/{page}.md").exists()
 ]
 BLOCK_S = 60.0

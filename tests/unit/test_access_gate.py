@@ -213,7 +213,7 @@ async def test_a_name_in_a_body_is_decided_before_the_handler_sees_it(here: Here
     for body in ([], {}, {"name": 3}, {"name": ["a.1"]}, "a.1"):
         assert (await here.rest("POST", "/v1/exchanges", body, key))[0] == 400
     raw = '{"name": "a.9", "name": "b.9", "type": "topic"}'  # both readers take the last one
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     status, _ = await here.rest("POST", "/v1/exchanges", None, key, headers=headers, json=None, data=raw)
     assert status == 403
 

@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "consume": ("consume", DATA, "Print records, from any offset or time."),
     "explain": ("explain", DATA, "Say where one record is, and why it is not delivered."),
     "worker": ("worker", DATA, "Run the subscribers, tasks and schedules of an app."),
+    "definitions": ("definitions", CLUSTER, "Topics, exchanges and principals as one file."),
     "backup": ("backup", TOOLS, "Take backups of a running cluster, and check them."),
     "restore": ("restore", TOOLS, "Put a backup into an empty cluster."),
     "verify": ("verify", TOOLS, "Prove that no copy is damaged, different or incomplete."),

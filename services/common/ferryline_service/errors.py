@@ -26,6 +26,7 @@ from ferryline.protocol.errors import (
     MalformedRequest,
     MethodNotAllowed,
     NotFound,
+    UnsupportedMediaType,
 )
 from ferryline_service.logs import get_logger
 from ferryline_service.metrics import ServiceMetrics
@@ -95,7 +96,10 @@ def from_http(request: web.Request, http: web.HTTPException) -> FerrylineError:
 
 async def read_json(request: web.Request) -> Any:
     """Body as JSON. Raises MalformedRequest for anything else, also NaN and absurd nesting, and 408 for one that does
-    not get whole: a sender that stops half-way would hold what it has sent for ever."""
+    not get whole: a sender that stops half-way would hold what it has sent for ever. UnsupportedMediaType for a body
+    that says it is something else; one that does not say is taken at its word."""
+    if "Content-Type" in request.headers and request.content_type != "application/json":
+        raise UnsupportedMediaType(f"Content-Type: {request.content_type[:80]!r} is not JSON", field="Content-Type")
     try:
         async with asyncio.timeout(BODY_S):
             text = await request.text()
