@@ -1,4 +1,4 @@
-"""`unit.issuer.Issuer` with what a login needs: codes, devices, refresh tokens that are good once, revocation."""
+"""`tests.oidc_issuer.Issuer` with what a login needs: codes, devices, refresh tokens that are good once, revocation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from ferryline.login.flow import Client
-from unit.issuer import Issuer, Keyring
+from tests.oidc_issuer import Issuer, Keyring
 
 
 class LoginIssuer(Issuer):

@@ -15,8 +15,8 @@ from ferryline_service.access import jwks
 from ferryline_service.access.jwks import UnusableKeys, checked_url, read_keys, small_order
 from ferryline_service.access.jwt_rules import parse
 from ferryline_service.access.verifier import Verifier
-from unit.hostile_jwts import HOSTILE, weak_keys
-from unit.issuer import Issuer, Keyring, jwk_of
+from tests.hostile_jwts import HOSTILE, weak_keys
+from tests.oidc_issuer import Issuer, Keyring, jwk_of
 
 
 @pytest.fixture(scope="module")

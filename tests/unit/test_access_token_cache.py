@@ -13,9 +13,9 @@ from ferryline.protocol.access import AccessPolicy
 from ferryline.protocol.errors import InvalidArgument, Unavailable
 from ferryline_service.access.redis_link import RedisAway, RedisLink
 from ferryline_service.access.verifier import Verifier
+from tests.oidc_issuer import Issuer, Keyring
 from tests.polling import poll
 from tests.redis_server import RedisServer
-from unit.issuer import Issuer, Keyring
 
 pytestmark = pytest.mark.redis
 CLAIM_KEY = b"k" * 32

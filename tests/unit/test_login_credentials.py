@@ -16,7 +16,7 @@ import ferryline as fl
 from ferryline.login.credentials import Credentials, LoginToken, Stored, login_token, stored
 from ferryline.login.flow import login_of
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed
-from unit.issuer import Keyring
+from tests.oidc_issuer import Keyring
 from unit.login_issuer import LoginIssuer
 
 URL = "https://localhost:8443"

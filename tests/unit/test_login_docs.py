@@ -35,6 +35,12 @@ def test_the_ready_entry_for_google_is_the_one_of_the_example_file() -> None:
     assert bool(ours.client_secret) == bool(theirs.client_secret)
 
 
+def test_the_program_on_the_page_is_one() -> None:
+    (block,) = blocks("python")
+    body = "".join(f"    {line}" for line in block.splitlines(keepends=True))
+    compile(f"async def main():\n{body}", "docs/login.md", "exec")
+
+
 def test_every_command_on_the_page_exists() -> None:
     lines = [line.split("#")[0].split() for line in blocks("sh")[0].splitlines()]
     assert len(lines) >= 4

@@ -26,7 +26,7 @@ from ferryline.login.flow import (
 )
 from ferryline.login.issuer import Issuer as Requests
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed, DeadlineExceeded, InvalidArgument
-from unit.issuer import Keyring
+from tests.oidc_issuer import Keyring
 from unit.login_issuer import LoginIssuer
 
 CLIENT = Client("https://issuer.example", "cli", "cli")

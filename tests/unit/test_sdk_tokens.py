@@ -14,7 +14,7 @@ from aiohttp import web
 from ferryline import tokens
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed, InvalidArgument
 from ferryline.tokens import TokenSource, claims_of, renew_at
-from unit.issuer import b64
+from tests.oidc_issuer import b64
 
 
 def jwt(life_s: float, number: int = 0) -> str:

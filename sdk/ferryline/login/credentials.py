@@ -49,6 +49,7 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 def stored(client: Client, login: Login, issuer_ca: str = "") -> Stored:
+    """What is kept of a login, with all that renewing it takes."""
     return Stored(
         client.issuer,
         client.client_id,

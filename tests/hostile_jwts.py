@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from unit.issuer import Issuer, b64, jwk_of
+from tests.oidc_issuer import Issuer, b64, jwk_of
 
 Maker = Callable[[Issuer, str], str]
 HOSTILE: dict[str, Maker] = {}
