@@ -5,10 +5,11 @@ Two brokers and a coordinator as processes, with access on. The principal sends 
 clients of the SDK and over REST, some of which does not wait as it is told. What is acknowledged is counted over
 windows of time:
 
-    shared        both brokers are busy, and share the rate through Redis
-    one broker    all of it comes to one of them, which may give the whole rate
-    redis killed  kill -9: each broker goes on with its half; one that is alone gives half of the rate
-    back again    Redis starts, empty, at the same address
+    first record on  with the second of the rate that a full bucket lets in at once
+    shared           both brokers are busy, and share the rate through Redis
+    one broker       all of it comes to one of them, which may give the whole rate
+    redis killed     kill -9: each broker goes on with its half; one that is alone gives half of the rate
+    back again       Redis starts, empty, at the same address
 
 It must show the rate within 5 % in each, refusals that tell when to come again, and no request that failed otherwise.
 """
@@ -42,6 +43,7 @@ WITHIN = 0.05
 BOTH, ALONE = "both", "alone"  # a topic on both brokers, and one on a single broker
 VALUE_BYTES = 200
 BATCH_BYTES = 16 * 1024  # some 70 records: what a request may be too much, and what waits, is little of a window
+LARGE_BYTES = 512 * 1024
 REST_RECORDS = 20
 SETTLED_S = 3.0  # after a change, until a window begins: the burst of a full bucket is used up by then
 ACCESS = """
@@ -157,12 +159,13 @@ class Campaign:
 
     def load(self) -> None:
         """Begin to send; it goes on until `stop`."""
-        self._tasks = [asyncio.create_task(self._produce()) for _ in range(2)]
+        large: dict[str, Any] = {"buffer_bytes": LARGE_BYTES}  # batches as large as the SDK makes them by itself
+        small: dict[str, Any] = {"batch_bytes": BATCH_BYTES, "buffer_bytes": 4 * BATCH_BYTES, "linger": 0.02}
+        self._tasks = [asyncio.create_task(self._produce(options)) for options in (large, small)]
         self._tasks += [asyncio.create_task(self._post(obeys)) for obeys in (True, False)]
 
-    async def _produce(self) -> None:
+    async def _produce(self, options: dict[str, Any]) -> None:
         """Through the SDK, which obeys: whatever is buffered waits until it is let in."""
-        options: dict[str, Any] = {"batch_bytes": BATCH_BYTES, "buffer_bytes": 4 * BATCH_BYTES, "linger": 0.02}
         client = fl.connect(self.cluster.url, ca=str(self.cluster.ca), token=self.limited.token)
         async with client, client.producer(**options) as producer:
             value = bytes(VALUE_BYTES)
@@ -236,10 +239,12 @@ class Campaign:
                         raise TimeoutError(f"{url} does not say within {within_s:g} s: {wanted}")
                     await asyncio.sleep(0.1)
 
-    async def window(self, what: str, topic: str, expected: int, seconds: float) -> Window:
+    async def window(
+        self, what: str, topic: str, expected: int, seconds: float, settled_s: float = SETTLED_S
+    ) -> Window:
         """Count what is let in, once what came before has settled."""
         self.topic = topic
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(settled_s)
         fresh = Counted()
         fresh.failed.update(self.counted.failed)  # what failed meanwhile counts, too
         self.counted = fresh
@@ -269,6 +274,8 @@ async def run(folder: Path, seconds: float, *, short: bool = False) -> Campaign:
         await campaign.start()
         await campaign.shared(True)
         campaign.load()
+        if not short:
+            await campaign.window("from the first record on", BOTH, RATE, seconds, 0.0)
         await campaign.window("shared, both brokers", BOTH, RATE, seconds)
         if not short:
             await campaign.window("shared, all of it at one broker", ALONE, RATE, seconds / 2)
