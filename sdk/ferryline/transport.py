@@ -357,7 +357,8 @@ class Connector:
 
 def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> FerrylineError:
     if error.status == 401:
-        return BadCredentials(f"{url}: the token was refused")
+        shown = "Authorization" in error.request_info.headers
+        return BadCredentials(f"{url}: the token was refused" if shown else f"{url}: a token is needed")
     if error.status == 403:
         return Forbidden(f"{url}: access denied")
     if error.status == 429:

@@ -214,7 +214,7 @@ def _welcome(cluster: LocalCluster, form: str, saved: SavedContext | None) -> No
     console.print("  echo 'c1 hello' | ferryline produce orders -f '%k %v\\n'")
     console.print("  ferryline consume orders --from start")
     if saved is not None:
-        console.print("  ferryline principal create shop --write topic:orders --key    a token that may only send")
+        console.print("  ferryline principal create shop --write topic:orders --key  # a token")
         console.print(
             f"\nAccess is on: nothing without a token. The key of admin is in context {saved.name} of {saved.file};\n"
             f"who may do what: ferryline principal, and {LocalAuth(cluster.root).access_file}",

@@ -135,11 +135,16 @@ class Unauthorized(FerrylineError):
 
 class BadCredentials(Unauthorized):
     code = "BAD_CREDENTIALS"
+    remedy = (
+        "Show a token of this cluster: FERRYLINE_TOKEN, a context (ferryline context), or ferryline login; whoever may "
+        "manage the cluster makes one with ferryline token create."
+    )
 
 
 class Forbidden(Unauthorized):
     code = "FORBIDDEN"
     http_status = 403
+    remedy = "ferryline whoami says who you are; who may manage the cluster allows more with ferryline principal grant."
 
 
 class NotFound(FerrylineError):
