@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ferryline.protocol.access import CLUSTER, EXCHANGE, GROUP, MANAGE, READ, TOPIC
 from ferryline.protocol.frames import Kind
+from ferryline.protocol.messages import GroupHeartbeat
+from ferryline_service.access.caller import Caller
 from ferryline_service.access.rules import (
     AUTHENTICATED,
     BODY,
+    ENTRY,
     HEADER,
     METRICS,
     NODE,
@@ -52,7 +55,7 @@ ROUTES: RouteRules = {
     ("GET", "/v1/groups"): AUTHENTICATED,
     ("GET", "/v1/groups/{group}"): _READ_GROUP,
     ("DELETE", "/v1/groups/{group}"): _MANAGE_GROUP,
-    ("POST", "/v1/groups/{group}/heartbeat"): _READ_GROUP,
+    ("POST", "/v1/groups/{group}/heartbeat"): granted(Need(READ, GROUP, PATH), Need(READ, TOPIC, ENTRY)),
     ("GET", "/v1/definitions"): AUTHENTICATED,
     ("PUT", "/v1/definitions"): AUTHENTICATED,  # each item is decided by itself
     ("GET", "/v1/cluster"): _LOOK,
@@ -82,7 +85,7 @@ ROUTES: RouteRules = {
 
 FRAMES: FrameRules = {
     Kind.METADATA: AUTHENTICATED,
-    Kind.GROUP_HEARTBEAT: granted(Need(READ, GROUP, HEADER)),
+    Kind.GROUP_HEARTBEAT: granted(Need(READ, GROUP, HEADER), Need(READ, TOPIC, HEADER)),
     Kind.HEARTBEAT: NODE,
     Kind.ALTER_ISR: NODE,
     Kind.REGISTER: NODE,
@@ -91,3 +94,10 @@ FRAMES: FrameRules = {
     Kind.ENSURE_TOPIC: NODE,
     Kind.STORED: NODE,
 }
+
+
+def check_member(caller: Caller, message: GroupHeartbeat) -> None:
+    """Raises Forbidden unless the group and every topic may be read: whoever may not would only hold partitions up."""
+    caller.check(READ, GROUP, message.group)
+    for topic in message.topics:
+        caller.check(READ, TOPIC, topic)

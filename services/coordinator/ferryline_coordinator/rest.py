@@ -20,6 +20,7 @@ from ferryline.protocol.limits import WAIT_MS_MAX, check_name, check_range
 from ferryline.protocol.messages import GroupAssignment
 from ferryline.protocol.metadata import NO_BROKER, MetadataRequest, PartitionMeta, TopicMeta
 from ferryline.protocol.partitioner import partition_of
+from ferryline_coordinator.access_rules import check_member
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.tags import topic_tag
 from ferryline_coordinator.driver import Driver
@@ -260,6 +261,7 @@ class Rest:
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         message = MemberHeartbeat.model_validate(await read_json(request)).message(request.match_info["group"])
+        check_member(request[CALLER], message)
         answer = await self._driver.ask(lambda reply: ev.GroupHeartbeatReceived(reply, message))
         assert isinstance(answer, GroupAssignment)
         return web.json_response(assignment_json(answer))

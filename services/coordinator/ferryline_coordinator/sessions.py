@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ferryline.protocol.access import GROUP, READ, StoredBytes
+from ferryline.protocol.access import StoredBytes
 from ferryline.protocol.dead_letters import EnsureTopic
 from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Frame, Kind, decode_header, encode_value
@@ -20,7 +20,7 @@ from ferryline.protocol.messages import (
     Resign,
 )
 from ferryline.protocol.metadata import MetadataRequest
-from ferryline_coordinator.access_rules import FRAMES
+from ferryline_coordinator.access_rules import FRAMES, check_member
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.driver import Driver
 from ferryline_service.access.rules import check_frames, check_kind
@@ -117,7 +117,7 @@ class Sessions:
 
     def _group_heartbeat(self, session: ServerSession, frame: Frame) -> None:
         message = decode_header(frame.header, GroupHeartbeat)
-        session.caller.check(READ, GROUP, message.group)
+        check_member(session.caller, message)
         self._post(session, frame, lambda reply: ev.GroupHeartbeatReceived(reply, message))
 
     def _register(self, session: ServerSession, frame: Frame) -> None:

@@ -47,6 +47,7 @@ from ferryline_coordinator.core.events import (
 )
 from ferryline_coordinator.core.records import principal_key
 from ferryline_coordinator.core.stored import Stored
+from ferryline_coordinator.core.tags import check_expected, principal_tag
 
 COMMENT_CHARS_MAX = 500
 QUOTA_MAX = 2**53  # what JSON carries without loss everywhere
@@ -133,7 +134,7 @@ class Principals:
         self._put(change, event.reply, principal)
 
     def alter(self, change: Change, event: PrincipalAltered) -> None:
-        known = self._existing(change, event.name, event.version)
+        known = self._existing(change, event.name, event.version, event.expected)
         self._put(
             change,
             event.reply,
@@ -148,13 +149,13 @@ class Principals:
         )
 
     def delete(self, change: Change, event: PrincipalDeleted) -> None:
-        known = self._existing(change, event.name, event.version)
+        known = self._existing(change, event.name, event.version, event.expected)
         change.delete(principal_key(known.name))
-        change.reply(event.reply, known)
         self._publish(change)
+        change.reply(event.reply, known)
 
     def add_key(self, change: Change, event: KeyAdded) -> None:
-        known = self._existing(change, event.name, None)
+        known = self._existing(change, event.name, None, event.expected)
         if len(known.keys) >= KEYS_MAX:
             raise Throttled(f"principal {known.name} has {KEYS_MAX} keys; remove one first", limit=KEYS_MAX)
         if event.key.expires_ms and event.key.expires_ms <= event.key.created_ms:
@@ -168,7 +169,7 @@ class Principals:
         self._put(change, event.reply, replace(known, keys=(*known.keys, event.key), version=known.version + 1))
 
     def remove_key(self, change: Change, event: KeyRemoved) -> None:
-        known = self._existing(change, event.name, None)
+        known = self._existing(change, event.name, None, event.expected)
         keys = tuple(key for key in known.keys if key.id != event.key_id)
         if len(keys) == len(known.keys):
             raise NotFound(f"principal {known.name} has no key {event.key_id[:40]!r}", field="key")
@@ -191,7 +192,7 @@ class Principals:
             raise PrincipalExists(f"principal {name} exists", principal=name)
         return name
 
-    def _existing(self, change: Change, given: str, version: int | None) -> PrincipalMeta:
+    def _existing(self, change: Change, given: str, version: int | None, expected: tuple[str, ...]) -> PrincipalMeta:
         name = check_principal(given)
         if name in self._declared():
             raise Conflict(f"principal {name} is declared in the access file; change it there", principal=name)
@@ -202,13 +203,17 @@ class Principals:
             raise VersionConflict(
                 f"version: principal {name} has {known.version}, not {version}", field="version", version=known.version
             )
+        check_expected(principal_tag(known), expected)
         return known
 
     def _put(self, change: Change, reply: int, principal: PrincipalMeta) -> None:
-        """Store it, answer, and tell everybody; unless all of them together would be more than a frame can tell."""
+        """Store it, tell everybody, and answer; unless all of them together would be more than a frame can tell.
+
+        In this order: who has an answer may try at once what it says.
+        """
         change.put(principal)
-        change.reply(reply, principal)
         self._publish(change)
+        change.reply(reply, principal)
         size, limit = len(encode_value(self.policy(change))), self._config.access_bytes_max
         if size > limit:
             self._made = None  # what is refused was never a policy
