@@ -16,6 +16,7 @@ DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
 WIDTH = 24
 HEIGHTS = {"stat": 4, "timeseries": 8, "table": 8}
 RATE = "$__rate_interval"
+REFUSED = "FORBIDDEN|BAD_CREDENTIALS|UNAUTHORIZED|QUOTA_EXCEEDED|THROTTLED"
 
 
 class Panel(NamedTuple):
@@ -90,6 +91,13 @@ OVERVIEW = Dashboard(
               ((f"sum by (code) (rate(ferryline_errors_total[{RATE}]))", "{{code}}"),), stacked=True),
         Panel("Free disk", "Free part of the data file system of each broker.", "percentunit",
               (("ferryline_disk_free_bytes / ferryline_disk_total_bytes", "{{instance}}"),)),
+        Panel("Refused", "Requests refused for want of a token, a permission or quota.", "reqps",
+              ((f'sum by (code) (rate(ferryline_errors_total{{code=~"{REFUSED}"}}[{RATE}]))', "{{code}}"),)),
+        Panel("Certificates", "Until they end. Services renew their own; that of the authority is for people.", "s",
+              (("min by (service, certificate) (ferryline_certificate_expires_in_seconds)",
+                "{{certificate}} of {{service}}"),)),
+        Panel("Receivers", "Receivers of queues that have asked within 30 s.", "short",
+              (("max by (topic, group) (ferryline_queue_receivers)", "{{group}} in {{topic}}"),)),
     ),
 )  # fmt: skip
 

@@ -152,13 +152,13 @@ class Campaign:
     async def resume(self, part: str) -> None:
         self.load.start(part)
 
-    async def press(self) -> None:
-        """A principal asks ten times as often as it may, and does not wait as it is told."""
-        self._pressing = asyncio.create_task(self._press())
+    async def press(self, token: str) -> None:
+        """Somebody asks ten times as often as `LIMIT`, and does not wait as told."""
+        self._pressing = asyncio.create_task(self._press(token))
 
-    async def _press(self) -> None:
+    async def _press(self, token: str) -> None:
         context = ssl.create_default_context(cafile=str(self.cluster.ca))
-        headers = {"Authorization": f"Bearer {self._limited.token}"}
+        headers = {"Authorization": f"Bearer {token}"}
         async with aiohttp.ClientSession(headers=headers) as http:
             while True:
                 async with http.get(f"{self.cluster.url}/v1/topics", ssl=context) as answer:
@@ -195,9 +195,13 @@ class Campaign:
         )
         await self.ends("FerrylineCertificateExpiring", by=self.restore_certificate)
         await self.fires(
-            "a principal asked ten times as often as its quota allows", "FerrylineQuotaRefusals", by=self.press
+            "a principal asked ten times as often as its quota allows",
+            "FerrylineQuotaRefusals",
+            by=lambda: self.press(self._limited.token),
         )
         await self.ends("FerrylineQuotaRefusals", by=self.stop_pressing)
+        await self.fires("somebody tried tokens", "FerrylineTokensRefused", by=lambda: self.press(Key().token))
+        await self.ends("FerrylineTokensRefused", by=self.stop_pressing)
         names = (
             "FerrylineBrokerDown", "FerrylineTargetDown", "FerrylineUnderReplicated", "FerrylineOfflinePartitions",
         )  # fmt: skip
