@@ -231,6 +231,29 @@ async def test_a_principal_is_changed_by_version(here: Here) -> None:
     assert (await here.rest("PATCH", "/v1/principals/root", {"comment": "x"}))[0] == 409
 
 
+async def test_a_principal_is_changed_only_as_it_was_seen(here: Here) -> None:
+    await here.principal("p", READ_GROUP_G)
+    path, auth = "/v1/principals/p", {"Authorization": f"Bearer {ROOT_KEY}"}
+    async with here.http.get(here.url + path, ssl=here.trust, headers=auth) as response:
+        seen = response.headers["ETag"]
+    known = {"headers": {**auth, "If-None-Match": seen}}
+    async with here.http.get(here.url + path, ssl=here.trust, **known) as response:
+        assert response.status == 304
+    asked = {"headers": {**auth, "If-Match": seen}}
+    assert (await here.rest("PATCH", path, {"comment": "c"}, **asked))[0] == 200
+    for method, target, body in (
+        ("PATCH", path, {"comment": "d"}),
+        ("POST", f"{path}/keys", {"expires_ms": 0}),
+        ("DELETE", path, None),
+    ):
+        status, problem = await here.rest(method, target, body, **asked)
+        assert (status, problem["code"]) == (412, "PRECONDITION_FAILED"), method
+    assert (await here.rest("GET", path))[1]["comment"] == "c"
+    await here.rest("DELETE", path)
+    await here.principal("p", READ_GROUP_G)
+    assert (await here.rest("DELETE", path, **asked))[0] == 412, "one made again under its name is another one"
+
+
 # -- sessions ---------------------------------------------------------------------------------------
 
 

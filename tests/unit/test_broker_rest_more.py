@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from ferryline.protocol.exchanges import ExchangeMeta, binding_to
+from ferryline_broker import rest_read
 from ferryline_broker.rest_read import ReadApi
 from unit.broker_world import BrokerWorld, RunningBroker, eventually
 from unit.test_broker_rest import Curl as _Curl
@@ -207,3 +208,34 @@ async def test_an_idle_stream_shows_signs_of_life_and_says_why_it_ends(tmp_path:
             assert json.loads(last)["end"]["code"] == "SHUTTING_DOWN"
         for wrong in ("offset=middle", "follow=perhaps"):
             assert (await curl("GET", f"/v1/topics/orders/partitions/0/records?{wrong}"))[0] == 400
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off_and_holds_little_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest_read, "_SLOW_S", 0.5)
+    async with BrokerWorld(tmp_path) as world:
+        first, _ = await two_brokers(world, alone=True)
+        curl = Curl(world, first)
+        records = [{"value": "x" * 900_000, "partition": 0}]
+        for _ in range(40):
+            status, body = await curl("POST", "/v1/topics/orders/records", {"records": records})
+            assert status == 200, body
+        url = f"{first.url}/v1/topics/orders/partitions/0/records?follow=true"
+        async with world.http.get(url, ssl=curl.ssl) as response:
+            assert first.broker.rest_read.streams == 1
+            await eventually(lambda: first.broker.rest_read.streams == 0, "36 MB that nobody takes end the stream")
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+
+
+async def test_there_are_so_many_streams_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest_read, "STREAMS_MAX", 1)
+    async with BrokerWorld(tmp_path) as world:
+        first, _ = await two_brokers(world, alone=True)
+        curl = Curl(world, first)
+        path = "/v1/topics/orders/partitions/0/records?offset=end&follow=true"
+        async with world.http.get(first.url + path, ssl=curl.ssl) as response:
+            assert response.status == 200
+            status, body = await curl("GET", path)
+            assert (status, body["code"]) == (429, "THROTTLED")

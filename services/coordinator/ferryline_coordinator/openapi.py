@@ -162,19 +162,26 @@ OPERATIONS: Operations = {
         problems=(409,),
         example={"name": "app", "grants": [{"resource": "topic", "pattern": "orders.*", "actions": ["write"]}]},
     ),
-    ("GET", "/v1/principals/{principal}"): Operation({200: _one("Principal")}),
-    ("PATCH", "/v1/principals/{principal}"): Operation({200: _one("Principal")}, AlterPrincipal, problems=(409,)),
+    ("GET", "/v1/principals/{principal}"): Operation(
+        {200: _one("Principal", "ETag"), 304: _UNCHANGED}, headers=_IF_NONE_MATCH
+    ),
+    ("PATCH", "/v1/principals/{principal}"): Operation(
+        {200: _one("Principal", "ETag")}, AlterPrincipal, headers=_IF_MATCH, problems=(409, 412)
+    ),
     ("DELETE", "/v1/principals/{principal}"): Operation(
-        {200: _one("Principal")},
+        {200: _one("Principal", "ETag")},
         query=(
             Parameter("version", {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}, "Refuse if it has another."),
         ),
-        problems=(409,),
+        headers=_IF_MATCH,
+        problems=(409, 412),
     ),
     ("POST", "/v1/principals/{principal}/keys"): Operation(
-        {201: _one("NewKey")}, AddKey, optional=True, problems=(409,)
+        {201: _one("NewKey")}, AddKey, optional=True, headers=_IF_MATCH, problems=(409, 412)
     ),
-    ("DELETE", "/v1/principals/{principal}/keys/{key}"): Operation({200: _one("Principal")}, problems=(409,)),
+    ("DELETE", "/v1/principals/{principal}/keys/{key}"): Operation(
+        {200: _one("Principal", "ETag")}, headers=_IF_MATCH, problems=(409, 412)
+    ),
     ("GET", "/v1/login"): Operation({200: _one("Login")}, public=True),
     ("POST", "/v1/join"): Operation({200: _one("Certified")}, Join, problems=(401, 403, 409), public=True),
     ("POST", "/v1/renew"): Operation({200: _one("Certified")}, Renew),

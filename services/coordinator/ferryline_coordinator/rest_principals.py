@@ -10,11 +10,13 @@ from aiohttp import web
 from ferryline.protocol.access import AccessPolicy, KeyMeta, PrincipalMeta, check_principal
 from ferryline.protocol.errors import InvalidArgument, UnknownPrincipal
 from ferryline_coordinator.core import events as ev
+from ferryline_coordinator.core.tags import principal_tag
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.models_access import AddKey, AlterPrincipal, CreatePrincipal, key_json, principal_json
 from ferryline_coordinator.rest import durable_state
 from ferryline_service.access.gate import Gate
 from ferryline_service.access.keys import ID_BYTES, SECRET_BYTES, make_key
+from ferryline_service.conditions import expected, tagged
 from ferryline_service.errors import read_json
 
 
@@ -53,14 +55,17 @@ class PrincipalRest:
         name = check_principal(request.match_info["principal"])
         for principal in (await self._policy()).principals:
             if principal.name == name:
-                return web.json_response(principal_json(principal, declared=name in self._declared()))
+                shown = principal_json(principal, declared=name in self._declared())
+                return tagged(request, shown, principal_tag(principal))
         raise UnknownPrincipal(f"principal {name} does not exist", principal=name)
 
     async def alter_principal(self, request: web.Request) -> web.Response:
         """Change what the body names. Open sessions get the new grants at once."""
         name = request.match_info["principal"]
         given = AlterPrincipal.model_validate(await read_json(request)).given()
-        return self._shown(await self._driver.ask(lambda reply: ev.PrincipalAltered(reply, name, **given)))
+        seen = expected(request)
+        altered = await self._driver.ask(lambda reply: ev.PrincipalAltered(reply, name, **given, expected=seen))
+        return self._shown(altered)
 
     async def delete_principal(self, request: web.Request) -> web.Response:
         """Its keys end with it, and so do the sessions that were opened with them."""
@@ -68,7 +73,8 @@ class PrincipalRest:
         if text is not None and not (text.isascii() and text.isdigit() and len(text) <= 15):
             raise InvalidArgument(f"version: expected a number, got {text[:40]!r}", field="version")
         version = None if text is None else int(text)
-        return self._shown(await self._driver.ask(lambda reply: ev.PrincipalDeleted(reply, name, version)))
+        seen = expected(request)
+        return self._shown(await self._driver.ask(lambda reply: ev.PrincipalDeleted(reply, name, version, seen)))
 
     async def add_key(self, request: web.Request) -> web.Response:
         """One more API key. It is in this answer and nowhere else."""
@@ -76,14 +82,16 @@ class PrincipalRest:
         asked = AddKey.model_validate(await read_json(request) if request.body_exists else {})
         key, key_id, digest = make_key(secrets.token_bytes(ID_BYTES + SECRET_BYTES))
         meta = KeyMeta(key_id, digest, time.time_ns() // 1_000_000, asked.expires_ms)
-        principal = await self._driver.ask(lambda reply: ev.KeyAdded(reply, name, meta))
+        seen = expected(request)
+        principal = await self._driver.ask(lambda reply: ev.KeyAdded(reply, name, meta, seen))
         shown = {"principal": principal.name, "version": principal.version, "key": key, **key_json(meta)}
         return web.json_response(shown, status=201, headers={"Cache-Control": "no-store"})
 
     async def remove_key(self, request: web.Request) -> web.Response:
         """Sessions that were opened with it end."""
         name, key_id = request.match_info["principal"], request.match_info["key"]
-        return self._shown(await self._driver.ask(lambda reply: ev.KeyRemoved(reply, name, key_id)))
+        seen = expected(request)
+        return self._shown(await self._driver.ask(lambda reply: ev.KeyRemoved(reply, name, key_id, seen)))
 
     # -- inside -------------------------------------------------------------------------------------
 
@@ -98,4 +106,5 @@ class PrincipalRest:
         return frozenset(one.name for one in self._driver.access.principals) if self._driver.access else frozenset()
 
     def _shown(self, principal: PrincipalMeta) -> web.Response:
-        return web.json_response(principal_json(principal))
+        headers = {"ETag": f'"{principal_tag(principal)}"'}
+        return web.json_response(principal_json(principal), headers=headers)

@@ -333,6 +333,7 @@ class PrincipalAltered(Event):
     disabled: bool | None = None
     comment: str | None = None
     version: int | None = None
+    expected: tuple[str, ...] = ()
 
 
 class PrincipalDeleted(Event):
@@ -341,6 +342,7 @@ class PrincipalDeleted(Event):
     reply: int
     name: str
     version: int | None = None
+    expected: tuple[str, ...] = ()
 
 
 class KeyAdded(Event):
@@ -349,6 +351,7 @@ class KeyAdded(Event):
     reply: int
     name: str
     key: KeyMeta
+    expected: tuple[str, ...] = ()
 
 
 class KeyRemoved(Event):
@@ -357,6 +360,7 @@ class KeyRemoved(Event):
     reply: int
     name: str
     key_id: str
+    expected: tuple[str, ...] = ()
 
 
 # -- effects ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from ferryline.protocol.access import PrincipalMeta
 from ferryline.protocol.errors import PreconditionFailed
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.metadata import TopicMeta
@@ -20,6 +21,11 @@ def topic_tag(topic: TopicMeta) -> str:
 def exchange_tag(exchange: ExchangeMeta) -> str:
     """Of all that it is: one made again under its name begins at version 1, too."""
     return f"{exchange.version}.{hashlib.blake2b(encode_record(exchange), digest_size=8).hexdigest()}"
+
+
+def principal_tag(principal: PrincipalMeta) -> str:
+    """Of all that it is, keys included."""
+    return f"{principal.version}.{hashlib.blake2b(encode_record(principal), digest_size=8).hexdigest()}"
 
 
 def check_expected(tag: str, expected: tuple[str, ...]) -> None:
