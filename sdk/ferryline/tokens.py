@@ -1,8 +1,8 @@
 """Where a client's token comes from: a text, or a function that gives one and is asked again when it is due.
 
 A token that is a JWT says when it ends; a new one is asked for a little earlier. Any other is used until a service
-refuses it. The function is called in one event loop only, that of the first request; other loops of the same client
-(the thread of heartbeats) have it called there.
+refuses it. An asynchronous function is called in one event loop only, that of the first request; other loops of the
+same client (the thread of heartbeats) have it called there, unless it says ``any_loop = True``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def renew_at(token: str, now_s: float) -> float:
     return expires - min(EARLY_S, max(0.0, expires - issued) / 5)
 
 
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 class TokenSource:
     """The token of a client. ``renewable``: whether there may be another one after it."""
 
@@ -62,6 +66,8 @@ class TokenSource:
             self._token, self._until = given, float("inf")
         else:
             raise InvalidArgument(f"token: {type(given).__name__} is neither text nor a function", field="token")
+        plain = callable(given) and not _is_async(given)
+        self._anywhere = plain or bool(getattr(given, "any_loop", False))
         self._asked_at = float("-inf")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: asyncio.Task[str] | None = None
@@ -86,6 +92,8 @@ class TokenSource:
             self._loop, self._asking = loop, None
         if loop is self._loop:
             return await self._ask(old)
+        if self._anywhere:  # the first loop may be blocked by a handler, and heartbeats must go on
+            return await self._call()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._ask(old), self._loop))
 
     async def _ask(self, old: str) -> str:
@@ -106,7 +114,7 @@ class TokenSource:
         self._asked_at = time.monotonic()
         try:
             given: str | Awaitable[str]
-            if inspect.iscoroutinefunction(self._give) or inspect.iscoroutinefunction(type(self._give).__call__):
+            if _is_async(self._give):
                 given = self._give()
             else:  # it may read files, or ask another program
                 given = await asyncio.get_running_loop().run_in_executor(None, self._give)

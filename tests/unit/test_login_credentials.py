@@ -16,8 +16,8 @@ import ferryline as fl
 from ferryline.login.credentials import Credentials, LoginToken, Stored, login_token, stored
 from ferryline.login.flow import login_of
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed
+from tests.login_issuer import LoginIssuer
 from tests.oidc_issuer import Keyring
-from unit.login_issuer import LoginIssuer
 
 URL = "https://localhost:8443"
 
@@ -153,6 +153,19 @@ async def test_a_client_uses_the_login_of_its_address_and_of_no_other(
     assert fl.connect(URL, token="").token == ""
     monkeypatch.setenv("FERRYLINE_TOKEN", "abc")
     assert fl.connect(URL).token == "abc"
+
+
+async def test_whoever_has_no_home_is_just_not_logged_in(
+    credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FERRYLINE_CREDENTIALS", "/dev/null/credentials.json")
+    assert login_token([URL]) is None
+
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert login_token([URL]) is None
 
 
 async def test_a_file_that_makes_no_sense_is_told_and_not_replaced(credentials: Credentials) -> None:

@@ -26,8 +26,8 @@ from ferryline.login.flow import (
 )
 from ferryline.login.issuer import Issuer as Requests
 from ferryline.protocol.errors import BadCredentials, ConnectionFailed, DeadlineExceeded, InvalidArgument
+from tests.login_issuer import LoginIssuer
 from tests.oidc_issuer import Keyring
-from unit.login_issuer import LoginIssuer
 
 CLIENT = Client("https://issuer.example", "cli", "cli")
 TRIED = attempt(bytes(range(3 * SECRET_BYTES)), "http://127.0.0.1:5/callback")

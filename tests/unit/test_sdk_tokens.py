@@ -116,6 +116,22 @@ async def test_another_loop_has_the_function_called_in_the_first_one() -> None:
     assert give.threads == {threading.get_ident()}
 
 
+async def test_a_function_that_needs_no_loop_of_its_own_is_called_although_the_first_loop_is_blocked() -> None:
+    calls: list[int] = []
+
+    def give() -> str:
+        calls.append(1)
+        return f"token-{len(calls)}"
+
+    source = TokenSource(give)
+    await source.token()
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(source.renew("token-1"))))
+    thread.start()
+    thread.join(30)  # blocks this loop meanwhile
+    assert found == ["token-2"]
+
+
 async def test_failures_of_the_function_are_typed() -> None:
     async def broken() -> str:
         raise OSError("no disk")

@@ -83,8 +83,8 @@ class Credentials:
         """All logins by address of the cluster. Raises BadCredentials for a file that cannot be read."""
         try:
             return msgspec.json.decode(self.path.read_bytes(), type=dict[str, Stored])
-        except FileNotFoundError:
-            return {}
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return {}  # of somebody else: a service that nobody logs in at may run with any HOME
         except (OSError, msgspec.MsgspecError) as error:
             raise BadCredentials(f"{self.path}: {error}") from None
 
@@ -198,6 +198,8 @@ class Credentials:
 class LoginToken:
     """The function that a client asks for its token: that of whoever logged in at ``url`` on this machine."""
 
+    any_loop = True
+
     def __init__(self, credentials: Credentials, url: str) -> None:
         self._credentials, self._url = credentials, url
         self._last = ""
@@ -219,6 +221,9 @@ class LoginToken:
 
 def login_token(urls: Iterable[str]) -> LoginToken | None:
     """For a client of these addresses, if somebody logged in at one of them. Raises BadCredentials."""
-    credentials = Credentials()
+    try:
+        credentials = Credentials()
+    except RuntimeError:  # this user has no home
+        return None
     found = credentials.find(urls)
     return LoginToken(credentials, found[0]) if found is not None else None

@@ -41,9 +41,8 @@ class LoginIssuer(Issuer):
                 "device_authorization": "device",
                 "revocation": "revoke",
             }
-            return web.json_response(
-                {"issuer": self.url, **{f"{name}_endpoint": f"{self.url}/{path}" for name, path in names.items()}}
-            )
+            endpoints = {f"{name}_endpoint": f"{self.url}/{path}" for name, path in names.items()}
+            return web.json_response({"issuer": self.url, "jwks_uri": f"{self.url}/keys", **endpoints})
         return await super()._answer(request)
 
     def redirected(self, query: dict[str, str], **changes: str) -> str:
