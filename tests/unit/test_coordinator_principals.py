@@ -28,10 +28,11 @@ from ferryline.protocol.errors import (
     PrincipalExists,
     Throttled,
     UnknownPrincipal,
+    UnsupportedVersion,
     VersionConflict,
 )
 from ferryline.protocol.frames import Kind
-from ferryline.protocol.messages import RegisterOk
+from ferryline.protocol.messages import Register, RegisterOk
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.records import decode_record, encode_record, record_key
@@ -108,6 +109,17 @@ def test_a_broker_that_registers_gets_the_policy_or_none_while_access_is_off(ben
     bench.ask(ev.KeyAdded, "billing", key(1))
     assert registered(bench).access == told(bench)
     assert registered(Bench(2)).access is None
+
+
+def test_a_broker_that_would_ask_nobody_is_not_registered_while_access_is_on(bench: Bench) -> None:
+    older = Register(1, "s-1", 9, "clean", "https://x", "https://x", 0, feature_level=1)
+    for benched in (bench, Bench(2)):
+        benched.state.cluster = replace(benched.state.cluster, feature_level=1)
+        if benched is bench:
+            with pytest.raises(UnsupportedVersion, match="access is on"):
+                benched.ask(ev.RegisterReceived, benched.brokers[1].session, older)
+        else:
+            benched.ask(ev.RegisterReceived, benched.brokers[1].session, older)
 
 
 def registered(bench: Bench) -> Any:

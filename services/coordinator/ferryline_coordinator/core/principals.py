@@ -28,6 +28,7 @@ from ferryline.protocol.errors import (
     PrincipalExists,
     Throttled,
     UnknownPrincipal,
+    UnsupportedVersion,
     VersionConflict,
 )
 from ferryline.protocol.frames import Kind, encode_value
@@ -49,6 +50,7 @@ from ferryline_coordinator.core.records import principal_key
 from ferryline_coordinator.core.stored import Stored
 from ferryline_coordinator.core.tags import check_expected, principal_tag
 
+ACCESS_LEVEL = 2  # feature level of the first release whose brokers know of access
 COMMENT_CHARS_MAX = 500
 QUOTA_MAX = 2**53  # what JSON carries without loss everywhere
 
@@ -98,6 +100,13 @@ class Principals:
             policy = replace(self._file, revision=revision, enabled=True, principals=principals)
             self._made = revision, replace(policy, over=self._over(change, policy))
         return self._made[1]
+
+    def check_level(self, feature_level: int) -> None:
+        """Raises UnsupportedVersion for a broker that would ask nobody who they are."""
+        if self._file is not None and feature_level < ACCESS_LEVEL:
+            raise UnsupportedVersion(
+                f"feature_level: access is on, which a broker of level {feature_level} knows nothing of; upgrade it"
+            )
 
     def stored(self, change: Change, event: StoredTold) -> None:
         """What a broker holds of whom. Everybody is told who may not write, when that has changed."""

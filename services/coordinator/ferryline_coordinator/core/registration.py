@@ -132,6 +132,7 @@ class Registration:
                 cluster=level,
                 broker=message.feature_level,
             )
+        self._principals.check_level(message.feature_level)
         if message.broker_id:
             return message
         for record in change.brokers():
