@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +261,22 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_the_others_readable(
     assert log.lost == 1
 
 
-def test_a_file_that_somebody_took_away_is_made_again(log: AuditLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["removed", "moved", "with its folder"])
+def test_a_file_that_somebody_took_away_is_made_again(log: AuditLog, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "audit" / "audit.jsonl"
     log.note(ALICE, "", "a", "topic", "one", DONE)
-    (tmp_path / "audit" / "audit.jsonl").unlink()
-    page = log.read(0, 9)
-    assert (page.records, page.more) == ([], False), "nobody asks for ever for what is not there"
+    if how == "removed":
+        path.unlink()
+        page = log.read(0, 9)
+        assert (page.records, page.more) == ([], False), "nobody asks for ever for what is not there"
+    elif how == "moved":
+        path.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(tmp_path / "audit")
+        assert log.read(0, 9).records == []
+    log.note(ALICE, "", "a", "topic", "two", DONE)
+    assert [(record["seq"], record["name"]) for record in log.read(0, 9).records] == [(2, "two")]
+    assert log.lost == 0
 
 
 def test_numbers_are_read_from_whole_lines_only(tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ class Journal:
 
     def open(self) -> int:
         """Find what is there. Returns the number of the last line, 0 if there is none."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._open_current()
         return max((_last(path) for path in self._paths()[-2:]), default=0)
 
     def _open_current(self) -> None:
+        self.close()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._descriptor = os.open(self._current, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._descriptor).st_size
         self._torn = self._size > 0 and os.pread(self._descriptor, 1, self._size - 1) != b"\n"
@@ -58,8 +59,8 @@ class Journal:
 
     def append(self, number: int, line: bytes) -> None:
         """Add ``line``, which begins with ``number`` and ends with a newline."""
-        if self._descriptor < 0:
-            self.open()
+        if self._descriptor < 0 or self._is_gone():
+            self._open_current()
         if self._size and self._size + len(line) > self._file_bytes:
             self._rotate(number)
         data = b"\n" + line if self._torn else line
@@ -84,16 +85,23 @@ class Journal:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _is_gone(self) -> bool:
+        """Whether somebody took the current file away; lines would go where nobody finds them."""
+        try:
+            return not os.path.samestat(os.stat(self._current), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+
     def _rotate(self, number: int) -> None:
         os.rename(self._current, self.folder / f"{self._name}-{self._first or number:015}.jsonl")
-        self.close()
         self._open_current()
         for path in self._paths()[: -self._files]:
             path.unlink()
 
     def _paths(self) -> list[Path]:
         """Files that hold lines, oldest first; the current one is the last."""
-        older = sorted(path for path in self.folder.iterdir() if self._older.match(path.name))
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        older = sorted(path for path in there if self._older.match(path.name))
         return [*older, self._current] if self._current.exists() else older
 
     def _started(self, path: Path) -> int:

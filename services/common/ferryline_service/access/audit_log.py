@@ -153,8 +153,6 @@ class AuditLog:
                 self._untold = 0
             self._append(journal, fields, count, request_id, details)
         except OSError as error:
-            with suppress(OSError):
-                journal.close()  # opened again for the next line, also if somebody took the file away
             self.lost += 1
             self._untold += 1
             if self._untold == 1:
