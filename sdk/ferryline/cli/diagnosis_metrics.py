@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from ferryline.cli.diagnosis import FAIL, OK, WARN, Finding, get
@@ -13,7 +13,7 @@ from ferryline.cli.quantities import show_size
 
 FDS_MIN = 4096  # a broker holds one for each session, and some for each partition that is written
 FDS_SHARE_MAX = 0.8
-FLUSH_S_MAX = 0.25  # on the average; a disk that is fit for the purpose takes a hundredth of it
+FLUSH_S_MAX = 0.1  # on the average; a disk that is fit for the purpose takes a hundredth of it
 FLUSHES_MIN = 5
 DISK_BYTES_MIN, DISK_SHARE_MIN = 2 * 1024**3, 0.10  # twice the reserve at which brokers refuse records
 FAR_BEHIND_S = 300.0
@@ -99,8 +99,9 @@ def _process(what: str, samples: list[Sample]) -> list[Finding]:
     return []
 
 
-def check_traffic(samples: list[Sample], members: Mapping[str, float]) -> list[Finding]:
-    """Groups, queues and dead letters of the whole cluster. ``members``: consumers by group."""
+def check_traffic(samples: list[Sample], members: Mapping[str, float], letters: Collection[str]) -> list[Finding]:
+    """Groups, queues and dead letters of the whole cluster. ``members``: consumers by group. ``letters``: topics that
+    hold dead letters."""
     found: list[Finding] = []
     behind = total(samples, "ferryline_group_lag_records", "group")
     late: dict[str, float] = {}
@@ -115,7 +116,7 @@ def check_traffic(samples: list[Sample], members: Mapping[str, float]) -> list[F
         elif lag and late.get(group, 0) > FAR_BEHIND_S:
             remedy = f"More consumers (up to one a partition), or faster ones: ferryline group describe {group}"
             found.append(Finding(WARN, f"group {group}", f"is far behind: {since}", remedy))
-    return [*found, *_queues(samples), *_dead_letters(samples)]
+    return [*found, *_queues(samples), *_dead_letters(samples, letters)]
 
 
 def _queues(samples: list[Sample]) -> list[Finding]:
@@ -134,10 +135,10 @@ def _queues(samples: list[Sample]) -> list[Finding]:
     return found
 
 
-def _dead_letters(samples: list[Sample]) -> list[Finding]:
+def _dead_letters(samples: list[Sample], letters: Collection[str]) -> list[Finding]:
     found = []
     for topic, count in sorted(total(samples, "ferryline_dead_letter_records", "topic").items()):
-        if count:
+        if count and topic in letters:
             remedy = f"What went wrong stands in them: ferryline dlq list {topic.removesuffix('.dlq')}"
-            found.append(Finding(WARN, f"topic {topic}", f"{count:,.0f} dead letters", remedy))
+            found.append(Finding(WARN, f"topic {topic}", f"up to {count:,.0f} dead letters", remedy))
     return found

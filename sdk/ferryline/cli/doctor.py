@@ -14,9 +14,11 @@ from ferryline.cli.output import Output, say, stdout
 if TYPE_CHECKING:
     from ferryline.cli.diagnosis import Finding
     from ferryline.cli.settings import Settings
+    from ferryline.client import Client
 
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 NAMED_MAX = 5
+LETTERS_S = 5.0
 
 
 def app(
@@ -39,7 +41,21 @@ def app(
     from ferryline.cli import diagnosis
 
     invocation = of(ctx)
-    settings = invocation.settings
+    found, answering = examine(invocation.settings, data_dir)
+    _show(found, invocation.output, all_findings)
+    problems = sum(finding.level == diagnosis.FAIL for finding in found)
+    if not answering:
+        raise Failed("no server can be used", UNAVAILABLE)
+    if problems:
+        raise Failed(f"{problems} problem{'s' if problems > 1 else ''}", FAILED)
+
+
+def examine(settings: Settings, data_dir: Path | None = None) -> tuple[list[Finding], list[str]]:
+    """Everything that there is to say, and which of the given servers answered."""
+    from ferryline.cli import diagnosis
+    from ferryline.cli.diagnosis_access import check_keys
+    from ferryline.cli.settings import local_data_dir
+
     found = diagnosis.check_settings(settings)
     answering = []
     for url in settings.url:
@@ -54,17 +70,8 @@ def app(
     elif settings.context:
         remedy = "If the cluster has moved or was made anew, it is stale: ferryline context set, or context delete."
         found.append(diagnosis.Finding(diagnosis.FAIL, "context", f"nothing of {settings.context!r} answers", remedy))
-    from ferryline.cli.diagnosis_access import check_keys
-    from ferryline.cli.settings import local_data_dir
-
     root = data_dir or local_data_dir()
-    found += [*diagnosis.check_disk(root), *check_keys(root)]
-    _show(found, invocation.output, all_findings)
-    problems = sum(finding.level == diagnosis.FAIL for finding in found)
-    if not answering:
-        raise Failed("no server can be used", UNAVAILABLE)
-    if problems:
-        raise Failed(f"{problems} problem{'s' if problems > 1 else ''}", FAILED)
+    return [*found, *diagnosis.check_disk(root), *check_keys(root)], answering
 
 
 def _served(settings: Settings, url: str) -> list[Finding]:
@@ -112,6 +119,7 @@ async def _cluster(settings: Settings) -> list[Finding]:
             brokers, topics = list(metadata.brokers.values()), dict(metadata.topics)
             parts = list(metadata.partitions.values())
             level = metadata.feature_level
+            letters = await _with_letters(client)
     except FerrylineError as error:
         return [Finding(FAIL, "cluster", str(error), error.remedy)]
     found = [Finding(OK, "cluster", f"{metadata.cluster_id}: {len(brokers)} brokers, {len(topics)} topics")]
@@ -135,7 +143,31 @@ async def _cluster(settings: Settings) -> list[Finding]:
             found.append(Finding(FAIL, f"broker {broker.id}", what, remedy))
     found += _partitions(parts, {topic.id: topic.name for topic in topics.values()})
     found += await asyncio.to_thread(_releases, settings)
-    return found + await asyncio.to_thread(_measured, settings, reached, list(metadata.coordinators))
+    return found + await asyncio.to_thread(_measured, settings, reached, list(metadata.coordinators), letters)
+
+
+async def _with_letters(client: Client) -> set[str]:
+    """Topics of dead letters that hold some; a topic that was only made holds records of the brokers' own."""
+    import asyncio
+
+    from ferryline.protocol.dead_letters import SUFFIX
+    from ferryline.protocol.errors import FerrylineError
+
+    found = set()
+    for topic in client.routing.cluster.topics.values():
+        if not topic.name.endswith(SUFFIX):
+            continue
+        letters = client.dead_letters(topic.name).browse(timeout=LETTERS_S)
+        try:
+            async with asyncio.timeout(LETTERS_S):
+                async for _ in letters:
+                    found.add(topic.name)
+                    break
+        except (FerrylineError, TimeoutError):
+            continue  # it cannot be read: that is told of its partitions
+        finally:
+            await letters.aclose()
+    return found
 
 
 def _releases(settings: Settings) -> list[Finding]:
@@ -164,7 +196,7 @@ def _releases(settings: Settings) -> list[Finding]:
     return []
 
 
-def _measured(settings: Settings, brokers: list[Any], coordinators: list[str]) -> list[Finding]:
+def _measured(settings: Settings, brokers: list[Any], coordinators: list[str], letters: set[str]) -> list[Finding]:
     """What the services measure themselves."""
     from ferryline.cli import diagnosis_metrics as metrics
 
@@ -181,7 +213,7 @@ def _measured(settings: Settings, brokers: list[Any], coordinators: list[str]) -
         samples, _ = metrics.scrape(url, settings.ca, settings.token)
         if metrics.one(samples, "ferryline_coordinator_active"):
             active, members = True, metrics.total(samples, "ferryline_group_members", "group")
-    return found + (metrics.check_traffic(everything, members) if active else [])
+    return found + (metrics.check_traffic(everything, members, letters) if active else [])
 
 
 def _state(broker: Any) -> tuple[str, str] | None:

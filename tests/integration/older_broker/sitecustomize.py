@@ -1,4 +1,5 @@
-"""A broker program of the release before, as far as others can tell: it announces feature level 1."""
+"""Programs of the release before, as far as others can tell: a broker announces feature level 1, and a coordinator
+founds its cluster there."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-NODE = "ferryline_broker.core.node"
+NODE, COORDINATOR = "ferryline_broker.core.node", "ferryline_coordinator.core.coordinator"
 
 
 class Older(MetaPathFinder):
-    """Lets the node core register as the older release would."""
+    """Changes what two modules say of themselves, once they are loaded."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != NODE:
+        if name not in (NODE, COORDINATOR):
             return None
         spec = PathFinder.find_spec(name, path)
         assert spec is not None
@@ -25,7 +26,10 @@ class Older(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            module.Register = functools.partial(module.Register, feature_level=1)  # type: ignore[attr-defined]
+            if name == NODE:
+                module.Register = functools.partial(module.Register, feature_level=1)  # type: ignore[attr-defined]
+            else:
+                module.FEATURE_LEVEL = 1  # type: ignore[attr-defined]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
