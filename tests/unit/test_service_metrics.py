@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import os
 import re
@@ -75,3 +76,22 @@ def test_every_name_is_one_that_prometheus_likes() -> None:
             _, _, name, kind = line.split()
             assert re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", name)
             assert (kind == "counter") == name.endswith("_total")
+
+
+async def test_a_scrape_lets_the_loop_turn_and_leaves_nothing_out() -> None:
+    metrics = ServiceMetrics("broker")
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    page = (await metrics.page()).decode()
+    task.cancel()
+    names = {family.name for family in metrics.registry.collect()}
+    assert turns >= len(names)
+    assert {line.split()[2].removesuffix("_total") for line in page.splitlines() if line.startswith("# TYPE")} == names
+    assert metrics.scrape_s > 0

@@ -7,7 +7,6 @@ docs/metrics.md has the table of all of them; a test compares it with what is se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from time import perf_counter
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -68,7 +67,7 @@ class _BrokerCollector(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        metrics, began = self._metrics, perf_counter()
+        metrics = self._metrics
         parts = metrics.partitions()
         held = {part.topic for part in parts}
         for name in [name for name in metrics.topics.counts if name not in held and not metrics.exists(name)]:
@@ -80,9 +79,6 @@ class _BrokerCollector(Collector):
         yield from self._queues(rows)
         yield from families(parts, metrics.topics.label)
         yield from self._node()
-        took = GaugeMetricFamily("ferryline_scrape_seconds", "What it took to collect the metrics of this broker")
-        took.add_metric([], perf_counter() - began)
-        yield took
 
     def _traffic(self, rows: dict[str, TopicCounts]) -> Iterator[Metric]:
         for field, text in (
