@@ -20,6 +20,7 @@ from tests.polling import poll
 LOG, QUEUE = "orders", "jobs"
 READERS, WORKERS = "billing", "packing"
 KEYS = 16
+AT_A_TIME = 8  # jobs of one receiver
 RETRY_S = 0.2
 Connect = Callable[[], fl.Client]
 
@@ -160,11 +161,14 @@ class Load:
             while True:
                 try:
                     async with client.receiver(QUEUE, group=WORKERS) as receiver:
-                        async for message in receiver:
-                            await self._job(message)
+                        await asyncio.gather(*(self._jobs(receiver) for _ in range(AT_A_TIME)))
                 except Exception as error:
                     self._count("receive", error)
                     await asyncio.sleep(RETRY_S)
+
+    async def _jobs(self, receiver: fl.Receiver[bytes]) -> None:
+        async for message in receiver:
+            await self._job(message)
 
     async def _job(self, message: fl.QueueMessage[bytes]) -> None:
         key, number = message.key or b"", int(message.raw or b"")
