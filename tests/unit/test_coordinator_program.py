@@ -118,3 +118,50 @@ async def test_certificates_are_shown(running: Coordinator) -> None:
     assert [Path(c["file"]).name for c in shown] == ["ca.crt", "coordinator.crt"]
     assert running.driver.state.cluster is not None
     assert f"coordinator.{running.driver.state.cluster.cluster_id}" in shown[1]["names"]
+
+
+@pytest.mark.process
+async def test_a_key_that_the_program_made_opens_what_the_access_file_says_and_sighup_reads_it_again(
+    tmp_path: Path, eventually: Any
+) -> None:
+    made, _ = await (await program("key")).communicate()
+    key, line = made.decode().splitlines()
+    access = tmp_path / "access.toml"
+    text = f'[[principals]]\nname = "p"\n{line}\ncomment = "%s"\n'
+    access.write_text(text % "one")
+    process = await program("--data-dir", str(tmp_path / "d"), "--port", "0", "--access", str(access))
+    try:
+        assert process.stdout is not None
+        ready = json.loads((await asyncio.wait_for(process.stdout.readline(), 20)).decode().removeprefix("READY "))
+        trust = ssl.create_default_context(cafile=str(tmp_path / "d" / "tls" / "ca.crt"))
+
+        async def revision() -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            async with http.get(f"{ready['url']}/v1/whoami", ssl=trust, headers=headers) as response:
+                return int((await response.json())["revision"])
+
+        async def changed() -> bool:
+            return await revision() > before
+
+        async with aiohttp.ClientSession() as http:
+            before = await revision()
+            stamp = access.stat()
+            access.write_text(text % "two")  # as large and as old as before: nobody sees that it is another one
+            os.utime(access, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+            process.send_signal(signal.SIGHUP)
+            await eventually(changed, within_s=20)
+        assert process.returncode is None
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.process
+async def test_a_wrong_access_file_is_told_at_the_start(tmp_path: Path) -> None:
+    access = tmp_path / "access.toml"
+    access.write_text('[[principals]]\nname = "a b"\n')
+    process = await program("--data-dir", str(tmp_path / "d"), "--port", "0", "--access", str(access))
+    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 2
+    assert b"access.toml: principals.0.name: 'a b' does not match" in stderr
