@@ -14,10 +14,13 @@ import aiohttp
 import pytest
 from pydantic import ValidationError
 
+from ferryline_broker import access_rules as broker_rules
+from ferryline_coordinator import access_rules as coordinator_rules
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.bootstrap import ADMIN, EVERYTHING
 from ferryline_coordinator.config import CoordinatorConfig
 from ferryline_coordinator.core import events as ev
+from ferryline_service.access.audited import changes
 from ferryline_service.access.keys import ID_BYTES, SECRET_BYTES, make_key
 
 Record = dict[str, Any]
@@ -169,6 +172,33 @@ async def test_every_change_is_a_line_that_names_what_was_changed_and_how(here: 
     assert {record["principal"] for record in records} == {ADMIN}
     assert {record["remote"] for record in records} == {"127.0.0.1"}
     assert records[2]["details"] == {"body": '{"disabled":true}'}
+
+
+def test_no_route_changes_anything_in_silence() -> None:
+    """Whoever adds a route that only uses what is there, and is no GET, says so here."""
+    uses = {
+        ("POST", "/v1/groups/{group}/heartbeat"),
+        ("POST", "/v1/renew"),  # a node's
+        ("POST", "/v1/topics/{topic}/records"),
+        ("POST", "/v1/exchanges/{exchange}/publish"),
+        *(("POST", f"/v1/queues/{{topic}}/{{group}}/{verb}") for verb in ("receive", "settle", "keep")),
+    }
+    rules = {**coordinator_rules.ROUTES, **broker_rules.ROUTES}
+    silent = {route for route, rule in rules.items() if route[0] != "GET" and not changes(route[0], rule)}
+    assert silent == uses
+    assert not [route for route, rule in rules.items() if route[0] == "GET" and changes(route[0], rule)]
+
+
+async def test_a_request_that_changes_several_things_is_a_line_for_each(here: Here) -> None:
+    exchanges = [{"name": name, "type": "topic", "bindings": []} for name in ("mine", "yours")]
+    document = {"version": 1, "topics": [], "exchanges": exchanges, "principals": []}
+    key = await here.principal("shop", {"resource": "exchange", "pattern": "mine", "actions": ["manage"]})
+    assert (await here.rest("PUT", "/v1/definitions?dry_run=true", document, token=key))[0] == 207
+    assert (await here.rest("PUT", "/v1/definitions", document, token=key))[0] == 207
+    assert [told(record)[1:] for record in await here.audit(principal="shop")] == [
+        ("definitions_create", "exchange", "mine", "done", ""),
+        ("definitions_create", "exchange", "yours", "refused", "FORBIDDEN"),
+    ]
 
 
 async def test_a_change_that_was_allowed_and_did_not_work_says_why(here: Here) -> None:

@@ -140,7 +140,9 @@ class ProduceHandler:
                         raise over
                     self._quotas.spend(caller, records=header.record_count, bytes=len(data))
             except FerrylineError as error:
-                over = error if isinstance(error, QuotaExceeded) else over
+                if over is None and isinstance(error, QuotaExceeded):
+                    over = error
+                    session.note_refused(Kind.PRODUCE, error)
                 request.refuse(index, error.info())
             else:
                 token = driver.token(request, index, hosted)

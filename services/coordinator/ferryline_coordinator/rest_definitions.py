@@ -31,6 +31,7 @@ from ferryline_coordinator.definitions import (
 )
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.rest import durable_state
+from ferryline_service.access.audited import tell
 from ferryline_service.access.caller import UNCHECKED, Caller
 from ferryline_service.access.gate import CALLER
 from ferryline_service.conditions import digest_of, tagged
@@ -74,6 +75,8 @@ class DefinitionRest:
         results: list[dict[str, Any]] = []
         for step in steps:
             error = await self._done(step, caller, dry_run, keys_move)
+            if step.action != UNCHANGED and not dry_run:
+                tell(request, f"definitions_{step.action}", step.kind, step.exchange or step.name, error)
             told: dict[str, Any] = {"kind": step.kind, "name": step.name, "action": step.action, "detail": step.detail}
             if error is not None:
                 told["error"] = {"code": error.code, "detail": error.message, "retriable": error.retriable}

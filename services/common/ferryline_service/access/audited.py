@@ -4,8 +4,9 @@
     app = web.Application(middlewares=[error_middleware(metrics), auditor.middleware(), gate.middleware()])
     endpoint.on_refused = auditor.refused_frame
 
-A change is a request that takes ``manage`` on something and is no GET, and a node's joining and renewing. Changes are
-told while access is off, too; then everybody does them.
+A change is a request that is no GET and takes more than ``read`` or ``write`` on something, and the joining of a
+broker. One that changes several things names each of them itself (`tell`). Changes are told while access is off, too;
+then everybody does them.
 """
 
 from __future__ import annotations
@@ -38,10 +39,24 @@ if TYPE_CHECKING:
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BODY_BYTES_MAX = 64 * 1024
+TOLD_MAX = 1_000  # changes of one request that get lines of their own
+TOLD = web.RequestKey("ferryline_told", list)
 _LOOKS = ("GET", "HEAD", "OPTIONS")
 _CONNECT = "connect"
 _NAMES = ("name", "topic", "exchange", "principal")  # in a body or an error, where the path names nothing
 _KIND_NAMES = {int(kind): kind.name.lower() for kind in Kind}
+
+
+def tell(request: web.Request, action: str, resource: str, name: str, error: FerrylineError | None = None) -> None:
+    """For a handler that changes several things: one of them was changed, or not."""
+    request.setdefault(TOLD, []).append((action, resource, name, error))
+
+
+def changes(method: str, rule: Rule) -> bool:
+    """Whether such a request changes something, as opposed to using it."""
+    if method in _LOOKS or rule is NODE:
+        return False
+    return not rule.needs or any(need.action == MANAGE for need in rule.needs)
 
 
 class Auditor:
@@ -67,10 +82,10 @@ class Auditor:
             except Unavailable:
                 raise  # nothing was decided, here and now
             except Exception as error:
-                if _changes(request, rule):
+                if changes(request.method, rule):
                     self._ended(request, rule, FAILED, error)
                 raise
-            if _changes(request, rule):
+            if changes(request.method, rule):
                 await self._changed(request, rule)
             return response
 
@@ -83,8 +98,8 @@ class Auditor:
             _known(session.caller),
             session.remote,
             _KIND_NAMES.get(kind, str(kind)),
-            str(details.get("resource", "")),
-            str(details.get("name", "")),
+            str(details.get("resource", "quota" if "quota" in details else "")),
+            str(details.get("name", details.get("quota", ""))),
             REFUSED,
             error.code,
         )
@@ -97,12 +112,28 @@ class Auditor:
         self.log.note(_known(session.caller), session.remote, action, resource, name, outcome, code, **details)
 
     async def _changed(self, request: web.Request, rule: Rule) -> None:
+        if self._told(request):
+            return
         body = await _body(request) if rule is not PUBLIC else None  # what nodes send to join holds a token
+        if request.query.get("dry_run") in ("true", "1") or (isinstance(body, Mapping) and body.get("dry_run") is True):
+            return
         details = {"body": json.dumps(body, separators=(",", ":"))} if body else {}
         self._note(request, rule, body, DONE, "", details)
 
+    def _told(self, request: web.Request) -> bool:
+        """Lines for what the handler itself has told. Returns whether there was anything."""
+        told = request.get(TOLD, [])
+        caller, request_id = _known(request.get(CALLER)), request.get(REQUEST_ID, "")
+        for action, resource, name, error in told[:TOLD_MAX]:
+            code = "" if error is None else error.code
+            outcome = DONE if error is None else REFUSED if isinstance(error, Unauthorized) else FAILED
+            self.log.note(caller, request.remote, action, resource, name, outcome, code, request_id)
+        return bool(told)
+
     def _ended(self, request: web.Request, rule: Rule, outcome: str, error: Exception) -> None:
         """Refused or failed. A body that was perhaps not read yet is left alone: the error names what it read."""
+        if self._told(request):
+            return
         details = error.details if isinstance(error, FerrylineError) else {}
         self._note(request, rule, details, outcome, _code(error), {})
 
@@ -119,12 +150,6 @@ class Auditor:
 
 def _known(caller: Caller | None) -> Caller | None:
     return None if caller is NOBODY else caller
-
-
-def _changes(request: web.Request, rule: Rule) -> bool:
-    if request.method in _LOOKS or rule is NODE:
-        return False
-    return rule is PUBLIC or any(need.action == MANAGE for need in rule.needs)
 
 
 def _need(rule: Rule) -> Need | None:
