@@ -34,7 +34,8 @@ from tests.integration.docker_driver import ROOT, DockerCluster
 from tests.polling import poll
 
 RESULT = ROOT / "benchmarks/results/compose.json"
-NEWER = "0.1.1-next"
+IMAGES, TAG = os.environ.get("FERRYLINE_IMAGES", ""), os.environ.get("FERRYLINE_TAG", "0.1.0")
+NEWER = f"{TAG}-next"
 PARTITIONS = 6
 SERVICES = ("coordinator", "public-ca", "broker")
 MARK = b"-1"  # no number of a record
@@ -49,7 +50,7 @@ class Story:
         self.wrong: list[str] = []
         self._volumes, self._rate, self._calm_s, self._prometheus = volumes, rate, calm_s, prometheus
         self._environment = {
-            "FERRYLINE_TAG": "0.1.0",
+            "FERRYLINE_TAG": TAG,
             "FERRYLINE_ROLL_SECONDS": "90",
             "PROMETHEUS_PORT": str(free_port()),
         }
@@ -200,8 +201,9 @@ class Story:
     async def upgrade(self) -> list[str]:
         """Images of a newer version (the same code, another label) take over, container by container."""
         for service in ("coordinator", "broker"):
-            recipe = f"FROM ferryline-{service}:0.1.0\nLABEL {VERSION_LABEL}={NEWER}\n"
-            build = f"printf '%s' '{recipe}' | docker build --quiet --tag ferryline-{service}:{NEWER} -"
+            image = f"{IMAGES}ferryline-{service}"
+            recipe = f"FROM {image}:{TAG}\nLABEL {VERSION_LABEL}={NEWER}\n"
+            build = f"printf '%s' '{recipe}' | docker build --quiet --tag {image}:{NEWER} -"
             await self.cluster.run("sh", "-c", build, DOCKER_BUILDKIT="0")
         self._environment["FERRYLINE_TAG"] = self.cluster.environment["FERRYLINE_TAG"] = NEWER
         await self.cluster.run("scripts/roll", "-p", self.project)
@@ -234,10 +236,10 @@ class Story:
             stored = await read_all(client, LOG)
             expected = load.acknowledged[LOG]
             self._check(stored == expected, "what is stored after down and up is not what was acknowledged")
-            for topic, again in ((LOG, self._consumed_again), (QUEUE, self._received_again)):
+            for topic, asked in ((LOG, self._consumed_again), (QUEUE, self._received_again)):
                 async with client.producer() as producer:
                     await asyncio.gather(*(producer.send(topic, MARK, key=key) for key in expected))
-                more = await again(client, len(expected))
+                more = await asked(client, len(expected))
                 self._check(not more, f"{len(more)} records of {topic} came again to whoever was done with them")
         async with self.connect(self._admin) as admin:
             names = {principal.name for principal in await admin.admin.list_principals()}

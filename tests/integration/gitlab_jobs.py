@@ -90,15 +90,18 @@ class Runner:
         }
         self.pipeline = read((self.clone / ".gitlab-ci.yml").read_text())
 
-    def run(self, only: set[str]) -> None:
-        """All jobs that this kind of pipeline has, manual ones included, or those of ``only``."""
+    def run(self, only: set[str], keep_going: bool) -> None:
+        """All jobs that this kind of pipeline has, manual ones included, or those of ``only``.
+
+        ``keep_going``: also those that need one that failed, which GitLab would not start.
+        """
         for job in self.pipeline.jobs:
             variables = self._variables(job)
             when = job.when(variables)
             if when == "never" or (only and job.name not in only):
                 continue
             failed = [one["job"] for one in self.told if one["job"] in job.needs and one["status"] != "passed"]
-            if failed:
+            if failed and not keep_going:
                 self.told.append({"job": job.name, "stage": job.stage, "status": "skipped", "because_of": failed})
                 continue
             self.told.append(self._one(job, variables, when))
@@ -188,12 +191,12 @@ class Runner:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
-def run(*, source: str, changes: dict[str, str], only: set[str]) -> dict[str, Any]:
+def run(*, source: str, changes: dict[str, str], only: set[str], keep_going: bool = False) -> dict[str, Any]:
     """The account of one pipeline."""
     runner = Runner(Path(tempfile.mkdtemp(prefix="ferryline-jobs-")), source, changes)
     try:
         runner.wheels_for_images()
-        runner.run(only)
+        runner.run(only, keep_going)
     finally:
         runner.clean()
     return {
@@ -212,10 +215,12 @@ def main() -> int:
     parser.add_argument("--source", default="push", choices=["push", "schedule"], help="what starts the pipeline")
     parser.add_argument("--only", default="", help="jobs, separated by commas")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the pipeline")
+    parser.add_argument("--keep-going", action="store_true", help="run jobs although one that they need has failed")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     changes = dict(change.split("=", 1) for change in options.set)
-    account = run(source=options.source, changes=changes, only=set(filter(None, options.only.split(","))))
+    only = set(filter(None, options.only.split(",")))
+    account = run(source=options.source, changes=changes, only=only, keep_going=options.keep_going)
     options.result.write_text(json.dumps(account, indent=2) + "\n")
     return 0 if all(job["status"] == "passed" for job in account["jobs"]) else 1
 
