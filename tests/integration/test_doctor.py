@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 import ferryline as fl
+from ferryline.backup.calls import BackupCalls
 from ferryline.cli import diagnosis, tlsinfo
 from ferryline.cli.diagnosis import OK, Finding
 from ferryline.cli.doctor import examine
@@ -127,29 +128,43 @@ async def service_with(tls: Path, folder: Path, *, days: float, host: str = "127
         yield f"https://localhost:{server.sockets[0].getsockname()[1]}"
 
 
-async def start(root: Path) -> tuple[ProcessCluster, Path]:
-    """A cluster that the release before has made, with one broker that still runs it; nobody without a token."""
-    access, key = root / "access.toml", root / "admin.key"
-    access.write_text("open_metrics = false\n")
-    args = ["--access", str(access), "--bootstrap-admin", str(key), "--replacement-ms", "3600000"]
-    cluster = ProcessCluster(root / "cluster", brokers=3, env=FAULTS, coordinator_args=args)
+def prepared(root: Path) -> ProcessCluster:
+    args = ["--replacement-ms", "3600000"]
+    return ProcessCluster(root / "cluster", brokers=3, env=FAULTS, coordinator_args=args)
+
+
+async def start(cluster: ProcessCluster) -> None:
+    """A cluster that the release before has made, with one broker that still runs it."""
     cluster.local.prepare()
     spawn_older(cluster, "coordinator")
     await poll(lambda: cluster.local.is_ready("coordinator"), within_s=WITHIN_S)
     spawn_older(cluster, "broker-3")
     await cluster.start()
-    return cluster, key
+
+
+async def guard(cluster: ProcessCluster, root: Path) -> str:
+    """From now on nobody does anything without a token; returns the operator's."""
+    access, key = root / "access.toml", root / "admin.key"
+    access.write_text("open_metrics = false\n")
+    cluster.local.coordinator.args += ["--access", str(access), "--bootstrap-admin", str(key)]
+    await cluster.terminate("coordinator")
+    await cluster.restart("coordinator")
+    return key.read_text().strip()
 
 
 @pytest.mark.timeout(300)
 async def test_everything_that_is_planted_is_found_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster, key = await start(tmp_path)
-    doctor = Doctor(Settings(url=(cluster.url,), ca=cluster.ca, token=key.read_text().strip()), tmp_path / "cluster")
+    cluster = prepared(tmp_path)
     try:
-        async with fl.connect(cluster.urls, ca=cluster.ca, token=doctor.settings.token) as client:
-            await releases(doctor, cluster, client)
+        await start(cluster)
+        doctor = Doctor(Settings(url=(cluster.url,), ca=cluster.ca), tmp_path / "cluster")
+        await releases(doctor, cluster)
+        await doctor.is_content()
+        token = await guard(cluster, tmp_path)
+        doctor.settings = Settings(url=(cluster.url,), ca=cluster.ca, token=token)
+        async with fl.connect(cluster.urls, ca=cluster.ca, token=token) as client:
             await doctor.is_content()
             await settings_and_servers(doctor, cluster, tmp_path, monkeypatch)
             await tokens(doctor, client)
@@ -162,15 +177,14 @@ async def test_everything_that_is_planted_is_found_and_nothing_else(
     assert len(doctor.seen) >= 25, sorted(doctor.seen)
 
 
-async def releases(doctor: Doctor, cluster: ProcessCluster, client: fl.Client) -> None:
+async def releases(doctor: Doctor, cluster: ProcessCluster) -> None:
     older = cluster.broker_id("broker-3")
     await doctor.finds(("release", f"brokers {older} run an older one"))
     await cluster.terminate("broker-3")
     await cluster.restart("broker-3")
     await doctor.finds(("release", "runs at feature level 1, and could run at 2"))
-    from ferryline.backup.calls import BackupCalls
-
-    await BackupCalls(client, WITHIN_S).coordinator("POST", "/v1/upgrade/finish", {})
+    async with fl.connect(cluster.urls, ca=cluster.ca) as client:
+        await BackupCalls(client, WITHIN_S).coordinator("POST", "/v1/upgrade/finish", {})
 
 
 async def settings_and_servers(
