@@ -1,0 +1,46 @@
+"""Wheels of our distributions: the same bytes from the same sources, wherever and whenever they are built."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = shutil.ignore_patterns("*.so", "__pycache__", "build", "dist", "*.egg-info")
+EPOCH = "1700000000"
+
+
+def digests(work: Path, touched: float) -> dict[str, str]:
+    """SHA-256 of each wheel, built from a copy of the sources in a folder of its own."""
+    for source in ("sdk", "services/common"):
+        shutil.copytree(ROOT / source, work / source, ignore=BUILT)
+    for path in work.rglob("*"):
+        os.utime(path, (touched, touched))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "wheel",
+        "--no-index",
+        "--no-deps",
+    ]
+    command += ["--no-build-isolation", "--wheel-dir", str(work / "dist"), "./sdk", "./services/common"]
+    subprocess.run(command, cwd=work, env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH}, check=True)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (work / "dist").glob("*.whl")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_wheel_is_the_same_wherever_and_whenever_it_is_built(tmp_path: Path) -> None:
+    here = digests(tmp_path / "here", 1_700_000_000.0)
+    there = digests(tmp_path / "there" / "deeper", 1_750_000_000.0)
+    assert len(here) == 2
+    assert here == there
