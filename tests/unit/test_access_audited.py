@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -289,12 +289,13 @@ async def test_changes_are_told_while_access_is_off_too(tmp_path: Path) -> None:
     assert told(json.loads(line)) == ("everybody", "create_exchange", "exchange", "events", "done", "")
 
 
-async def test_a_disk_that_takes_no_audit_log_stops_no_change(
-    tmp_path: Path, eventually: Callable[..., Awaitable[Any]]
-) -> None:
+async def test_a_disk_that_takes_no_audit_log_stops_no_change(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "audit").write_text("in the way")
     async with running(tmp_path) as here:
         assert (await here.rest("POST", "/v1/exchanges", {"name": "events", "type": "topic"}))[0] == 201
         status, problem = await here.rest("GET", "/v1/audit")
         assert (status, problem["code"]) == (500, "STORAGE_FAILED")
+        headers = {"Authorization": f"Bearer {here.key}"}
+        async with here.http.get(here.coordinator.url + "/metrics", headers=headers, ssl=here.trust) as response:
+            assert 'ferryline_audit_lost_total{service="coordinator"} 2.0' in await response.text()

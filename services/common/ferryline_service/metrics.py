@@ -41,6 +41,7 @@ class ServiceMetrics:
         self.frames = [0] * 256
         self.requests: dict[str, int] = {}
         self.errors: dict[str, int] = dict.fromkeys(_SHOWN, 0)
+        self.audit: Callable[[], tuple[int, int]] = lambda: (0, 0)  # lines of the audit log: written, lost
         self.sessions = Level()
         self.scrape_s = 0.0  # that the last scrape held the loop, all together
         self.request_seconds = Buckets()
@@ -118,6 +119,14 @@ class _Counts(Collector):
         for code, count in metrics.errors.items():
             errors.add_metric([metrics.service, code], count)
         yield errors
+        written, lost = metrics.audit()
+        for name, about, count in (
+            ("ferryline_audit_records", "Lines of the audit log", written),
+            ("ferryline_audit_lost", "Lines of the audit log that could not be written", lost),
+        ):
+            audit = CounterMetricFamily(name, about, labels=["service"])
+            audit.add_metric([metrics.service], count)
+            yield audit
         sessions = GaugeMetricFamily("ferryline_sessions", "Open sessions", labels=["service"])
         sessions.add_metric([metrics.service], metrics.sessions.value)
         yield sessions

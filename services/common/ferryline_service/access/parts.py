@@ -42,6 +42,7 @@ class Access:
         self.quotas = Quotas()
         self.verifier = Verifier(claim_key)
         self.gate = Gate(metrics.service, verifier=self.verifier, quotas=self.quotas, unknown=unknown)
+        self._metrics = metrics
         self._auditor: Auditor | None = None
         self._shared: SharedQuotas | None = None
         QuotaCounts(self.quotas, metrics)
@@ -50,7 +51,9 @@ class Access:
         """``audit``: folder of the audit log; None keeps none."""
         self.gate.cluster_id = cluster_id
         if audit is not None:
-            self._auditor = Auditor(AuditLog(audit), self.gate)
+            log = AuditLog(audit)
+            self._auditor = Auditor(log, self.gate)
+            self._metrics.audit = lambda: (log.written, log.lost)
         self._shared = SharedQuotas(self.quotas, cluster_id)
         self._shared.start()
 
