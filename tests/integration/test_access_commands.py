@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tests.polling import poll_blocking
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
+ROOT = Path(__file__).resolve().parents[2]
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
 KEY = re.compile(r"\Afl_[0-9a-f]{16}_[\w-]{43}\n\Z")
@@ -101,28 +103,30 @@ def test_a_principal_may_do_what_it_was_granted_and_nothing_else(ferryline: Run)
 
 def test_principals_are_listed_shown_changed_and_deleted(ferryline: Run) -> None:
     made = as_json(
-        ferryline("principal", "create", "billing", "--read", "topic:o.*,group:b", "--manage", "exchange:x",
+        ferryline("principal", "create", "invoicing", "--read", "topic:o.*,group:b", "--manage", "exchange:x",
                   "--quota", "records=1000,bytes=1MB", "--comment", "the invoices", "-o", "json")
     )  # fmt: skip
     assert made["grants"] == ["read topic:o.*", "read group:b", "manage exchange:x"]
     assert (made["quota"], made["keys"], made["comment"]) == ("records=1000/s, bytes=976.6 KiB/s", 0, "the invoices")
-    assert "billing" in ferryline("principal", "list").stdout
-    assert "PRINCIPAL_EXISTS" in ferryline("principal", "create", "billing", status=1).stderr
+    assert "invoicing" in ferryline("principal", "list").stdout
+    assert "PRINCIPAL_EXISTS" in ferryline("principal", "create", "invoicing", status=1).stderr
 
-    assert "would be left with" in ferryline("principal", "revoke", "billing", "--read", "group:b", "--dry-run").stdout
-    assert len(as_json(ferryline("principal", "show", "billing", "-o", "json"))["grants"]) == 3
-    assert "group" not in ferryline("principal", "revoke", "billing", "--read", "group:b").stdout
-    assert "was not granted" in ferryline("principal", "revoke", "billing", "--read", "topic:o", status=2).stderr
-    assert "records=5/s" in ferryline("principal", "alter", "billing", "--quota", "records=5,bytes=0").stdout
-    shown = as_json(ferryline("principal", "show", "billing", "-o", "json"))
+    assert (
+        "would be left with" in ferryline("principal", "revoke", "invoicing", "--read", "group:b", "--dry-run").stdout
+    )
+    assert len(as_json(ferryline("principal", "show", "invoicing", "-o", "json"))["grants"]) == 3
+    assert "group" not in ferryline("principal", "revoke", "invoicing", "--read", "group:b").stdout
+    assert "was not granted" in ferryline("principal", "revoke", "invoicing", "--read", "topic:o", status=2).stderr
+    assert "records=5/s" in ferryline("principal", "alter", "invoicing", "--quota", "records=5,bytes=0").stdout
+    shown = as_json(ferryline("principal", "show", "invoicing", "-o", "json"))
     assert (shown["quota"], shown["comment"], shown["key_list"]) == ("records=5/s", "the invoices", [])
 
-    assert "dry run" in ferryline("principal", "delete", "billing", "--dry-run").stdout
-    ferryline("principal", "show", "billing")
-    ferryline("principal", "delete", "billing", "--yes")
-    assert "UNKNOWN_PRINCIPAL" in ferryline("principal", "show", "billing", status=3).stderr
-    ferryline("principal", "grant", "billing", status=2)
-    ferryline("principal", "alter", "billing", status=2)
+    assert "dry run" in ferryline("principal", "delete", "invoicing", "--dry-run").stdout
+    ferryline("principal", "show", "invoicing")
+    ferryline("principal", "delete", "invoicing", "--yes")
+    assert "UNKNOWN_PRINCIPAL" in ferryline("principal", "show", "invoicing", status=3).stderr
+    ferryline("principal", "grant", "invoicing", status=2)
+    ferryline("principal", "alter", "invoicing", status=2)
 
 
 def test_keys_are_made_listed_rotated_and_revoked(ferryline: Run, cluster: LocalCluster, tmp_path: Path) -> None:
@@ -228,6 +232,22 @@ def test_followed_the_audit_log_shows_what_happens_from_now_on(
     finally:
         follower.kill()
         follower.wait()
+
+
+def test_the_commands_of_docs_security_do_what_stands_there(ferryline: Run) -> None:
+    lines = [
+        line.strip() for line in (ROOT / "docs/security.md").read_text().splitlines() if line.startswith("    ferry")
+    ]
+    typed = [shlex.split(line, comments=True)[1:] for line in lines]
+    assert len(typed) == 6
+    ferryline("principal", "create", "billing")
+    old = ferryline("token", "create", "billing").stdout.split("_")[1]
+    for args in typed:
+        if "--follow" in args:
+            continue  # for ever; another test follows
+        known = [old if arg == "3f9a1c0de4b7a210" else arg for arg in args]
+        ferryline(*known, *(["--yes"] if "revoke" in args else []))
+    assert old not in ferryline("token", "list", "billing").stdout
 
 
 def test_without_await_it_is_the_same(cluster: LocalCluster, admin: str) -> None:
