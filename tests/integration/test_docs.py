@@ -28,7 +28,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     page
-    for page in ("concepts", "recipes", "from-kafka", "from-rabbitmq", "from-celery", "tracing", "rest")
+    for page in (
+        "concepts",
+        "recipes",
+        "from-kafka",
+        "from-rabbitmq",
+        "from-celery",
+        "tracing",
+        "rest",
+        "backup",
+        "operations",
+    )
     if (ROOT / f"docs/{page}.md").exists()
 ]
 BLOCK_S = 60.0
