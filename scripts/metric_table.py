@@ -24,6 +24,7 @@ from ferryline_service.metrics import ServiceMetrics
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "metrics.md"
 RULES = ROOT / "docker_volumes" / "prometheus"
+DASHBOARDS = ROOT / "docker_volumes" / "grafana" / "dashboards"
 RESULT = ROOT / "benchmarks" / "results" / "monitoring.json"
 
 HEAD = """\
@@ -140,14 +141,27 @@ def _alerts() -> Iterator[str]:
     yield "## Alerts"
     yield ""
     yield "Each has a test that it fires and that it does not (`promtool test rules`, on"
-    yield "`docker_volumes/prometheus/alerts.test.yml`), and names the section of `docs/operations.md` that says what"
-    yield "to do."
+    yield "`docker_volumes/prometheus/alerts.test.yml`), and names the section of [operations](operations.md#monitoring)"
+    yield "that says what to do."
     yield ""
     yield "| alert | severity | fires when | for |"
     yield "|---|---|---|---|"
     for rule in _rules("alert"):
         expression = rule["expr"].replace("|", "\\|")
         yield f"| `{rule['alert']}` | {rule['labels']['severity']} | `{expression}` | {rule.get('for', 'at once')} |"
+    yield ""
+
+
+def _dashboards() -> Iterator[str]:
+    yield "## Dashboards"
+    yield ""
+    yield "Made by `scripts/dashboards.py`, provisioned from `docker_volumes/grafana`. Each panel says what it means."
+    yield ""
+    yield "| dashboard | panels | shows |"
+    yield "|---|---|---|"
+    for path in sorted(DASHBOARDS.glob("*.json")):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        yield f"| {told['title']} | {len(told['panels'])} | {told['description']} |"
     yield ""
 
 
@@ -188,7 +202,7 @@ def render() -> str:
         "",
         *_table(workers()),
     ]
-    lines += [*_recorded(), *_alerts(), *_campaign()]
+    lines += [*_recorded(), *_alerts(), *_dashboards(), *_campaign()]
     return HEAD + "\n".join(lines).rstrip("\n") + "\n"
 
 
