@@ -16,10 +16,9 @@ BUILT = shutil.ignore_patterns("*.so", "__pycache__", "build", "dist", "*.egg-in
 EPOCH = "1700000000"
 
 
-def digests(work: Path, touched: float) -> dict[str, str]:
+def digests(sources: Path, work: Path, touched: float) -> dict[str, str]:
     """SHA-256 of each wheel, built from a copy of the sources in a folder of its own."""
-    for source in ("sdk", "services/common"):
-        shutil.copytree(ROOT / source, work / source, ignore=BUILT)
+    shutil.copytree(sources, work)
     for path in work.rglob("*"):
         os.utime(path, (touched, touched))
     command = [
@@ -40,7 +39,9 @@ def digests(work: Path, touched: float) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_wheel_is_the_same_wherever_and_whenever_it_is_built(tmp_path: Path) -> None:
-    here = digests(tmp_path / "here", 1_700_000_000.0)
-    there = digests(tmp_path / "there" / "deeper", 1_750_000_000.0)
+    for source in ("sdk", "services/common"):
+        shutil.copytree(ROOT / source, tmp_path / "sources" / source, ignore=BUILT)
+    here = digests(tmp_path / "sources", tmp_path / "here", 1_700_000_000.0)
+    there = digests(tmp_path / "sources", tmp_path / "there" / "deeper", 1_750_000_000.0)
     assert len(here) == 2
     assert here == there
