@@ -59,6 +59,8 @@ class LogEntry(msgspec.Struct, frozen=True):
 
 
 class PartitionEntry(msgspec.Struct, frozen=True):
+    """Both logs of one partition, up to its mark."""
+
     topic: str
     topic_id: str
     partition: int

@@ -114,6 +114,7 @@ def checked(folder: Path) -> Manifest:
 
 
 def summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """A backup in a few fields."""
     topics = {part.topic for part in manifest.partitions}
     return {
         "folder": str(folder),

@@ -9,6 +9,7 @@ import typer
 
 from ferryline.cli.failures import FAILED, NOT_FOUND, Failed
 from ferryline.cli.invocation import of
+from ferryline.protocol.metadata import RESTORING
 
 if TYPE_CHECKING:
     from ferryline.cli.settings import Settings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Health, partitions and in-sync sets.")
 
 ONLINE, MOVING, UNDER_REPLICATED, READ_ONLY, OFFLINE = "online", "moving", "under-replicated", "read-only", "offline"
+RESTORED = "restoring"  # from a backup, and not led by anybody before that has ended
 PARTITION_COLUMNS = ["topic", "partition", "state", "primary", "epoch", "replicas", "in_sync", "out_of_sync"]
 
 
@@ -30,6 +32,8 @@ async def metadata_of(settings: Settings) -> ClusterMetadata:
 
 def state_of(part: PartitionMeta) -> str:
     """One word for how a partition does."""
+    if part.recovery_epoch == RESTORING:
+        return RESTORED
     if not part.primary:
         return OFFLINE
     if len(part.isr) < part.min_isr:
@@ -72,7 +76,7 @@ def health(ctx: typer.Context) -> None:
     cluster = run(metadata_of(invocation.settings))
     states = [row["state"] for row in all_partitions(cluster)]
     fenced = sorted(broker.id for broker in cluster.brokers.values() if broker.fenced)
-    broken = states.count(OFFLINE) + states.count(READ_ONLY)
+    broken = states.count(OFFLINE) + states.count(READ_ONLY) + states.count(RESTORED)
     degraded = states.count(UNDER_REPLICATED) + len(fenced)
     invocation.output.one(
         {
@@ -87,6 +91,7 @@ def health(ctx: typer.Context) -> None:
             "under_replicated": states.count(UNDER_REPLICATED),
             "read_only": states.count(READ_ONLY),
             "offline": states.count(OFFLINE),
+            "restoring": states.count(RESTORED),
             "revision": cluster.revision,
             "feature_level": cluster.feature_level,
         }

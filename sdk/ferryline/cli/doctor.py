@@ -227,7 +227,7 @@ def _state(broker: Any) -> tuple[str, str] | None:
 
 
 def _partitions(parts: list[Any], names: dict[str, str]) -> list[Finding]:
-    from ferryline.cli.cluster import MOVING, OFFLINE, READ_ONLY, UNDER_REPLICATED, state_of
+    from ferryline.cli.cluster import MOVING, OFFLINE, READ_ONLY, RESTORED, UNDER_REPLICATED, state_of
     from ferryline.cli.diagnosis import FAIL, OK, WARN, Finding
 
     by_state: dict[str, list[str]] = {}
@@ -236,6 +236,7 @@ def _partitions(parts: list[Any], names: dict[str, str]) -> list[Finding]:
     found: list[Finding] = []
     for state, level, fact, remedy in (
         (OFFLINE, FAIL, "without a primary", "They wait for a broker that has every acknowledged record: start those."),
+        (RESTORED, FAIL, "being restored from a backup", "Run ferryline restore again: it goes on where it was."),
         (READ_ONLY, FAIL, "below min_isr, refusing records", "Start the missing brokers, or: ferryline topic alter."),
         (UNDER_REPLICATED, WARN, "under-replicated", "Copies return by themselves, or are replaced after 30 s."),
         (MOVING, OK, "moving to other brokers", ""),

@@ -36,6 +36,7 @@ def behind(brokers: list[BrokerRecord]) -> list[int]:
 
 
 def finish(change: Change, event: LevelRaised) -> None:
+    """Raise the level as far as everybody can run at, for good. Raises Conflict while somebody is behind."""
     brokers = change.brokers()
     level = possible(brokers)
     if late := behind(brokers):
