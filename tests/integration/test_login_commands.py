@@ -110,6 +110,8 @@ async def test_a_person_logs_in_with_what_the_cluster_says(
     assert json.loads(me)["grants"] == ["topic orders: read"]
     assert "BAD_CREDENTIALS" in warned
 
+    assert "(login of ann)" in (await ann.run("context", "show", "--output", "json"))[1]
+
     refresh = ann.credentials.read()[cluster.url].refresh_token
     assert (await ann.run("logout"))[0] == 0
     assert issuer.revoked == [refresh]

@@ -70,12 +70,24 @@ class Settings:
         values = {
             "url": list(self.url),
             "ca": str(self.ca) if self.ca else "(system trust store)",
-            "token": "(set)" if self.token else "(none)",
+            "token": "(set)" if self.token else _logged_in(self.url),
             "timeout": self.timeout,
             "output": self.output,
             "context": self.context or "(none)",
         }
         return {name: {"value": value, "from": self.sources.get(name, "default")} for name, value in values.items()}
+
+
+def _logged_in(urls: tuple[str, ...]) -> str:
+    """Whose token `ferryline login` keeps for the cluster, in place of one that is set."""
+    from ferryline.login.credentials import Credentials
+    from ferryline.protocol.errors import BadCredentials
+
+    try:
+        found = Credentials().find(urls)
+    except (BadCredentials, RuntimeError):
+        return "(none)"
+    return f"(login of {found[1].who or 'somebody'})" if found is not None else "(none)"
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from ferryline.protocol.errors import NotReady
 from ferryline_service.access.gate import Gate
 
 
@@ -19,7 +20,9 @@ class LoginRest:
     async def issuers(self, _: web.Request) -> web.Response:
         """The issuers with which people log in here, and under which name programs ask them for tokens."""
         policy = self._gate.policy
-        issuers = policy.issuers if policy is not None and policy.enabled else ()
+        if policy is None:  # a standby: another coordinator knows
+            raise NotReady("this coordinator does not know yet who may do what")
+        issuers = policy.issuers if policy.enabled else ()
         shown = [
             {
                 "name": issuer.name,
