@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 
 from ferryline.calls import CoordinatorCalls, problem_of
+from ferryline.core.retry import told_ms
 from ferryline.protocol.errors import ConnectionFailed, FerrylineError, NotPrimary, NotReady, RequestTimedOut
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class BackupCalls(CoordinatorCalls):
             except FerrylineError as error:
                 if not _retriable(error) or time.monotonic() > end:
                     raise
-            await asyncio.sleep(AGAIN_S)
+                pause_s = max(AGAIN_S, told_ms(error) / 1000)
+            await asyncio.sleep(pause_s)
             try:
                 await self._refresh(5.0)
             except FerrylineError:

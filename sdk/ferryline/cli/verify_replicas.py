@@ -16,7 +16,8 @@ import aiohttp
 import msgspec
 
 from ferryline.calls import problem_of
-from ferryline.protocol.errors import ConnectionFailed, FerrylineError, RequestTimedOut
+from ferryline.core.retry import told_ms
+from ferryline.protocol.errors import ConnectionFailed, FerrylineError, RequestTimedOut, Throttled
 from ferryline.protocol.metadata import PartitionMeta
 
 if TYPE_CHECKING:
@@ -94,7 +95,18 @@ class Brokers:
         self._client = client
 
     async def ask(self, broker: int, method: str, path: str, body: Any = None, **params: Any) -> dict[str, Any]:
-        """One request. Raises FerrylineError."""
+        """The answer; a broker that lets no more in is asked again when it says. Raises FerrylineError."""
+        end = asyncio.get_running_loop().time() + ANSWER_S
+        while True:
+            try:
+                return await self._once(broker, method, path, body, params)
+            except Throttled as error:
+                pause_s = told_ms(error) / 1000
+                if not pause_s or asyncio.get_running_loop().time() + pause_s > end:
+                    raise
+            await asyncio.sleep(pause_s)
+
+    async def _once(self, broker: int, method: str, path: str, body: Any, params: dict[str, Any]) -> dict[str, Any]:
         client = self._client
         url = client.routing.address(broker)
         if not url:
