@@ -6,16 +6,18 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 
@@ -422,3 +424,30 @@ async def test_options_that_make_no_sense_are_refused(program: Program, args: Ar
     program.start(*args)
     assert await program.ended() == 2
     assert named in program.log
+
+
+async def test_every_process_serves_what_its_handlers_did_on_a_port_of_its_own(
+    client: fl.Client, program: Program, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    program.start("--autoscale", "2", "--metrics-port", str(port))
+    await poll(lambda: program.log.count("/metrics") == 2, within_s=30, what="both say where")
+    ports = [int(found) for found in re.findall(r"metrics: http://127\.0\.0\.1:(\d+)/metrics", program.log)]
+    assert len(set(ports)) == 2
+    assert min(ports) >= port
+    async with submitter(program, client) as tasks, aiohttp.ClientSession() as http:
+        jobs = [await tasks["work"].submit(number) for number in range(5)]
+        assert [await job.result(timeout=30) for job in jobs] == list(range(5))
+
+        async def handled() -> float:
+            total = 0.0
+            for one in ports:
+                async with http.get(f"http://127.0.0.1:{one}/metrics") as answer:
+                    text = await answer.text()
+                total += sum(map(float, re.findall(r"^ferryline_worker_handled_total{.*} (\d+)$", text, re.MULTILINE)))
+            return total
+
+        async def all_five() -> bool:
+            return await handled() == 5
+
+        await poll(all_five, within_s=30, what="five were handled")
