@@ -180,21 +180,22 @@ async def test_reading_needs_the_group_and_the_topic(guarded: Guarded) -> None:
                 await producer.send(guarded.open, b"v")
 
 
-async def test_who_loses_a_grant_is_told_and_gets_nothing_more(guarded: Guarded) -> None:
-    everything = [grant("topic", guarded.open, "read"), grant("group", guarded.name("g*"), "read")]
+@pytest.mark.parametrize("how", ["consumer", "receiver"])
+async def test_who_loses_a_grant_is_told_and_gets_nothing_more(guarded: Guarded, how: str) -> None:
+    everything = [grant("topic", guarded.open, "read"), grant("group", guarded.name("g"), "read")]
     key = await guarded.principal("reader", *everything)
-    async with guarded.client(ROOT_KEY) as root, root.producer() as producer, guarded.client(key) as client:
-        for made in (
-            client.consumer(guarded.open, group=guarded.name("g1")),
-            client.receiver(guarded.open, group=guarded.name("g2")),
-        ):
-            await guarded.grant("reader", key, *everything)
-            async with made as reading:
-                await producer.send(guarded.open, b"v", key="k")
-                await anext(reading)
-                await guarded.grant("reader", key, *everything[1:])
-                with pytest.raises(Forbidden):  # it waits at the broker, and is looked at when there is something
-                    await asyncio.gather(anext(reading), producer.send(guarded.open, b"v", key="k"))
+    async with (
+        guarded.client(ROOT_KEY) as root,
+        root.producer() as producer,
+        guarded.client(key) as client,
+        getattr(client, how)(guarded.open, group=guarded.name("g")) as reading,
+    ):
+        await producer.send(guarded.open, b"v", key="k")
+        await anext(reading)
+        await guarded.grant("reader", key, *everything[1:])
+        with pytest.raises(Forbidden):  # it waits at the broker, and is looked at when there is something
+            # Of another key: what a queue has handed out and not settled holds back what follows it.
+            await asyncio.gather(anext(reading), producer.send(guarded.open, b"v", key="another"))
 
 
 async def test_dead_letters_are_copied_by_the_brokers_for_whoever_may_not(guarded: Guarded) -> None:

@@ -158,6 +158,8 @@ class QueueHandler:
             if parked.left <= 0:
                 break
             index = (first + step) % len(order)
+            if parked.refused(parked.hosted[index]):
+                continue
             ready = parked.hosted[index].core.queue_ready(parked.ask.group)
             parked.lease(index, min(parked.left, max(1, ready)))
 
@@ -313,9 +315,7 @@ class QueueHandler:
             return
         idle = [(parked, index) for parked, index in waiting.items() if parked.waits and parked.pause is None]
         for number, (parked, index) in enumerate(idle):
-            check = parked.check
-            if check is not None and (refused := refusal(check, hosted.key[0])) is not None:
-                parked.refuse(hosted.key, refused)  # it was granted when it began to wait
+            if parked.refused(hosted):
                 self.driver.at_end(parked)
                 continue
             ready = hosted.core.queue_ready(group)

@@ -23,7 +23,7 @@ from ferryline.protocol.queue_messages import (
     SettleResult,
 )
 from ferryline.protocol.records import DecodedRecord
-from ferryline_broker.access_rules import TopicCheck
+from ferryline_broker.access_rules import TopicCheck, refusal
 from ferryline_broker.core.events import Bytes, Key, Refuse
 from ferryline_broker.core.queue_events import AnswerLease, AnswerQueue, AnswerSettle, LeaseAsked, SettleItem
 from ferryline_broker.driver import PartitionDriver
@@ -89,6 +89,13 @@ class ParkedReceive:
             assert isinstance(answer, Refuse), answer
             self.left += limit
             self.refuse(hosted.key, refusal_info(answer))
+
+    def refused(self, hosted: HostedReplica) -> bool:
+        """Whether this partition may not be received from any more: what was granted is revoked while it waits."""
+        if self.check is None or (error := refusal(self.check, hosted.key[0])) is None:
+            return False
+        self.refuse(hosted.key, error)
+        return True
 
     def refuse(self, key: Key, error: ErrorInfo) -> None:
         self._deliveries.append(Delivery(*key, error=error))
