@@ -119,6 +119,7 @@ def test_receivers_that_say_nothing_for_long_are_not_counted() -> None:
     counts.saw("a", LIVE_MS + 1)
     assert counts.live(2 * LIVE_MS) == 2
     assert counts.live(2 * LIVE_MS + 1) == 1
+    assert counts.live(2 * LIVE_MS + 1, {"a", "works for long"}) == 2, "who holds leases is there"
     for number in range(MEMBERS_MAX + 10):
         counts.saw(f"m{number}", 2 * LIVE_MS)
     assert counts.live(2 * LIVE_MS) == MEMBERS_MAX
@@ -137,6 +138,8 @@ async def test_what_a_queue_group_does_is_counted_when_it_is_committed(tmp_path:
         assert len(values) == 6
         assert group_value(broker, "leased_records_total") == 6
         assert group_value(broker, "receivers") == 1
+        broker.broker.metrics.topic("jobs").group("g").seen.clear()
+        assert group_value(broker, "receivers") == 1, "it has leases"
         first, second, third, *rest = delivery.offsets
         await receiver.settle(delivery, ACK, first, second)
         await receiver.settle(delivery, ACK, first)  # again: it is settled already

@@ -159,6 +159,7 @@ class HostedReplica:
                 shown.groups = {group: state.offset for group, state in core.primary.groups.items()}
             if core.primary.queues is not None:
                 shown.queues = core.primary.queues.counts()
+                shown.holders = core.primary.queues.holders()
         return shown
 
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from ferryline_broker.clock import now_ms
 from ferryline_broker.partition_metrics import SERIES_MAX, PartitionGauges, by_topic, families
-from ferryline_broker.traffic import TopicCounts, Topics
+from ferryline_broker.traffic import GroupCounts, TopicCounts, Topics
 from ferryline_service.histogram import Buckets, Histograms, family_of
 from ferryline_service.metrics import ServiceMetrics
 
@@ -76,7 +76,7 @@ class _BrokerCollector(Collector):
             metrics.topics.of(part.topic)
         rows = metrics.topics.rows()
         yield from self._traffic(rows)
-        yield from self._queues(rows)
+        yield from self._queues(rows, parts)
         yield from families(parts, metrics.topics.label)
         yield from self._node()
 
@@ -92,7 +92,7 @@ class _BrokerCollector(Collector):
                 family.add_metric([name], getattr(counts, field))
             yield family
 
-    def _queues(self, rows: dict[str, TopicCounts]) -> Iterator[Metric]:
+    def _queues(self, rows: dict[str, TopicCounts], parts: list[PartitionGauges]) -> Iterator[Metric]:
         labels = ["group", "topic"]
         groups = [([group, topic], one) for topic, counts in rows.items() for group, one in counts.groups.items()]
         for field, name, text in (
@@ -113,13 +113,23 @@ class _BrokerCollector(Collector):
             labels,
             [(values, one.seconds) for values, one in groups],
         )
-        now = now_ms()
+        yield self._receivers(labels, groups, parts)
+
+    def _receivers(
+        self, labels: list[str], groups: list[tuple[list[str], GroupCounts]], parts: list[PartitionGauges]
+    ) -> Metric:
+        now, holders = now_ms(), dict[tuple[str, str], set[str]]()
+        for part in parts:
+            for group, members in part.holders.items():
+                holders.setdefault((group, self._metrics.topics.label(part.topic)), set()).update(members)
         live = GaugeMetricFamily(
-            "ferryline_queue_receivers", "Receivers that have asked this broker within 30 s", labels=labels
+            "ferryline_queue_receivers",
+            "Receivers that have asked this broker within 30 s, or hold leases of it",
+            labels=labels,
         )
-        for values, one in groups:
-            live.add_metric(values, one.live(now))
-        yield live
+        for (group, topic), one in groups:
+            live.add_metric([group, topic], one.live(now, holders.get((group, topic), frozenset())))
+        return live
 
     def _node(self) -> Iterator[Metric]:
         metrics = self._metrics

@@ -21,6 +21,7 @@ class PartitionGauges:
     __slots__ = (
         "groups",
         "high_watermark",
+        "holders",
         "in_sync",
         "letters",
         "log_bytes",
@@ -53,6 +54,7 @@ class PartitionGauges:
         self.summed_lags: dict[str, int] | None = None  # of several partitions
         self.summed_ages_s: dict[str, float] = {}  # group -> age of the first record that it has not committed
         self.queues: dict[str, dict[str, int]] = {}  # group -> state -> records
+        self.holders: dict[str, set[str]] = {}  # group -> members that have leases here
         self.queue_ages_s: dict[str, float] = {}  # group -> age of the first record that is not settled
         self.origin: str | None = None  # the topic whose dead letters these are; "": of several
         self.letters = 0  # dead letters that wait for somebody

@@ -7,6 +7,8 @@ would take its counters along, and Prometheus would see an increase where nothin
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from ferryline.protocol.queue_messages import ACK, NACK, REJECT
 from ferryline_service.histogram import SLOW_S, Buckets
 
@@ -49,14 +51,14 @@ class GroupCounts:
         if len(self.seen) > MEMBERS_MAX:
             del self.seen[next(iter(self.seen))]
 
-    def live(self, now_ms: int) -> int:
-        """Receivers that said something within `LIVE_MS`."""
+    def live(self, now_ms: int, holders: Set[str] = frozenset()) -> int:
+        """Receivers that said something within `LIVE_MS`, or have leases: long work is quiet."""
         while self.seen:
             member, last = next(iter(self.seen.items()))
             if now_ms - last <= LIVE_MS:
                 break
             del self.seen[member]
-        return len(self.seen)
+        return len(self.seen.keys() | holders)
 
     def take(self, other: GroupCounts) -> None:
         for name in ("leased", "leased_again", "acked", "failed", "rejected", "dead"):

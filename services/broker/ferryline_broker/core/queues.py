@@ -346,6 +346,13 @@ class Queues:
         """The first offset that each queue has not settled."""
         return {group: queue.table.start for group, queue in sorted(self._queues.items())}
 
+    def holders(self) -> dict[str, set[str]]:
+        """Who has leases of each queue."""
+        return {
+            group: {lease.member for lease in queue.table.leases.values()}
+            for group, queue in sorted(self._queues.items())
+        }
+
     def ready(self, group: str) -> int:
         """How many records could be leased now; of a lane that is leased in runs, all that stand in it."""
         queue = self._queues.get(group)
