@@ -45,10 +45,11 @@ VERSION_LABEL = "org.opencontainers.image.version"
 class Story:
     """One compose project. `tell` runs all of it; `facts` and `wrong` say how it went."""
 
-    def __init__(self, volumes: Path, *, rate: float, calm_s: float, prometheus: bool) -> None:
+    def __init__(self, volumes: Path, *, rate: float, calm_s: float, prometheus: bool, restart: bool = True) -> None:
         self.facts: dict[str, Any] = {"steps": {}}
         self.wrong: list[str] = []
-        self._volumes, self._rate, self._calm_s, self._prometheus = volumes, rate, calm_s, prometheus
+        self._volumes, self._rate, self._calm_s = volumes, rate, calm_s
+        self._prometheus, self._restart = prometheus, restart
         self._environment = {
             "FERRYLINE_TAG": TAG,
             "FERRYLINE_ROLL_SECONDS": "90",
@@ -89,9 +90,10 @@ class Story:
             await load.flows()
         async with load.while_("scale 3 to 5", steps):
             self.facts["replicas_of_new_brokers"] = await self.grow()
-        async with load.while_("rolling restart", steps):
-            await self.cluster.run("scripts/roll", "-p", self.project, FERRYLINE_ROLL="restart")
-            await load.flows()
+        if self._restart:
+            async with load.while_("rolling restart", steps):
+                await self.cluster.run("scripts/roll", "-p", self.project, FERRYLINE_ROLL="restart")
+                await load.flows()
         async with load.while_("rolling upgrade", steps):
             self.facts["upgraded_to"] = await self.upgrade()
             await load.flows()
@@ -316,10 +318,11 @@ def prometheus_here() -> bool:
     return subprocess.run(["scripts/stand-in-image", "prometheus"], cwd=ROOT, check=False).returncode == 0
 
 
-async def run(*, rate: float, calm_s: float) -> Story:
-    """One story in volumes of its own, cleaned up."""
+async def run(*, rate: float, calm_s: float, restart: bool = True) -> Story:
+    """One story in volumes of its own, cleaned up. ``restart`` False: the upgrade is the only roll."""
     volumes = Path(tempfile.mkdtemp(prefix="ferryline-compose-"))
-    story = Story(volumes, rate=rate, calm_s=calm_s, prometheus=await asyncio.to_thread(prometheus_here))
+    prometheus = await asyncio.to_thread(prometheus_here)
+    story = Story(volumes, rate=rate, calm_s=calm_s, prometheus=prometheus, restart=restart)
     try:
         await story.tell()
     finally:
