@@ -80,14 +80,21 @@ def app(
     )
     if falconq:
         add_falconq(cluster, falconq_port, access.gateway_config if auth else None)
+    _run(ctx, cluster, access if auth else None, restart)
+    warn("stopped; the data stays in " + str(root))
+
+
+def _run(ctx: typer.Context, cluster: LocalCluster, access: LocalAuth | None, restart: bool) -> None:
+    """From the start of everything to its end, at Ctrl-C."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    coordinators, falconq = len(cluster.coordinators), FALCONQ in cluster.services
     several = f"{coordinators} coordinators" if coordinators > 1 else "a coordinator"
-    with stderr().status(f"starting {several} and {brokers} brokers"):
+    with stderr().status(f"starting {several} and {len(cluster.brokers)} brokers"):
         cluster.start()
     try:
-        saved = _admit(ctx, cluster, access, falconq) if auth else None
+        saved = _admit(ctx, cluster, access, falconq) if access is not None else None
         if falconq:
             cluster.start_one(FALCONQ)
         _welcome(cluster, _form(ctx), saved)
@@ -97,7 +104,6 @@ def app(
             if falconq:
                 stop_falconq(cluster)
             cluster.stop()
-    warn("stopped; the data stays in " + str(root))
 
 
 def _check_store(store: str, coordinators: int) -> None:
