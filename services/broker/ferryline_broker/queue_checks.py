@@ -27,6 +27,7 @@ def check_one_of(value: str, what: str, known: tuple[str, ...]) -> None:
 
 
 def check_settle(entry: SettleEntry) -> None:
+    """Raises InvalidArgument, naming what is out of its range."""
     check_one_of(entry.action, "action", ACTIONS)
     check_range(entry.delay_ms, "delay_ms", -1, DELAY_MS_MAX)
     if not 0 < len(entry.offsets) <= RECORDS_MAX:
