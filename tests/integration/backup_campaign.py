@@ -7,7 +7,8 @@ backup is being taken, and started again. Then, up to the mark of the backup:
 * offsets: each group stands where it stood at the mark, and not before anything it was told is committed;
 * settled: no record comes back to a receiver that was settled at the mark, or acknowledged before state was read;
 * lost: every other record comes, or its copy is among the dead letters;
-* records: topics, exchanges and bindings are the same; a cluster with topics refuses the backup.
+* records: topics, exchanges, bindings and principals are the same, and a key of the source opens the restored cluster;
+  a cluster with topics refuses the backup.
 
 Prints a JSON line, and exits 1 unless all of them hold.
 """
@@ -32,6 +33,7 @@ from ferryline.backup.files import Manifest, PartitionEntry, pieces, verify
 from ferryline.backup.restoring import Restoring
 from ferryline.backup.taking import Taking
 from ferryline.cli.driver import ProcessCluster
+from ferryline.protocol.access import READ, TOPIC, WRITE, Grant
 from ferryline.protocol.dead_letters import HEADER_GROUP, HEADER_ORIGIN_OFFSET, HEADER_ORIGIN_PARTITION
 from ferryline.protocol.errors import Conflict, FerrylineError
 from ferryline.protocol.records import decode_batch, split_batches
@@ -40,6 +42,7 @@ from ferryline_broker.core.groups import GroupTable
 
 LOG_TOPIC, QUEUE_TOPIC, LETTERS, EXCHANGE = "orders", "jobs", "jobs.dlq", "events"
 LOG_GROUP, QUEUE_GROUP = "billing", "packing"
+ADMIN = "principal/admin"
 DRAIN_S, IDLE_S = 120.0, 5.0
 WRONG = ("bytes_differ", "offsets_differ", "settled_again", "lost", "records_differ")
 Place = tuple[int, int]  # partition, offset
@@ -178,6 +181,29 @@ async def same_bytes(calls: BackupCalls, folder: Path, part: PartitionEntry) -> 
 # -- the story ---------------------------------------------------------------------------------------
 
 
+def guarded(root: Path) -> tuple[ProcessCluster, Path]:
+    """A cluster that lets nobody in without a token, and the file of the first one."""
+    access, key = root / "access.toml", root / "admin.key"
+    root.mkdir(parents=True)
+    access.write_text("open_metrics = false\n")
+    args = ["--access", str(access), "--bootstrap-admin", str(key)]
+    return ProcessCluster(root / "cluster", brokers=3, coordinator_args=args), key
+
+
+async def shop_of(client: fl.Client) -> str:
+    """Another principal; its key."""
+    await client.admin.create_principal("shop", [Grant(TOPIC, f"{LOG_TOPIC}*", (READ, WRITE))])
+    return (await client.admin.create_key("shop")).key
+
+
+async def is_known(cluster: ProcessCluster, token: str) -> bool:
+    """Whether a token of the source opens the restored cluster, for what it was made for."""
+    async with fl.connect(cluster.urls, ca=cluster.ca, token=token) as client:
+        async with client.producer() as producer:
+            await producer.send(LOG_TOPIC, b"after the restore")
+        return (await client.admin.whoami()).principal == "shop"
+
+
 async def prepare(client: fl.Client, partitions: int) -> None:
     await client.admin.create_topic(LOG_TOPIC, partitions=partitions, segment_bytes=2**20)
     await client.admin.create_topic(
@@ -269,7 +295,9 @@ async def compare(
     for part in manifest.partitions:
         found["bytes_differ"] += await same_bytes(calls, folder, part)
     now = await calls.coordinator("GET", "/v1/backup")
-    found["records_differ"] += now["records"] != manifest.records or now["cluster_id"] == source["cluster_id"]
+    ours = {key: value for key, value in now["records"].items() if key != ADMIN}  # each cluster has made its own
+    found["records_differ"] += ours != {key: value for key, value in manifest.records.items() if key != ADMIN}
+    found["records_differ"] += now["cluster_id"] == source["cluster_id"]
     async with client.consumer(LOG_TOPIC, group=LOG_GROUP, auto_commit=False) as consumer:
         for partition, (table, _) in tables(folder, manifest, LOG_TOPIC).items():
             stood = table.offset(LOG_GROUP).offset
@@ -316,12 +344,12 @@ async def _committed(consumer: Any, partition: int) -> int | None:
 async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """The whole story, once."""
     folder = root / "backup"
-    source = ProcessCluster(root / "source", brokers=3)
-    target = ProcessCluster(root / "target", brokers=3)
+    (source, source_key), (target, target_key) = guarded(root / "source"), guarded(root / "target")
     try:
         await source.start()
-        async with fl.connect(source.urls, ca=source.ca) as client:
+        async with fl.connect(source.urls, ca=source.ca, token=source_key.read_text().strip()) as client:
             await prepare(client, options.partitions)
+            shop = await shop_of(client)
             load = Load(client, options.rate, options.seed)
             load.start()
             await asyncio.sleep(options.before)
@@ -336,13 +364,14 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         await source.stop()
         checked = sum(verify(folder, manifest))
         await target.start()
-        async with fl.connect(target.urls, ca=target.ca) as client:
+        async with fl.connect(target.urls, ca=target.ca, token=target_key.read_text().strip()) as client:
             began = time.monotonic()
             restoring = Restoring(client, folder, manifest)
             await restoring.run()
             restored = time.monotonic() - began
             refused = await _refused(client, folder, manifest)
             found = await compare(client, records, manifest, folder, load, backup.state_from)
+        known = await is_known(target, shop)
         return {
             "sent": load.sent,
             "acked": len(load.acked),
@@ -356,6 +385,7 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
             "backup_s": round(took, 2),
             "restore_s": round(restored, 2),
             "refused_when_not_empty": refused,
+            "keys_open_it": known,
             **found,
         }
     finally:
@@ -374,7 +404,13 @@ async def _refused(client: fl.Client, folder: Path, manifest: Manifest) -> bool:
 def good(result: dict[str, Any]) -> bool:
     """Whether a result is what it has to be: nothing differs, and there was something that could have."""
     held = not any(result[name] for name in WRONG) and not result["client_failures"]
-    return held and result["refused_when_not_empty"] and result["killed"] and min(result["settled"], result["came"]) > 0
+    return (
+        held
+        and result["refused_when_not_empty"]
+        and result["keys_open_it"]
+        and result["killed"]
+        and min(result["settled"], result["came"]) > 0
+    )
 
 
 def options_of(argv: list[str] | None = None) -> argparse.Namespace:

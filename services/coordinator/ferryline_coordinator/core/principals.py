@@ -127,6 +127,11 @@ class Principals:
         self._file = file
         self._publish(change)
 
+    def restored(self, change: Change) -> None:
+        """Records of principals came back with a backup; while access is off nobody needs to know."""
+        if self._file is not None:
+            self._publish(change)
+
     def create(self, change: Change, event: PrincipalCreated) -> None:
         name = self._free_name(change, event.name)
         if len(change.state.principals) + len(self._declared()) >= PRINCIPALS_MAX:
