@@ -147,6 +147,19 @@ def test_what_was_refused_costs_nothing(quotas: Quotas, clock: Clock) -> None:
     assert quotas.refused == {"bytes": 50}
 
 
+def test_what_was_not_done_after_all_is_given_back_and_leaves_no_more_than_there_was(
+    quotas: Quotas, clock: Clock
+) -> None:
+    caller = limited(records=100)
+    quotas.spend(caller, records=500)
+    quotas.give_back(caller, records=500, bytes=1)
+    assert quotas.wait_ms(caller) == 0
+    quotas.give_back(caller, records=10**6)
+    clock.ms += 1
+    quotas.charge(caller, records=300)
+    assert quotas.wait_ms(caller) == 2_000
+
+
 @pytest.mark.parametrize("name", ["requests", "records", "bytes"])
 def test_each_rate_is_a_bucket_of_its_own(quotas: Quotas, name: str) -> None:
     caller = limited(**{name: 10})

@@ -73,6 +73,15 @@ async def test_what_both_spend_adds_up_however_it_falls_between_settlements(redi
         await poll(lambda: 900_000 < one.wait_ms(caller) <= 999_000 and 900_000 < other.wait_ms(caller) <= 999_000)
 
 
+async def test_what_is_given_back_is_given_back_to_all(redis: RedisServer) -> None:
+    async with service(policy(redis)) as one, service(policy(redis)) as other:
+        await poll(lambda: one.shared and other.shared)
+        one.spend(CALLER, records=60_000)
+        await poll(lambda: other.wait_ms(CALLER) > 30_000)
+        one.give_back(CALLER, records=60_000)
+        await poll(lambda: other.wait_ms(CALLER) == one.wait_ms(CALLER) == 0)
+
+
 async def test_clusters_that_use_the_same_redis_do_not_meet(redis: RedisServer) -> None:
     async with service(policy(redis)) as one, service(policy(redis), cluster="c2") as other:
         await poll(lambda: one.shared and other.shared)

@@ -62,6 +62,38 @@ async def test_batches_over_the_quota_are_refused_one_by_one_and_none_after_the_
         assert [high_watermark(broker, topic, number) for number in (0, 1)] == [ends[0] + 5, ends[1] + 5_000]
 
 
+async def test_a_batch_that_the_partition_refuses_costs_nothing(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        first, second = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(first.id, second.id)])
+        client = await limited_client(world, second, records=10)
+        for _ in range(3):
+            (result,) = await client.produce_raw([batch(topic, 0, 5_000)])
+            assert result.error is not None
+            assert result.error.code == "NOT_PRIMARY"
+        assert second.broker.access.quotas.wait_ms(Caller("billing", GRANTS, Quota(records=10))) == 0
+
+
+async def test_an_append_that_is_refused_costs_nothing(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker, other = await world.broker(), await world.broker()
+        topic = await world.topic("orders", [(broker.id, other.id)], min_isr=2)
+        http = Http(world, broker, records=10)
+        await other.crash()
+        world.coordinator.lead((topic.id, 0), broker.id, (broker.id,))
+        await eventually(lambda: len(broker.broker.partitions.replicas[topic.id, 0].core.part.isr) == 1, "one copy")
+        for _ in range(2):
+            status, answer = await http.append(topic, 500)
+            assert (status, answer["code"]) == (503, "NOT_ENOUGH_REPLICAS")
+        nobodys = await world.topic("nobodys", [(broker.id,)])
+        world.coordinator.change((nobodys.id, 0), primary=0, epoch=2)
+        await eventually(lambda: broker.broker.view.metadata.partition(nobodys.id, 0).primary == 0, "nobody leads")
+        for _ in range(2):
+            status, answer = await http.append(nobodys, 500)
+            assert (status, answer["code"]) == (503, "PRIMARY_NOT_AVAILABLE")
+        assert broker.broker.access.quotas.wait_ms(Caller("billing", GRANTS, Quota(records=10))) == 0
+
+
 async def test_a_frame_over_the_quota_of_requests_is_refused_and_nodes_never_are(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         broker = await world.broker()

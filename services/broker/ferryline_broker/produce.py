@@ -53,7 +53,7 @@ def refusal_info(refuse: Refuse) -> ErrorInfo:
 class ProduceRequest:
     """One PRODUCE frame on its way. Answers leave at the end of the pass in which they became known."""
 
-    __slots__ = ("_bytes", "_correlation", "_handler", "_left", "_results", "_session", "_started", "_state")
+    __slots__ = ("_bytes", "_correlation", "_handler", "_left", "_results", "_session", "_started", "_state", "paid")
 
     def __init__(
         self, handler: ProduceHandler, session: ServerSession, state: ClientState, frame: Frame, entries: int
@@ -65,6 +65,7 @@ class ProduceRequest:
         self._left = entries
         self._results: list[ProduceResult] = []
         self._bytes = len(frame.payload)
+        self.paid: dict[int, tuple[int, int]] = {}  # of callers with a quota: records and bytes, by entry
         self._started = perf_counter()
 
     def refuse(self, index: int, error: ErrorInfo) -> None:
@@ -78,7 +79,10 @@ class ProduceRequest:
             self._left -= 1
         else:
             assert isinstance(answer, Refuse), answer
-            self.refuse(index, refusal_info(answer))
+            error = refusal_info(answer)
+            if error.definite and index in self.paid:
+                self._handler.give_back(self._session, *self.paid[index])
+            self.refuse(index, error)
 
     def emit(self) -> None:
         results, self._results = self._results, []
@@ -139,6 +143,7 @@ class ProduceHandler:
                     if over is not None:
                         raise over
                     self._quotas.spend(caller, records=header.record_count, bytes=len(data))
+                    request.paid[index] = (header.record_count, len(data))
             except FerrylineError as error:
                 if over is None and isinstance(error, QuotaExceeded):
                     over = error
@@ -162,6 +167,10 @@ class ProduceHandler:
         state.produce_bytes += size
         self._total_bytes += size
         self.metrics.produce_bytes_in_flight = self._total_bytes
+
+    def give_back(self, session: ServerSession, records: int, size: int) -> None:
+        """A batch that was paid for was refused."""
+        self._quotas.give_back(session.caller, records=records, bytes=size)
 
     def settled(self, state: ClientState, size: int, started: float) -> None:
         state.produce_bytes -= size

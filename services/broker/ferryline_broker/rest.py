@@ -107,9 +107,18 @@ class RestApi:
     async def _append(self, request: web.Request, placed: list[Placed]) -> list[Appended | FerrylineError]:
         """Raises QuotaExceeded, with nothing appended. What is forwarded is paid for here: nodes have no quota."""
         caller = request.get(CALLER, UNCHECKED)
-        if caller.limited:
-            self._quotas.spend(caller, records=len(placed), bytes=sum(_size(one.record) for one in placed))
-        return await self._appender.append(placed)
+        if not caller.limited:
+            return await self._appender.append(placed)
+        sizes = [_size(one.record) for one in placed]
+        self._quotas.spend(caller, records=len(sizes), bytes=sum(sizes))
+        try:
+            outcomes = await self._appender.append(placed)
+        except FerrylineError:  # nothing was appended
+            self._quotas.give_back(caller, records=len(sizes), bytes=sum(sizes))
+            raise
+        failed = [size for size, one in zip(sizes, outcomes, strict=True) if getattr(one, "definite", False)]
+        self._quotas.give_back(caller, records=len(failed), bytes=sum(failed))
+        return outcomes
 
     def _partition(self, topic: TopicMeta, wanted: int | None, key: bytes | None, index: int) -> int:
         count = topic.config.partitions

@@ -50,6 +50,10 @@ class Bucket:
         """Book what was let in, or what had to be: then whoever comes next waits."""
         self.arrival_ms = max(self.arrival_ms, now_ms) + amount * 1_000 / self.rate
 
+    def give_back(self, amount: float) -> None:
+        """What was paid for was not done after all."""
+        self.arrival_ms -= amount * 1_000 / self.rate
+
     def owe(self, behind_ms: float, now_ms: float) -> None:
         """Somebody who knows more says how far behind it is."""
         self.arrival_ms = now_ms + behind_ms

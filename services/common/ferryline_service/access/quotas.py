@@ -2,7 +2,7 @@
 
     quotas.take(policy, services=3)          # each later policy, too; and quotas.live(brokers) as brokers come and go
     quotas.request(caller)                   # one REST request or frame of a session
-    quotas.spend(caller, records=10, bytes=4096)   # before anything is appended
+    quotas.spend(caller, records=10, bytes=4096)   # before anything is appended; give_back() if it was not
     quotas.charge(caller, records=10, bytes=4096)  # what was read: the next reader waits
     quotas.opened(caller), quotas.closed(caller)   # a session
 
@@ -70,6 +70,13 @@ class Meter:
         if bucket is not None:
             bucket.pay(amount, now_ms)
             self.spent_ms[name] = self.spent_ms.get(name, 0.0) + amount * 1_000 / getattr(self.quota, name)
+
+    def give_back(self, name: str, amount: int) -> None:
+        """What was paid for was not done after all."""
+        bucket = self.buckets.get(name)
+        if bucket is not None:
+            bucket.give_back(amount)
+            self.spent_ms[name] = self.spent_ms.get(name, 0.0) - amount * 1_000 / getattr(self.quota, name)
 
     def idle(self, now_ms: float) -> bool:
         """Whether forgetting it changes nothing."""
@@ -168,6 +175,13 @@ class Quotas:
         self._admit(meter, BYTES, bytes, now_ms)
         meter.pay(RECORDS, records, now_ms)
         meter.pay(BYTES, bytes, now_ms)
+
+    def give_back(self, caller: Caller, *, records: int = 0, bytes: int = 0) -> None:
+        """What was booked by `spend` was refused later, and surely not written."""
+        if caller.limited:
+            meter = self._meter(caller)
+            meter.give_back(RECORDS, records)
+            meter.give_back(BYTES, bytes)
 
     def charge(self, caller: Caller, *, records: int = 0, bytes: int = 0) -> None:
         """Something that was read: whoever comes next waits for it."""

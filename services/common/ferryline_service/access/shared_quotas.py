@@ -28,15 +28,15 @@ from ferryline_service.metrics import ServiceMetrics
 SETTLE_S = 0.05
 LOOK_S = 1.0  # with nothing to settle: is it still, or again, there?
 METERS_PER_CALL = 500  # of them, all at once: Redis serves others between two calls
-# KEYS: buckets of one principal. ARGV: what was spent of each, in µs at its rate; 0 only asks. Answers how many µs each
-# is behind. The time is Redis's own, the same for all services; a key ends with what it remembers.
+# KEYS: buckets of one principal. ARGV: what was spent of each, in µs at its rate; 0 only asks, less gives back. Answers
+# how many µs each is behind. The time is the same for all services; a key ends with what it remembers.
 SCRIPT = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local behind = {}
 for i, key in ipairs(KEYS) do
-  local arrival = math.max(tonumber(redis.call('GET', key) or 0), now) + ARGV[i]
-  if tonumber(ARGV[i]) > 0 then
+  local arrival = math.max(math.max(tonumber(redis.call('GET', key) or 0), now) + ARGV[i], now)
+  if tonumber(ARGV[i]) ~= 0 then
     redis.call('SET', key, string.format('%.0f', arrival), 'PX', math.ceil((arrival - now) / 1000) + 1000)
   end
   behind[i] = arrival - now
