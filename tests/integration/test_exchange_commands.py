@@ -116,6 +116,27 @@ def test_what_is_wrong_ends_with_its_status(ferryline: Run, args: tuple[str, ...
     assert says in ferryline(*args, status=status).stderr
 
 
+def test_definitions_go_out_and_in_again(ferryline: Run, tmp_path: Path) -> None:
+    ferryline("topic", "create", "kept", "-p", "2")
+    ferryline("exchange", "create", "known", "--type", "direct")
+    file = tmp_path / "cluster.json"
+    assert "topics" in ferryline("definitions", "export", str(file)).stdout
+    document = json.loads(file.read_text())
+    assert json.loads(ferryline("definitions", "export").stdout) == document
+    ferryline("exchange", "delete", "known", "--yes")
+    plan = as_json(ferryline("definitions", "import", str(file), "--dry-run", "-o", "json"))
+    assert [row["name"] for row in plan if row["action"] == "create"] == ["known"]
+    ferryline("definitions", "import", str(file))
+    ferryline("exchange", "show", "known")
+    document["topics"] = [{"name": "kept", "config": {"partitions": 1}}]
+    file.write_text(json.dumps(document))
+    assert "1 of" in ferryline("definitions", "import", str(file), status=1).stderr
+    file.write_text("{")
+    ferryline("definitions", "import", str(file), status=2)
+    file.write_text('{"topics": [{"name": "a b"}]}')
+    assert "INVALID_NAME" in ferryline("definitions", "import", str(file), status=2).stderr
+
+
 EXAMPLES: dict[str, list[str]] = {
     "publish_subscribe": [
         "screen: the disk is filling up",
