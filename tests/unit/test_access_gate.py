@@ -302,6 +302,16 @@ async def test_a_session_ends_when_its_key_expires(here: Here, eventually: Event
     assert isinstance(session.error, ConnectionLost)
 
 
+async def test_a_session_ends_when_the_file_says_that_its_key_has_expired(here: Here, eventually: Eventually) -> None:
+    session = await here.session(ROOT_KEY)
+    line = f'id = "{ROOT_ID}", sha256 = "{ROOT_DIGEST.hex()}"'
+    assert line in FILE
+    later_ms = time.time_ns() // 1_000_000 + 1_000
+    here.file.write_text(FILE.replace(line, f"{line}, expires_ms = {later_ms}"))
+    here.coordinator.reload_access()
+    await eventually(lambda: not session.is_open, within_s=30)
+
+
 async def test_the_sdk_says_what_is_wrong_with_a_token(here: Here) -> None:
     for key in ("", STRANGE_KEY):
         with pytest.raises(BadCredentials):

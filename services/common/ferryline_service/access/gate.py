@@ -115,6 +115,7 @@ class Gate:
             self._end(session, "the policy ended what this session was opened with")
         else:
             session.caller = caller
+            self._arm(session)
 
     # -- requests -----------------------------------------------------------------------------------
 
@@ -205,6 +206,11 @@ class Gate:
             timer.cancel()
 
     def _arm(self, session: ServerSession) -> None:
+        """One timer, at the end of what the session is open with now."""
+        timer = self._sessions.get(session)
+        if timer is not None:
+            timer.cancel()
+            self._sessions[session] = None
         expires_ms = session.caller.expires_ms
         if expires_ms and session in self._sessions:
             left_s = min(_LOOK_AGAIN_S, max(0.0, (expires_ms - self._wall_ms()) / 1000))
