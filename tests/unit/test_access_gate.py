@@ -49,7 +49,8 @@ name = "gone"
 disabled = true
 keys = [{{ id = "{GONE_ID}", sha256 = "{GONE_DIGEST.hex()}" }}]
 """
-READ_GROUP_G = [{"resource": "group", "pattern": "g", "actions": ["read"]}]
+READ_T = {"resource": "topic", "pattern": "t", "actions": ["read"]}
+READ_GROUP_G = [READ_T, {"resource": "group", "pattern": "g", "actions": ["read"]}]
 
 
 def secret_of(key: str) -> str:
@@ -106,10 +107,10 @@ async def here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncItera
         await coordinator.stop()
 
 
-async def beat(session: Session, group: str) -> str:
+async def beat(session: Session, group: str, topic: str = "t") -> str:
     """What a heartbeat of the group is refused with: the code of an error, or nothing."""
     try:
-        message = GroupHeartbeat(group, "m", ["t"])
+        message = GroupHeartbeat(group, "m", [topic])
         await session.request(Kind.GROUP_HEARTBEAT, message, GroupAssignment, timeout=10)
     except UnknownTopic:  # there are no brokers, hence no topics: this was looked at, and not refused
         return ""
@@ -264,12 +265,13 @@ async def test_a_session_needs_a_token_and_its_frames_need_grants(here: Here) ->
     session = await here.session(await here.principal("p", READ_GROUP_G))
     assert await beat(session, "g") == ""
     assert await beat(session, "h") == "FORBIDDEN"
+    assert await beat(session, "g", "u") == "FORBIDDEN"
     assert (await session.request(Kind.METADATA, MetadataRequest(), MetadataAnswer, timeout=10))[0].cluster_id
 
 
 async def test_an_open_session_gets_what_is_granted_now(here: Here) -> None:
     session = await here.session(await here.principal("p", READ_GROUP_G))
-    other = [{"resource": "group", "pattern": "h", "actions": ["read"]}]
+    other = [READ_T, {"resource": "group", "pattern": "h", "actions": ["read"]}]
     assert (await here.rest("PATCH", "/v1/principals/p", {"grants": other}))[0] == 200
     assert (await beat(session, "g"), await beat(session, "h")) == ("FORBIDDEN", "")
 
