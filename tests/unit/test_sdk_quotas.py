@@ -15,7 +15,7 @@ from ferryline_service.access.caller import Caller
 from ferryline_service.access.quotas import Quotas
 from unit.sdk_fake_cluster import FakeCluster, Key, Node
 
-COUNT, KEYS = 20_000, 4
+COUNT, KEYS = 14_000, 4
 
 
 @pytest.fixture
