@@ -377,7 +377,12 @@ def test_distributions_ask_for_what_the_lock_holds() -> None:
 
 def test_distributions_ask_for_what_they_import() -> None:
     found = []
-    homes = {"prometheus_client": "prometheus-client", "pydantic_settings": "pydantic-settings", "jwt": "pyjwt[crypto]"}
+    homes = {
+        "jwt": "pyjwt[crypto]",
+        "opentelemetry": "opentelemetry-api",
+        "prometheus_client": "prometheus-client",
+        "pydantic_settings": "pydantic-settings",
+    }
     for package, root in PACKAGES.items():
         table = project(name_of(root.parent))
         extras = [line for lines in table.get("optional-dependencies", {}).values() for line in lines]  # type: ignore[attr-defined]
