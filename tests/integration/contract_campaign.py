@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from ferryline.cli.processes import LocalCluster
-from tests.integration.contract_hooks import EXCHANGES, GROUPS, TOPICS
+from tests.integration.contract_hooks import EXCHANGES, GROUPS, PRINCIPALS, TOPICS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results/contract.json"
@@ -55,6 +56,8 @@ class Run:
     errors: int = 0
     seconds: float = 0.0
     text: str = ""
+    answers: dict[str, int] = field(default_factory=dict)  # by class of status
+    never_done: list[str] = field(default_factory=list)  # operations that were always refused
 
 
 class Curl:
@@ -118,11 +121,15 @@ def prepare(cluster: LocalCluster, curl: Curl) -> list[str]:
         time.sleep(0.2)
     curl("POST", f"{broker}/v1/topics/{TOPICS[1]}/records", {"records": records})
     offsets = [{"topic": TOPICS[0], "partition": number, "offset": 1} for number in range(PARTITIONS)]
+    for name in PRINCIPALS:  # while access is on
+        curl("POST", f"{curl.url}/v1/principals", {"name": name})
     for group in GROUPS:
         curl("PUT", f"{broker}/v1/groups/{group}/offsets", {"offsets": offsets})
         for url in cluster.urls[1:]:
             for topic in TOPICS:
                 curl("POST", f"{url}/v1/queues/{topic}/{group}/receive", {"records": 2, "wait_ms": 100})
+    member = {"member": "m", "topics": [TOPICS[0]], "session_ms": 3_600_000}
+    curl("POST", f"{curl.url}/v1/groups/{GROUPS[0]}/heartbeat", member)
     return ids
 
 
@@ -152,7 +159,7 @@ class Janitor(threading.Thread):
 
 def run(cluster: LocalCluster, url: str, token: str, *, service: str, seed: int, examples: int, phases: str) -> Run:
     """One run of Schemathesis."""
-    report = cluster.root / f"{service}-{seed}.json"
+    report, answers = cluster.root / f"{service}-{seed}.json", cluster.root / f"{service}-{seed}-answers.json"
     settings = cluster.root / "schemathesis.toml"
     settings.write_text(SETTINGS)
     checks = ["--exclude-checks", ",".join(LEFT_OUT)]
@@ -170,13 +177,23 @@ def run(cluster: LocalCluster, url: str, token: str, *, service: str, seed: int,
             "--report", "json", "--report-json-path", str(report),
         ],
         cwd=cluster.root,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.integration.contract_hooks"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "SCHEMATHESIS_HOOKS": "tests.integration.contract_hooks",
+            "CONTRACT_ANSWERS": str(answers),
+        },
         capture_output=True,
         text=True,
         check=False,
     )  # fmt: skip
     told = json.loads(report.read_text()) if report.exists() else {}
     cases = told.get("test_cases", {})
+    counts: dict[str, int] = json.loads(answers.read_text()) if answers.exists() else {}
+    done = {name.rpartition(" ")[0] for name in counts if name.rpartition(" ")[2].startswith(("2", "3"))}
+    by_class: Counter[str] = Counter()
+    for name, count in counts.items():
+        by_class[f"{name.rpartition(' ')[2][0]}xx"] += count
     return Run(
         service,
         bool(token),
@@ -187,6 +204,8 @@ def run(cluster: LocalCluster, url: str, token: str, *, service: str, seed: int,
         cases.get("errored", 0) + len(told.get("errors", [])) + (not told),
         round(told.get("running_time", 0.0), 1),
         made.stdout + made.stderr,
+        dict(sorted(by_class.items())),
+        sorted({name.rpartition(" ")[0] for name in counts} - done),
     )
 
 
@@ -202,7 +221,9 @@ def campaign(root: Path, cases: int, seed: int) -> list[Run]:
                 for service, url in (("coordinator", cluster.url), ("broker", cluster.urls[1])):
                     one = run(cluster, url, token, service=service, seed=seed, examples=40, phases="coverage,fuzzing")
                     runs.append(one)
-                    print(f"{service:12} access={access!s:5} {one.cases:6} cases {one.failures}", flush=True)
+                    print(
+                        f"{service:12} access={access!s:5} {one.cases:6} cases {one.answers} {one.failures}", flush=True
+                    )
                     if one.failures or one.errors:
                         print(one.text, flush=True)
                     alive = all(known.running for known in cluster.services.values())
