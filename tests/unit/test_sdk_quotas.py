@@ -15,7 +15,7 @@ from ferryline_service.access.caller import Caller
 from ferryline_service.access.quotas import Quotas
 from unit.sdk_fake_cluster import FakeCluster, Key, Node
 
-COUNT, KEYS = 14_000, 4
+COUNT, KEYS = 16_000, 4
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def check_order(cluster: FakeCluster) -> None:
 
 async def test_nothing_is_lost_or_out_of_order_and_batches_become_small_enough_to_flow(cluster: FakeCluster) -> None:
     limit = Limit(cluster, records=4_000)
-    await send_all(cluster, buffer_bytes=1024 * 1024)
+    await send_all(cluster, buffer_bytes=512 * 1024)
     check_order(cluster)
     assert limit.refused > 0
     assert max(limit.sizes) > 1_000  # before it knew
@@ -79,7 +79,7 @@ async def test_nothing_is_lost_or_out_of_order_and_batches_become_small_enough_t
 
 async def test_the_same_for_bytes(cluster: FakeCluster) -> None:
     limit = Limit(cluster, bytes=500_000)
-    await send_all(cluster, buffer_bytes=1024 * 1024)
+    await send_all(cluster, buffer_bytes=512 * 1024)
     check_order(cluster)
     assert max(limit.sizes) > 1_000
     assert max(limit.sizes[-10:]) <= 600  # a tenth of a second are some 450 records
