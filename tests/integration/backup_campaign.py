@@ -365,6 +365,8 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         checked = sum(verify(folder, manifest))
         await target.start()
         async with fl.connect(target.urls, ca=target.ca, token=target_key.read_text().strip()) as client:
+            first_try = Restoring(client, folder, manifest, told=interrupt_at(len(manifest.partitions)))
+            resumed = await interrupted(first_try.run)
             began = time.monotonic()
             restoring = Restoring(client, folder, manifest)
             await restoring.run()
@@ -384,6 +386,7 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
             "offsets": sum(part.records.end for part in manifest.partitions),
             "backup_s": round(took, 2),
             "restore_s": round(restored, 2),
+            "resumed": resumed,
             "refused_when_not_empty": refused,
             "keys_open_it": known,
             **found,
@@ -391,6 +394,33 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     finally:
         await source.kill_all()
         await target.kill_all()
+
+
+class Interrupted(Exception):
+    """Instead of a Ctrl-C."""
+
+
+def interrupt_at(number: int) -> Callable[[int, str], None]:
+    """What is told of progress, until it is told so often."""
+    left = number
+
+    def told(_: int, __: str) -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Interrupted
+
+    return told
+
+
+async def interrupted(work: Callable[[], Awaitable[Any]]) -> bool:
+    """Whether ``work`` was interrupted, and not by anything else."""
+    stopped = False
+    try:
+        await work()
+    except* Interrupted:
+        stopped = True
+    return stopped
 
 
 async def _refused(client: fl.Client, folder: Path, manifest: Manifest) -> bool:
@@ -408,6 +438,7 @@ def good(result: dict[str, Any]) -> bool:
         held
         and result["refused_when_not_empty"]
         and result["keys_open_it"]
+        and result["resumed"]
         and result["killed"]
         and min(result["settled"], result["came"]) > 0
     )

@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 
 import ferryline as fl
-from ferryline.backup.files import read_manifest
+from ferryline.backup.files import PROGRESS, read_manifest, verify
+from ferryline.backup.taking import Taking
 from ferryline.cli.driver import ProcessCluster
 from ferryline.protocol.records import encode_batch
 from ferryline.trust import ssl_context
@@ -51,6 +52,7 @@ async def test_the_commands_take_bring_up_to_date_check_and_refuse(start_cluster
         await client.admin.create_topic("orders", partitions=2)
         async with client.producer() as producer:
             await producer.send_many("orders", [b"v"] * 50)
+        await _an_interrupted_run_is_gone_on_with(client, folder)
         told = json.loads(ferryline("backup", "take", str(folder), "--rate", "10MB", "-o", "json").stdout)
         assert (told["topics"], told["partitions"]) == (1, 2)
         async with client.producer() as producer:
@@ -67,6 +69,21 @@ async def test_the_commands_take_bring_up_to_date_check_and_refuse(start_cluster
     path = folder / sorted(manifest.files())[0]
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     assert path.name in ferryline("backup", "verify", str(folder), status=1).stderr
+
+
+async def _an_interrupted_run_is_gone_on_with(client: fl.Client, folder: Path) -> None:
+    work = Taking(client, folder, told=backup_campaign.interrupt_at(2)).run
+    assert await backup_campaign.interrupted(work)
+    assert read_manifest(folder) is None
+    partial = read_manifest(folder, PROGRESS)
+    assert partial is not None
+    assert partial.size > 0
+    came: list[str] = []
+    manifest = await Taking(client, folder, told=lambda _, doing: came.append(doing)).run()
+    assert sum(verify(folder, manifest)) == manifest.size
+    known = [part for part in partial.partitions if part.records.size]
+    assert known
+    assert not [doing for doing in came if doing == f"records of orders/{known[0].partition}"]
 
 
 async def _a_partition_that_is_led_takes_nothing_in(cluster: ProcessCluster, client: fl.Client) -> None:
