@@ -19,8 +19,9 @@ from tests.polling import poll
 
 LOG, QUEUE = "orders", "jobs"
 READERS, WORKERS = "billing", "packing"
-KEYS = 16
-AT_A_TIME = 8  # jobs of one receiver
+KEYS = 64
+AT_A_TIME = 16  # jobs of one receiver
+BACKLOG_MAX = 300  # jobs: on a slow machine fewer are sent, as it is not speed that is in question
 RETRY_S = 0.2
 Connect = Callable[[], fl.Client]
 
@@ -36,6 +37,7 @@ class Load:
         self.done: dict[bytes, list[int]] = defaultdict(list)  # of the queue, in the order of settled acknowledgements
         self.redelivered = 0  # handed out again after its acknowledgement had returned: must be none
         self._sent: dict[tuple[str, bytes], int] = defaultdict(int)
+        self._backlog = 0  # jobs, sent and not worked off
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._worst_s = 0.0
@@ -49,13 +51,14 @@ class Load:
         self._tasks = [asyncio.create_task(job) for job in jobs]
 
     async def stop(self, within_s: float = 60.0) -> None:
-        """Send no more, wait until all was consumed and worked off or the time is over, end."""
+        """Send no more, wait until all was consumed and worked off or nothing has moved for so long, end."""
         self._stop.set()
         try:
             await asyncio.wait_for(asyncio.shield(self._tasks[0]), within_s)
-            for _ in range(int(within_s / RETRY_S)):
-                if not self.outstanding():
-                    break
+            end, seen = time.monotonic() + within_s, ""
+            while (left := self.outstanding()) and time.monotonic() < end:
+                if left != seen:
+                    end, seen = time.monotonic() + within_s, left
                 await asyncio.sleep(RETRY_S)
         finally:
             for task in self._tasks:
@@ -125,8 +128,8 @@ class Load:
         async with self._connect() as client, client.producer() as producer:
             started, number, flying = time.perf_counter(), 0, set[asyncio.Task[None]]()
             while not self._stop.is_set():
-                topic = (LOG, QUEUE)[number % 2]
-                task = asyncio.create_task(self._send(producer, topic, b"key-%d" % (number // 2 % KEYS)))
+                topic = QUEUE if number % 3 == 0 and self._backlog < BACKLOG_MAX else LOG
+                task = asyncio.create_task(self._send(producer, topic, b"key-%d" % (number % KEYS)))
                 flying.add(task)
                 task.add_done_callback(flying.discard)
                 number += 1
@@ -144,6 +147,7 @@ class Load:
         now = time.perf_counter()
         self._worst_s, self._last_ack = max(self._worst_s, now - self._last_ack), now
         self.acknowledged[topic][key].append(number)
+        self._backlog += topic == QUEUE
 
     async def _consume(self) -> None:
         async with self._connect() as client:
@@ -176,6 +180,7 @@ class Load:
             self.redelivered += 1
         await message.ack()
         self.done[key].append(number)
+        self._backlog -= 1
 
     def _count(self, what: str, error: Exception) -> None:
         self.errors[f"{what}: {type(error).__name__}: {str(error)[:200]}"] += 1
