@@ -5,7 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ferryline.protocol.errors import Conflict, InvalidArgument, NotEnoughReplicas, NotReady, UnknownPartition
+from ferryline.protocol.errors import (
+    Conflict,
+    InvalidArgument,
+    InvalidRequest,
+    NotEnoughReplicas,
+    NotReady,
+    UnknownPartition,
+)
 from ferryline.protocol.exchanges import ExchangeMeta
 from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.metadata import RESTORING, TopicConfig, TopicMeta
@@ -87,6 +94,13 @@ def test_what_does_not_belong_into_a_backup_is_refused() -> None:
     for key, value in [*foreign.items(), ("topic/x", RECORDS_OF[record_key(TOPIC)]), ("topic/y", b"\xc1")]:
         with pytest.raises(InvalidArgument, match="records"):
             bench.ask(ev.RestoreBegun, {key: value}, EPOCHS)
+    for wrong in (
+        TopicMeta("../up", "orders", TopicConfig()),
+        TopicMeta("e" * 32, "a/b", TopicConfig()),
+        TopicMeta("e" * 32, "orders", TopicConfig(partitions=10**9)),
+    ):
+        with pytest.raises(InvalidRequest, match=r"records|topic id|partitions"):
+            bench.ask(ev.RestoreBegun, {record_key(wrong): encode_record(wrong)}, EPOCHS)
     with pytest.raises(InvalidArgument, match="orders/1 is missing"):
         bench.ask(ev.RestoreBegun, RECORDS_OF, {(TOPIC.id, 0): 7})
     with pytest.raises(NotEnoughReplicas):

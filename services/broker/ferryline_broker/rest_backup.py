@@ -166,11 +166,14 @@ def _log_of(request: web.Request) -> int:
 async def _body(request: web.Request) -> bytes:
     """Bounded in size and time; larger than what other requests may send, for one batch must fit."""
     data = bytearray()
-    async with asyncio.timeout(_BODY_S):
-        async for chunk in request.content.iter_chunked(256 * 1024):
-            data += chunk
-            if len(data) > _BODY_BYTES_MAX:
-                raise RecordTooLarge(f"body: over {_BODY_BYTES_MAX} bytes", limit=_BODY_BYTES_MAX)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.content.iter_chunked(256 * 1024):
+                data += chunk
+                if len(data) > _BODY_BYTES_MAX:
+                    raise RecordTooLarge(f"body: over {_BODY_BYTES_MAX} bytes", limit=_BODY_BYTES_MAX)
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(reason=f"body: not whole within {_BODY_S:g} s") from None
     return bytes(data)
 
 

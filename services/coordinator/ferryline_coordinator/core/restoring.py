@@ -7,20 +7,32 @@ one broker has them whole, it is made primary under the next epoch, alone in the
 
 from __future__ import annotations
 
-import msgspec
-from msgspec.structs import replace
+import re
 
-from ferryline.protocol.errors import Conflict, InvalidArgument, NotEnoughReplicas, NotReady, UnknownPartition
+import msgspec
+from msgspec.structs import asdict, replace
+
+from ferryline.protocol.errors import (
+    Conflict,
+    InvalidArgument,
+    NotEnoughReplicas,
+    NotReady,
+    Throttled,
+    UnknownPartition,
+)
+from ferryline.protocol.limits import check_name
 from ferryline.protocol.messages import FEATURE_RESTORE
-from ferryline.protocol.metadata import NO_BROKER, RESTORING, PartitionMeta, TopicMeta
+from ferryline.protocol.metadata import NO_BROKER, RESTORING, PartitionMeta, TopicConfig, TopicMeta
 from ferryline_coordinator.core.change import Change
 from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.events import RestoreBegun, RestoreEnded
 from ferryline_coordinator.core.placement import placed
 from ferryline_coordinator.core.records import Record, decode_record, record_key
 from ferryline_coordinator.core.state import Key
+from ferryline_coordinator.core.topics import checked_config
 
 # Everything else says how this cluster is or was: brokers, partitions, members. Of another one it would be untrue.
+_TOPIC_ID = re.compile(r"\A[0-9a-f]{32}\Z")  # names a directory on brokers
 BACKED_UP = ("topic", "exchange", "principal")
 
 
@@ -55,6 +67,8 @@ class Restoring:
                     raise InvalidArgument(f"epochs: {topic.name}/{number} is missing", field="epochs")
                 if change.part((topic.id, number)) is None:
                     new[(topic.id, number)] = topic.config.replication
+        if change.state.replicas + sum(new.values()) > self._config.partitions_max:
+            raise Throttled(f"partitions: over the cluster's {self._config.partitions_max} replicas")
         self._place(change, topics, new, event.epochs)
         for record in records:
             change.put_new(record)
@@ -135,4 +149,9 @@ def _decoded(key: str, value: bytes) -> Record:
         ) from None
     if record is None or record_key(record) != key:
         raise InvalidArgument(f"records: {key[:100]!r} does not belong into a backup", field="records")
+    if isinstance(record, TopicMeta):
+        check_name(record.name, "records")
+        checked_config({**asdict(record.config), "retry": asdict(record.config.retry)}, TopicConfig())
+        if not _TOPIC_ID.match(record.id):
+            raise InvalidArgument(f"records: {record.id[:64]!r} is no topic id", field="records")
     return record
