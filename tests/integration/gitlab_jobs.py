@@ -216,11 +216,19 @@ def main() -> int:
     parser.add_argument("--only", default="", help="jobs, separated by commas")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the pipeline")
     parser.add_argument("--keep-going", action="store_true", help="run jobs although one that they need has failed")
+    parser.add_argument("--merge", action="store_true", help="put these jobs in place of the same ones of the result")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     changes = dict(change.split("=", 1) for change in options.set)
     only = set(filter(None, options.only.split(",")))
     account = run(source=options.source, changes=changes, only=only, keep_going=options.keep_going)
+    for job in account["jobs"]:
+        job["commit"] = account["commit"]
+    if options.merge:
+        earlier = {job["job"]: job for job in json.loads(options.result.read_text())["jobs"]}
+        order = [job.name for job in read((ROOT / ".gitlab-ci.yml").read_text()).jobs]
+        found = earlier | {job["job"]: job for job in account["jobs"]}
+        account["jobs"] = sorted(found.values(), key=lambda job: order.index(job["job"]))
     options.result.write_text(json.dumps(account, indent=2) + "\n")
     return 0 if all(job["status"] == "passed" for job in account["jobs"]) else 1
 

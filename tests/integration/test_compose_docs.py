@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.compose_campaign import free_port
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/compose.md"

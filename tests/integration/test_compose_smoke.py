@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.compose_campaign import NEWER, run
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 
 
 async def test_a_cluster_is_killed_scaled_and_upgraded_and_no_client_sees_an_error() -> None:
