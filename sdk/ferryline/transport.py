@@ -366,4 +366,3 @@ def _handshake_error(url: str, error: aiohttp.WSServerHandshakeError) -> Ferryli
         after_ms = int(after_s) * 1_000 if after_s.isascii() and after_s.isdigit() else _FULL_MS
         return Throttled(f"{url}: takes no more sessions at the moment", retry_after_ms=after_ms)
     return ConnectionFailed(f"{url}: answered {error.status} instead of a session", url=url)
-
