@@ -75,6 +75,16 @@ def test_a_restore_goes_on_where_it_was_and_after_a_restart() -> None:
     assert len(bench.state.topics) == 1
 
 
+def test_a_restore_goes_on_though_some_partitions_are_led_already() -> None:
+    bench = Bench(3)
+    first, second = begun(bench)
+    bench.ask(ev.RestoreEnded, *first)
+    assert begun(bench) == [(*first[:2], 0), second]
+    bench.ask(ev.RestoreEnded, *second)
+    with pytest.raises(Conflict, match="not empty"):
+        begun(bench)
+
+
 def test_only_an_empty_cluster_takes_a_backup() -> None:
     bench = Bench(3)
     bench.create("other", partitions=1)

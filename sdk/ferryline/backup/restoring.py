@@ -57,7 +57,8 @@ class Restoring:
 
         async with asyncio.TaskGroup() as group:
             for part in self._manifest.partitions:
-                group.create_task(one(part))
+                if takers[(part.topic_id, part.partition)]:
+                    group.create_task(one(part))
 
     def in_sync(self) -> bool:
         """Whether every partition has all of its copies in sync, as far as is known now."""
@@ -70,7 +71,8 @@ class Restoring:
     # -- inside -------------------------------------------------------------------------------------
 
     async def _begin(self) -> dict[tuple[str, int], int]:
-        """Topics and partitions first, what leads to topics last. Returns which broker takes which logs."""
+        """Topics and partitions first, what leads to topics last. Returns which broker takes which logs; 0: an earlier
+        run has put them in."""
         takers: dict[tuple[str, int], int] = {}
         batch: dict[str, str] = {}
         epochs: dict[str, int] = {}

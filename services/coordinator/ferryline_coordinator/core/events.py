@@ -267,7 +267,7 @@ class LevelRaised(Event):
 class RestoreBegun(Event):
     """Put records of a backup into an empty cluster; topics get partitions that nobody leads yet. ``records`` are
     encoded, by key; ``epochs``: of each partition, not below any that its logs hold. Repeating changes nothing.
-    Answer: list of (topic id, partition, broker that takes the logs in)."""
+    Answer: list of (topic id, partition, broker that takes the logs in; 0: they are in)."""
 
     reply: int
     records: dict[str, bytes]

@@ -104,15 +104,15 @@ class Restoring:
     # -- inside -------------------------------------------------------------------------------------
 
     def _check_empty(self, change: Change) -> None:
-        """Nothing may be there but what an earlier call of the same restore has made."""
-        for record in change.parts():
-            if record.meta.recovery_epoch != RESTORING and record.meta.version > 0:
-                topic = change.state.topics.get(record.meta.topic_id)
-                raise Conflict(
-                    f"the cluster is not empty: it has topic {topic.name if topic else record.meta.topic_id}; "
-                    "a backup goes into a cluster without topics",
-                    topic=topic.name if topic else "",
-                )
+        """Nothing may be there but what an earlier call of a restore has made that is still under way."""
+        parts = change.parts()
+        if parts and all(record.meta.recovery_epoch != RESTORING for record in parts):
+            topic = change.state.topics.get(parts[0].meta.topic_id)
+            name = topic.name if topic is not None else parts[0].meta.topic_id
+            raise Conflict(
+                f"the cluster is not empty: it has topic {name}; a backup goes into a cluster without topics",
+                topic=name,
+            )
 
     def _place(self, change: Change, topics: dict[str, TopicMeta], new: dict[Key, int], epochs: dict[Key, int]) -> None:
         registered = [b.meta.id for b in change.brokers() if b.meta.broker_epoch and not b.meta.draining]
@@ -133,10 +133,10 @@ class Restoring:
             change.put_part(replace(part, recovery_epoch=RESTORING))
 
     def _taker(self, change: Change, key: Key) -> int:
-        """Which broker takes the logs in: always the same one, so that a restore can go on."""
+        """Which broker takes the logs in: always the same one, so that a restore can go on. 0: it has been done."""
         record = change.part(key)
         assert record is not None, key
-        return record.meta.replicas[0]
+        return record.meta.replicas[0] if record.meta.recovery_epoch == RESTORING else NO_BROKER
 
 
 def _decoded(key: str, value: bytes) -> Record:
