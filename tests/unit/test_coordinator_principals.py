@@ -223,3 +223,10 @@ def test_nobody_prepares_principals_while_everybody_may_do_everything() -> None:
     bench = Bench(1)
     with pytest.raises(Conflict, match="access is off"):
         bench.ask(ev.PrincipalCreated, "mallory", (Grant(CLUSTER, "*", (MANAGE,)),))
+
+
+def test_principals_of_a_backup_count_at_once(bench: Bench) -> None:
+    brought = PrincipalMeta("from.backup", (ORDERS,), keys=(key(3),), version=4)
+    bench.ask(ev.RestoreBegun, {record_key(brought): encode_record(brought)}, {})
+    assert told(bench).principals[-1] == brought
+    assert told(bench).revision == bench.state.cluster.access_revision

@@ -120,6 +120,12 @@ class Principals:
         serving = [record.meta.id for record in change.brokers() if not record.meta.fenced]
         return self._stored.over(policy, serving)
 
+    def restored(self, change: Change) -> None:
+        """A backup may have brought principals along: they count from now on, or from when access is on."""
+        if self._file is not None:
+            self._publish(change)
+            self._check_size(change)
+
     # -- commands -----------------------------------------------------------------------------------
 
     def read(self, change: Change, file: AccessPolicy) -> None:
@@ -228,6 +234,9 @@ class Principals:
         change.put(principal)
         self._publish(change)
         change.reply(reply, principal)
+        self._check_size(change)
+
+    def _check_size(self, change: Change) -> None:
         size, limit = len(encode_value(self.policy(change))), self._config.access_bytes_max
         if size > limit:
             self._made = None  # what is refused was never a policy
