@@ -112,10 +112,10 @@ async def test_no_error_is_seen_while_tokens_end_under_load(
             end = time.monotonic() + 3 * TOKEN_S
             while time.monotonic() < end:
                 results = await producer.send_many(
-                    "orders", [(f"k{number % 50}", b"%d" % number) for number in range(sent, sent + 50)]
+                    "orders", [(f"k{number % 50}", b"%d" % number) for number in range(sent, sent + 20)]
                 )
                 assert [result for result in results if isinstance(result, BaseException)] == []
-                sent += 50
+                sent += 20
                 await client.admin.list_topics()
                 assert not [task.exception() for task in tasks if task.done()]
             await poll(lambda: len(read) == sent and len(received) == sent, within_s=60)

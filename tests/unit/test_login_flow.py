@@ -12,6 +12,9 @@ from urllib.parse import parse_qsl, urlsplit
 import aiohttp
 import pytest
 
+from ferryline.cli.failures import Failed
+from ferryline.cli.login import choose
+from ferryline.cli.settings import UsageError
 from ferryline.login import browser, device
 from ferryline.login.flow import (
     SECRET_BYTES,
@@ -92,6 +95,34 @@ def test_an_issuer_in_clear_is_refused(issuer: str) -> None:
 def test_a_document_of_another_issuer_or_with_addresses_in_clear_is_refused(document: Any) -> None:
     with pytest.raises(InvalidArgument):
         endpoints("https://issuer.example", document)
+
+
+ISSUERS = [
+    {"name": "a", "issuer": "https://a.example", "audience": "mq", "client_id": "cli", "scopes": ["openid", "email"]},
+    {"name": "b", "issuer": "https://b.example", "audience": "cli", "client_id": "cli", "scopes": []},
+]
+
+
+def test_an_issuer_is_chosen_by_name_or_address_with_what_was_given_instead() -> None:
+    by_name, by_address = choose(ISSUERS, "a", {}), choose(ISSUERS, "https://b.example", {"audience": "x"})
+    assert by_name == Client("https://a.example", "cli", "mq", ("openid", "email"), name="a")
+    assert by_address == Client("https://b.example", "cli", "x", name="b")
+    stranger = choose(ISSUERS, "https://c.example", {"client_id": "c"})
+    assert stranger == Client("https://c.example", "c", "c")
+
+
+@pytest.mark.parametrize(
+    ("issuers", "wanted", "told"),
+    [
+        ([], "", "nobody can log in at this cluster"),
+        (ISSUERS, "c", "no issuer 'c'; there are: a .https://a.example., b"),
+        (ISSUERS, "https://c.example", "no issuer"),
+        (ISSUERS, "", "--issuer is needed: a"),
+    ],
+)
+def test_an_issuer_that_is_not_there_or_not_clear_is_told(issuers: Any, wanted: str, told: str) -> None:
+    with pytest.raises((Failed, UsageError), match=told):
+        choose(issuers, wanted, {})
 
 
 # -- what comes back with the browser ---------------------------------------------------------------
