@@ -195,6 +195,7 @@ def test_a_broker_is_drained_and_comes_back(ferryline: Run) -> None:
     ferryline("broker", "drain", str(broker), "--wait-timeout", "60")
     row = next(row for row in as_json(ferryline("broker", "list", "-o", "json")) if row["id"] == broker)
     assert (row["state"], row["replicas"]) == ("draining", 0)
+    assert "stop it first" in ferryline("broker", "forget", str(broker), status=5).stderr
     ferryline("broker", "undrain", str(broker))
     row = next(row for row in as_json(ferryline("broker", "list", "-o", "json")) if row["id"] == broker)
     assert row["state"] == "running"

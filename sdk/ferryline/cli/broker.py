@@ -16,7 +16,7 @@ from ferryline.cli.output import stderr, warn
 if TYPE_CHECKING:
     from ferryline.cli.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, help="List brokers; drain one for maintenance.")
+app = typer.Typer(no_args_is_help=True, help="List brokers; drain one for maintenance; forget one that is gone.")
 
 
 @app.command("list")
@@ -109,3 +109,21 @@ def undrain(ctx: typer.Context, broker_id: int) -> None:
 
     run(act())
     invocation.output.done(f"broker {broker_id} takes part again", broker=broker_id, draining=False)
+
+
+@app.command()
+def forget(ctx: typer.Context, broker_id: int) -> None:
+    """Forget a broker that will not come back. It must be down and hold no copies any more: those are made elsewhere.
+
+    Refused (CONFLICT) while it still has some: wait, or drain it.
+    """
+    from ferryline.cli.connection import connected, run
+
+    invocation = of(ctx)
+
+    async def act() -> None:
+        async with connected(invocation.settings) as client:
+            await client.admin.forget_broker(broker_id)
+
+    run(act())
+    invocation.output.done(f"broker {broker_id} is forgotten", broker=broker_id)

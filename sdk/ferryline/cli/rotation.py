@@ -54,7 +54,7 @@ class Rotation:
             raise Failed(
                 f"broker {', '.join(map(str, down))}: down",
                 UNAVAILABLE,
-                remedy="Start it first, or forget it if it will not come back: DELETE /v1/brokers/ID.",
+                remedy="Start it first, or forget it if it will not come back: ferryline broker forget ID.",
             )
         return sorted(known)
 
