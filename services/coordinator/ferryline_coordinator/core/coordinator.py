@@ -284,7 +284,6 @@ class CoordinatorCore:
             case RestoreBegun():
                 self.restoring.begin(change, event)
                 self.principals.restored(change)
-                self.principals.restored(change)
             case RestoreEnded():
                 self.restoring.end(change, event)
             case GroupDeleted():

@@ -120,12 +120,6 @@ class Principals:
         serving = [record.meta.id for record in change.brokers() if not record.meta.fenced]
         return self._stored.over(policy, serving)
 
-    def restored(self, change: Change) -> None:
-        """A backup may have brought principals along: they count from now on, or from when access is on."""
-        if self._file is not None:
-            self._publish(change)
-            self._check_size(change)
-
     # -- commands -----------------------------------------------------------------------------------
 
     def read(self, change: Change, file: AccessPolicy) -> None:
@@ -137,6 +131,7 @@ class Principals:
         """Records of principals came back with a backup; while access is off nobody needs to know."""
         if self._file is not None:
             self._publish(change)
+            self._check_size(change)
 
     def create(self, change: Change, event: PrincipalCreated) -> None:
         name = self._free_name(change, event.name)
