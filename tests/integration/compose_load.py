@@ -34,7 +34,9 @@ class Load:
         self.errors: Counter[str] = Counter()
         self.acknowledged: dict[str, dict[bytes, list[int]]] = {LOG: defaultdict(list), QUEUE: defaultdict(list)}
         self.consumed: dict[bytes, list[int]] = defaultdict(list)
-        self.done: dict[bytes, list[int]] = defaultdict(list)  # of the queue, in the order of settled acknowledgements
+        self.begun: dict[bytes, list[int]] = defaultdict(list)  # jobs, as they were handed out
+        # The next job of a key may be handed out, and done, before the acknowledgement of the one before has returned.
+        self.done: dict[bytes, list[int]] = defaultdict(list)
         self.redelivered = 0  # handed out again after its acknowledgement had returned: must be none
         self._sent: dict[tuple[str, bytes], int] = defaultdict(int)
         self._backlog = 0  # jobs, sent and not worked off
@@ -115,9 +117,11 @@ class Load:
             if list(dict.fromkeys(seen)) != sorted(set(seen)):
                 found.append(f"{key!r}: consumed out of order")
         for key, numbers in self.acknowledged[QUEUE].items():
-            if self.done[key] != numbers:
+            if sorted(self.done[key]) != sorted(numbers):
                 missing = len(set(numbers) - set(self.done[key]))
-                found.append(f"{key!r}: {missing} jobs were not done, or not once and in order")
+                found.append(f"{key!r}: {missing} jobs were not done, or some were done twice")
+            if list(dict.fromkeys(self.begun[key])) != sorted(set(self.begun[key])):
+                found.append(f"{key!r}: jobs were handed out out of order")
         if self.redelivered:
             found.append(f"{self.redelivered} jobs came again after their acknowledgement")
         return found
@@ -178,6 +182,7 @@ class Load:
         key, number = message.key or b"", int(message.raw or b"")
         if number in self.done[key][-1000:]:
             self.redelivered += 1
+        self.begun[key].append(number)
         await message.ack()
         self.done[key].append(number)
         self._backlog -= 1
