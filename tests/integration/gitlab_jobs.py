@@ -58,13 +58,16 @@ class Runner:
         self._artifacts, self._notes, self._logs = work / "artifacts", work / "notes", work / "logs"
         self._changes = changes
         for folder in (self._artifacts, self._logs, work / "stand-ins"):
-            folder.mkdir()
+            folder.mkdir(parents=True, exist_ok=True)
         for name, (_, body) in STAND_INS.items():
             path = work / "stand-ins" / name
             path.write_text(f"#!/usr/bin/env bash\n{body}")
             path.chmod(0o755)
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
-        self.sha = self._git("rev-parse", "HEAD")
+        if not self.clone.exists():
+            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
+        self._git("fetch", "--quiet", str(ROOT), "HEAD")
+        self.sha = self._git("rev-parse", "FETCH_HEAD")
+        self._git("checkout", "--quiet", "--force", self.sha)
         self._predefined = {
             "CI": "true",
             "CI_PROJECT_DIR": str(self.clone),
@@ -178,8 +181,8 @@ class Runner:
         )
         subprocess.run(["scripts/wheelhouse"], cwd=self.clone, check=True, capture_output=True)
 
-    def clean(self) -> None:
-        """No container, network, image or file of a deployment stays."""
+    def clean(self, keep: bool) -> None:
+        """No container, network or image of a deployment stays, and no file unless they are to be kept."""
         project = self._predefined["DEPLOY_PROJECT"]
         environment = {**os.environ, "FERRYLINE_VOLUMES": str(self.work / "volumes"), "COMPOSE_PROFILES": "monitoring"}
         down = ["scripts/compose", "-p", project, "down", "--volumes", "--remove-orphans", "-t", "5"]
@@ -188,17 +191,20 @@ class Runner:
             image = f"{self._predefined['CI_REGISTRY_IMAGE']}/ferryline-{service}"
             remove = ["docker", "rmi", "--force", f"{image}:{self.sha[:8]}", f"{image}:{EARLIER}"]
             subprocess.run(remove, capture_output=True, check=False)
-        shutil.rmtree(self.work, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
-def run(*, source: str, changes: dict[str, str], only: set[str], keep_going: bool = False) -> dict[str, Any]:
-    """The account of one pipeline."""
-    runner = Runner(Path(tempfile.mkdtemp(prefix="ferryline-jobs-")), source, changes)
+def run(
+    *, source: str, changes: dict[str, str], only: set[str], keep_going: bool = False, work: Path | None = None
+) -> dict[str, Any]:
+    """The account of one pipeline. ``work``: a folder that stays, so that the next run need not install again."""
+    runner = Runner(work or Path(tempfile.mkdtemp(prefix="ferryline-jobs-")), source, changes)
     try:
         runner.wheels_for_images()
         runner.run(only, keep_going)
     finally:
-        runner.clean()
+        runner.clean(keep=work is not None)
     return {
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": runner.sha[:8],
@@ -216,12 +222,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="jobs, separated by commas")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the pipeline")
     parser.add_argument("--keep-going", action="store_true", help="run jobs although one that they need has failed")
+    parser.add_argument("--work", type=Path, help="run in this folder and leave it there, for another run")
     parser.add_argument("--merge", action="store_true", help="put these jobs in place of the same ones of the result")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     changes = dict(change.split("=", 1) for change in options.set)
     only = set(filter(None, options.only.split(",")))
-    account = run(source=options.source, changes=changes, only=only, keep_going=options.keep_going)
+    account = run(source=options.source, changes=changes, only=only, keep_going=options.keep_going, work=options.work)
     for job in account["jobs"]:
         job["commit"] = account["commit"]
     if options.merge:
