@@ -43,7 +43,7 @@ from ferryline_broker.core.groups import GroupTable
 LOG_TOPIC, QUEUE_TOPIC, LETTERS, EXCHANGE = "orders", "jobs", "jobs.dlq", "events"
 LOG_GROUP, QUEUE_GROUP = "billing", "packing"
 ADMIN = "principal/admin"
-DRAIN_S, IDLE_S = 120.0, 5.0
+DRAIN_S, IDLE_S = 120.0, 1.5
 WRONG = ("bytes_differ", "offsets_differ", "settled_again", "lost", "records_differ")
 Place = tuple[int, int]  # partition, offset
 
