@@ -239,3 +239,22 @@ async def test_there_are_so_many_streams_and_no_more(tmp_path: Path, monkeypatch
             assert response.status == 200
             status, body = await curl("GET", path)
             assert (status, body["code"]) == (429, "THROTTLED")
+
+
+async def test_what_is_wrong_is_refused_although_something_else_makes_it_count_for_nothing(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        first, _ = await two_brokers(world, alone=True)
+        curl, topic = Curl(world, first), first.broker.view.topic_named("orders")
+        replica = f"/v1/replicas/{topic.id}/0"
+        for path in (replica, f"{replica}/digests", f"{replica}/digests?producer=7"):
+            assert (await curl("GET", path))[0] == 200  # and the answer is as documented
+        records = "/v1/topics/orders/partitions/0/records"
+        for path, headers in (
+            (f"{replica}/digests?producer={2**63}", {}),  # looked at with batches=1 only
+            (f"{records}?offset=-5", {"Last-Event-ID": "0"}),  # begins behind the event
+            (f"{records}?secondary=perhaps", {}),
+        ):
+            assert (await curl("GET", path, **headers))[0] == 400, path
+        settled = {"entries": [{"receipt": "none", "action": "ack"}]}
+        status, body = await curl("POST", "/v1/queues/orders/a%20b/settle", settled)
+        assert (status, body["code"]) == (400, "INVALID_NAME")
