@@ -108,6 +108,7 @@ images: ## the images of coordinator and broker
 up: images ## a compose cluster: make up BROKERS=5; make up AUTH=1 MONITORING=1 with access control, Prometheus, Grafana
 	@scripts/compose-prepare $(if $(AUTH),--auth)
 	@scripts/compose $(if $(MONITORING),--profile monitoring) up --detach --scale broker=$(BROKERS)
+	@scripts/compose exec -T coordinator python3 /usr/local/bin/ferryline-entrypoint python3 /usr/local/bin/ferryline-settled $(BROKERS)
 	@scripts/compose ps
 	@scripts/compose-prepare --say
 
