@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from ferryline.protocol.access import CLUSTER, EXCHANGE, GROUP, MANAGE, READ, TOPIC
+from collections.abc import Mapping
+from typing import Any
+
+from ferryline.protocol.access import CLUSTER, EXCHANGE, GROUP, MANAGE, READ, TOPIC, WRITE
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import GroupHeartbeat
+from ferryline_coordinator.core.state import CoordinatorState
 from ferryline_service.access.caller import Caller
 from ferryline_service.access.rules import (
     AUTHENTICATED,
@@ -101,3 +105,14 @@ def check_member(caller: Caller, message: GroupHeartbeat) -> None:
     caller.check(READ, GROUP, message.group)
     for topic in message.topics:
         caller.check(READ, TOPIC, topic)
+
+
+def check_dead_letters(caller: Caller, state: CoordinatorState, name: str, settings: Mapping[str, Any]) -> None:
+    """Raises Forbidden unless the caller may send to the topic that these settings name for the dead letters of topic
+    ``name``, and make it if there is none: brokers do both later on, by their own right. What is so already may stay.
+    """
+    wanted = settings.get("retry", {}).get("dead_letters", "")
+    known = state.topic(name)
+    if not wanted or (known is not None and known.config.retry.dead_letters == wanted):
+        return
+    caller.check(MANAGE if state.topic(wanted) is None else WRITE, TOPIC, wanted)

@@ -20,7 +20,7 @@ from ferryline.protocol.limits import WAIT_MS_MAX, check_name, check_range
 from ferryline.protocol.messages import GroupAssignment
 from ferryline.protocol.metadata import NO_BROKER, MetadataRequest, PartitionMeta, TopicMeta
 from ferryline.protocol.partitioner import partition_of
-from ferryline_coordinator.access_rules import check_member
+from ferryline_coordinator.access_rules import check_dead_letters, check_member
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.core.tags import topic_tag
 from ferryline_coordinator.driver import Driver
@@ -103,6 +103,7 @@ class Rest:
         body = CreateTopic.model_validate(await read_json(request))
         topic_id, settings = uuid.uuid4().hex, body.config.given()
         owner = request[CALLER].owner
+        self._check_settings(request, body.name, settings)
         topic = await self._driver.ask(lambda reply: ev.TopicCreated(reply, body.name, topic_id, settings, owner))
         return self._topic(topic, 201)
 
@@ -125,11 +126,10 @@ class Rest:
 
     async def alter_topic(self, request: web.Request) -> web.Response:
         name = request.match_info["topic"]
-        body = AlterTopic.model_validate(await read_json(request))
+        settings = AlterTopic.model_validate(await read_json(request)).config.given()
         seen = _seen(request)
-        return self._topic(
-            await self._driver.ask(lambda reply: ev.TopicAltered(reply, name, body.config.given(), seen))
-        )
+        self._check_settings(request, name, settings)
+        return self._topic(await self._driver.ask(lambda reply: ev.TopicAltered(reply, name, settings, seen)))
 
     async def delete_topic(self, request: web.Request) -> web.Response:
         name, seen = request.match_info["topic"], _seen(request)
@@ -163,6 +163,12 @@ class Rest:
                 "url": leader.meta.external if leader is not None else None,
             }
         )
+
+    def _check_settings(self, request: web.Request, name: str, settings: dict[str, Any]) -> None:
+        """Raises Forbidden where they would reach beyond the topic itself."""
+        if not self._driver.serving:
+            raise self._driver.not_serving()
+        check_dead_letters(request[CALLER], self._driver.state, name, settings)
 
     def _topic(self, topic: TopicMeta, status: int = 200) -> web.Response:
         headers = {"ETag": f'"{topic_tag(topic)}"'}

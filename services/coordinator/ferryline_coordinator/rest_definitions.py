@@ -10,9 +10,11 @@ import uuid
 from typing import Any
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from ferryline.protocol import access
 from ferryline.protocol.errors import Conflict, FerrylineError, Forbidden, InvalidArgument
+from ferryline_coordinator.access_rules import check_dead_letters
 from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.definitions import (
     ADD_PARTITIONS,
@@ -77,6 +79,8 @@ class DefinitionRest:
             error = await self._done(step, caller, dry_run, keys_move)
             if step.action != UNCHANGED and not dry_run:
                 tell(request, f"definitions_{step.action}", step.kind, step.exchange or step.name, error)
+            if step.kind == PRINCIPAL and isinstance(error, Forbidden):  # whether there is one, and what it may do
+                step = replace(step, action=CONFLICT, detail="")
             told: dict[str, Any] = {"kind": step.kind, "name": step.name, "action": step.action, "detail": step.detail}
             if error is not None:
                 told["error"] = {"code": error.code, "detail": error.message, "retriable": error.retriable}
@@ -96,6 +100,8 @@ class DefinitionRest:
             resource = _RESOURCES[step.kind]
             named = step.exchange or step.name
             caller.check(access.MANAGE, resource, "*" if resource == access.CLUSTER else named)
+            if step.kind == TOPIC:
+                check_dead_letters(caller, self._driver.state, step.name, step.settings)
             if step.action == CONFLICT:
                 raise Conflict(step.detail)
             if step.action == ADD_PARTITIONS and not keys_move:

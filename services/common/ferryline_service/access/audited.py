@@ -28,7 +28,7 @@ from ferryline.protocol.errors import (
     Unavailable,
 )
 from ferryline.protocol.frames import Kind
-from ferryline_service.access.audit_log import DONE, FAILED, REFUSED, AuditLog
+from ferryline_service.access.audit_log import DONE, FAILED, OTHERS, REFUSED, AuditLog
 from ferryline_service.access.caller import NOBODY, Caller
 from ferryline_service.access.gate import CALLER, SESSION_PATH, Gate
 from ferryline_service.access.rules import NODE, PATH, PUBLIC, Need, Rule
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BODY_BYTES_MAX = 64 * 1024
-TOLD_MAX = 1_000  # changes of one request that get lines of their own
+FAILED_MAX = 100  # failures of one request that get lines of their own: changes of others are not rotated away by them
 TOLD = web.RequestKey("ferryline_told", list)
 _LOOKS = ("GET", "HEAD", "OPTIONS")
 _CONNECT = "connect"
@@ -121,13 +121,21 @@ class Auditor:
         self._note(request, rule, body, DONE, "", details)
 
     def _told(self, request: web.Request) -> bool:
-        """Lines for what the handler itself has told. Returns whether there was anything."""
-        told = request.get(TOLD, [])
+        """Lines for what the handler itself has told. Returns whether there was anything.
+
+        Every change is told, however many there are: none must be hidden behind a thousand others.
+        """
+        told, failures = request.get(TOLD, []), 0
         caller, request_id = _known(request.get(CALLER)), request.get(REQUEST_ID, "")
-        for action, resource, name, error in told[:TOLD_MAX]:
+        for action, resource, name, error in told:
             code = "" if error is None else error.code
             outcome = DONE if error is None else REFUSED if isinstance(error, Unauthorized) else FAILED
-            self.log.note(caller, request.remote, action, resource, name, outcome, code, request_id)
+            failures += outcome == FAILED
+            if outcome != FAILED or failures <= FAILED_MAX:
+                self.log.note(caller, request.remote, action, resource, name, outcome, code, request_id)
+        if failures > FAILED_MAX:
+            more = {"failures": failures - FAILED_MAX}
+            self.log.note(caller, request.remote, told[-1][0], OTHERS, OTHERS, FAILED, "", request_id, **more)
         return bool(told)
 
     def _ended(self, request: web.Request, rule: Rule, outcome: str, error: Exception) -> None:

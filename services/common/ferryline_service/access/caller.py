@@ -9,6 +9,7 @@ from ferryline.protocol.access import Grant, Quota
 from ferryline.protocol.errors import Forbidden
 
 SERVICE, EVERYBODY = "service", "everybody"
+NAME_CHARS_MAX = 200  # of whatever exists; what is asked of longer ones is not remembered
 
 
 class Caller:
@@ -65,9 +66,10 @@ class Caller:
         answer = self._answers.get(asked)
         if answer is None:
             answer = any(grant.allows(action, resource, name) for grant in self.grants)
-            if len(self._answers) >= 10_000:  # names come from outside
-                self._answers.clear()
-            self._answers[asked] = answer
+            if len(name) <= NAME_CHARS_MAX:
+                if len(self._answers) >= 10_000:  # names come from outside, and some before anybody looked at them
+                    self._answers.clear()
+                self._answers[asked] = answer
         return answer
 
     def check(self, action: str, resource: str, name: str) -> None:
