@@ -1,8 +1,8 @@
 """Every block of the pages for users, run as it stands there, against a cluster of its own.
 
 A page is run from its top to its end in an empty directory, with the tools of this environment on the PATH and
-FERRYLINE_URL, FERRYLINE_CA and FERRYLINE_TOKEN of a cluster with access on. Blocks of ``sh`` go to bash, blocks of
-``python`` to Python; each must end with status 0. The first line of a block may say more:
+FERRYLINE_URL, FERRYLINE_CA and FERRYLINE_TOKEN of a cluster with access on; BROKER_2 is the process of one of its brokers.
+Blocks of ``sh`` go to bash, blocks of ``python`` to Python; each must end with status 0. The first line may say more:
 
     # send.py                      the block is that file; whatever runs it comes later
     # in a terminal of its own     goes on until the page ends
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     page
     for page in (
+        "start",
         "concepts",
         "recipes",
         "from-kafka",
@@ -167,7 +168,9 @@ async def _where(env: dict[str, str], home: Path, up: subprocess.Popen[bytes]) -
             look = [sys.executable, "-m", "ferryline.cli", "--timeout", "3", "broker", "list", "--output", "json"]
             seen = await asyncio.to_thread(subprocess.run, look, env={**env, **found}, capture_output=True, check=False)
             if seen.returncode == 0 and seen.stdout.count(b'"running"') >= 3:
-                return found
+                pid = re.search(r"^broker-2 .* (\d+)\s*$", (home / "up.log").read_text(), re.M)
+                assert pid, "the table of `ferryline up` has no line for broker-2"
+                return found | {"BROKER_2": pid[1]}
         await asyncio.sleep(0.2)
     raise AssertionError(f"the cluster did not come up: {(home / 'up.log').read_text()[-2000:]}")
 
