@@ -1,7 +1,7 @@
 """Every block of the pages for users, run as it stands there, against a cluster of its own.
 
 A page is run from its top to its end in an empty directory, with the tools of this environment on the PATH and
-FERRYLINE_URL, FERRYLINE_CA and FERRYLINE_TOKEN of a cluster with access on; BROKER_2 is the process of one of its brokers.
+FERRYLINE_URL, FERRYLINE_CA and FERRYLINE_TOKEN of a cluster with access on; BROKER_2 is the process of a broker.
 Blocks of ``sh`` go to bash, blocks of ``python`` to Python; each must end with status 0. The first line may say more:
 
     # send.py                      the block is that file; whatever runs it comes later
