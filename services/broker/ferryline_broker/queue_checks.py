@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ferryline.protocol.errors import InvalidArgument, MalformedRequest
 from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, check_name, check_range
 from ferryline.protocol.queue_messages import ACTIONS, SettleEntry
@@ -19,6 +21,12 @@ def check_group(group: str, member: str, entries: int) -> None:
         raise InvalidArgument(f"member: {len(member)} characters, limit {MEMBER_CHARS_MAX}", field="member")
     if not 0 < entries <= FRAME_ENTRIES_MAX:
         raise MalformedRequest(f"entries: {entries} is outside 1..{FRAME_ENTRIES_MAX}")
+
+
+def check_distinct(entries: Sequence[tuple[str, int]]) -> None:
+    """One partition ten thousand times over would be looked at, answered and remembered so often."""
+    if len(set(entries)) != len(entries):
+        raise MalformedRequest("entries: a partition is named twice")
 
 
 def check_one_of(value: str, what: str, known: tuple[str, ...]) -> None:

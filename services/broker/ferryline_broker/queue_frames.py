@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from hmac import compare_digest
 
 from msgspec.structs import replace
 
 from ferryline.protocol.access import GROUP, MANAGE, READ
-from ferryline.protocol.errors import (
-    FerrylineError,
-    Forbidden,
-    NotReady,
-    StorageFailed,
-)
+from ferryline.protocol.errors import FerrylineError, Forbidden, NotReady, StorageFailed, Throttled
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS
@@ -46,16 +42,23 @@ from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.metrics import BrokerMetrics
 from ferryline_broker.ports import Asker
-from ferryline_broker.queue_checks import LEASE_MS_MAX, LEASE_MS_MIN, check_group, check_one_of, check_settle
+from ferryline_broker.queue_checks import (
+    LEASE_MS_MAX,
+    LEASE_MS_MIN,
+    check_distinct,
+    check_group,
+    check_one_of,
+    check_settle,
+)
 from ferryline_broker.queue_records import QueueRecords
-from ferryline_broker.queue_requests import BYTES_MAX, RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
+from ferryline_broker.queue_requests import RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
 from ferryline_broker.told import told
 from ferryline_broker.view import ClusterView
 from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 
-_PARKED_MAX = 20_000
+_PARKED_MAX, _PARKED_OF_ONE_MAX = 20_000, 1_000  # requests at this broker; of one session
 
 
 class QueueHandler:
@@ -77,7 +80,7 @@ class QueueHandler:
         self._loop = asyncio.get_running_loop()
         self._parked: dict[tuple[Key, str], dict[ParkedReceive, int]] = {}  # (partition, group) -> in order of arrival
         self._askers: dict[Asker, set[ParkedReceive]] = {}
-        self._count = 0
+        self._parked_count = self._count = 0
 
     # -- frames -------------------------------------------------------------------------------------
 
@@ -121,12 +124,15 @@ class QueueHandler:
         check_range(ask.bytes_max, "bytes_max", 1, 2**31)
         check_range(ask.lease_ms, "lease_ms", LEASE_MS_MIN, LEASE_MS_MAX)
         check_range(ask.wait_ms, "wait_ms", 0, WAIT_MS_MAX)
+        check_distinct(ask.entries)
         check_one_of(ask.ordering, "ordering", ORDERINGS)
         check_one_of(ask.start, "start", ("start", "end"))
         self._key()
         if not ask.wait_ms:
             self._quotas.check(asker.caller)
         self._replace(self._askers.get(asker, ()), ask)
+        if self._parked_count >= _PARKED_MAX or len(self._askers.get(asker, ())) >= _PARKED_OF_ONE_MAX:
+            raise Throttled(f"{self._parked_count} receivers wait at this broker, or {_PARKED_OF_ONE_MAX} of yours")
         parked = ParkedReceive(self, asker, ask, correlation, check)
         for topic_id, partition in ask.entries:
             hosted = self.driver.replicas.get((topic_id, partition))
@@ -177,7 +183,7 @@ class QueueHandler:
                 if check is not None:
                     check(entry.topic_id)
                 check_settle(entry)
-                if entry.receipt != receipt(key, ask.group, ask.member, entry):
+                if not compare_digest(entry.receipt, receipt(key, ask.group, ask.member, entry)):
                     raise Forbidden("receipt: it is not this cluster's for this lease, group and member")
             except FerrylineError as error:
                 self._metrics.error(error.code)
@@ -223,6 +229,7 @@ class QueueHandler:
     def ask_queue(self, asker: Asker, correlation: int, ask: QueueAsk, check: TopicCheck | None = None) -> None:
         check_group(ask.group, "", len(ask.entries))
         check_range(ask.count, "count", 0, RECORDS_MAX)
+        check_distinct(ask.entries)
         request = QueueRequest(self, asker, correlation, ask)
         for index, (topic_id, partition) in enumerate(ask.entries):
             if check is not None and (refused := refusal(check, topic_id)) is not None:
@@ -289,7 +296,7 @@ class QueueHandler:
         event = SettleAsked(token, ask.group, ask.member, [item])
         self._loop.call_soon(self.driver.feed, hosted, event)  # not while the core's effects are carried out
 
-    def peeked(self, hosted: HostedReplica, offsets: list[int]) -> tuple[dict[str, object], Bytes]:
+    def peeked(self, hosted: HostedReplica, offsets: list[int], bytes_max: int) -> tuple[dict[str, object], Bytes]:
         """The records at these offsets; the first ones, if all of them are too much for one answer."""
         records: list[DecodedRecord] = []
         size = 0
@@ -297,7 +304,7 @@ class QueueHandler:
             for record in self._records.records(hosted, [offset]):
                 size += len(record.key or b"") + len(record.value or b"")
                 records.append(record)
-            if size >= BYTES_MAX:
+            if size >= bytes_max:
                 break
         return {"offsets": [record.offset for record in records]}, _payload(records) if records else b""
 
@@ -341,9 +348,6 @@ class QueueHandler:
                 parked.expire()
 
     def _park(self, parked: ParkedReceive) -> None:
-        wait_ms = parked.ask.wait_ms
-        if len(self._askers) > _PARKED_MAX:
-            wait_ms = 0
         for index, hosted in enumerate(parked.hosted):
             self._parked.setdefault((hosted.key, parked.ask.group), {})[parked] = index
         known = self._askers.get(parked.asker)
@@ -351,8 +355,9 @@ class QueueHandler:
             known = self._askers[parked.asker] = set()
             parked.asker.close_callbacks.append(self._asker_closed)
         known.add(parked)
-        if wait_ms:
-            parked.timer = self._loop.call_later(wait_ms / 1000, parked.expire)
+        self._parked_count += 1
+        if parked.ask.wait_ms:
+            parked.timer = self._loop.call_later(parked.ask.wait_ms / 1000, parked.expire)
         else:
             parked.expired = True
 
@@ -365,11 +370,14 @@ class QueueHandler:
                 if not waiting:
                     del self._parked[where]
         known = self._askers.get(parked.asker)
-        if known is not None:
+        if known is not None and parked in known:
             known.discard(parked)
+            self._parked_count -= 1
 
     def _asker_closed(self, asker: Asker) -> None:
-        for parked in list(self._askers.pop(asker, ())):
+        waiting = self._askers.pop(asker, set())
+        self._parked_count -= len(waiting)
+        for parked in waiting:
             parked.close()
 
     def close(self) -> None:

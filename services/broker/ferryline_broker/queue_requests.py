@@ -219,7 +219,8 @@ class QueueRequest:
             details = {"groups": [name for name in details["groups"] if caller.may(READ, GROUP, name)]}
         if self.ask.op == "peek":
             try:
-                details, payload = self._handler.peeked(self._hosted[index], details["offsets"])
+                share = BYTES_MAX // len(self.ask.entries)
+                details, payload = self._handler.peeked(self._hosted[index], details["offsets"], share)
             except StorageFailed as failure:
                 self.refuse(index, failure.info())
                 return

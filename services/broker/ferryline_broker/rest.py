@@ -31,6 +31,9 @@ from ferryline_service.access.gate import CALLER
 from ferryline_service.access.quotas import Quotas
 from ferryline_service.errors import read_json
 
+COPIES_MAX = 100_000  # of records of one request, over all topics that they reach
+COPIED_BYTES_MAX = 64 * 1024 * 1024  # of those: a fan-out of a thousand would make gigabytes of one request
+
 
 class RestApi:
     """Handlers of the routes above; records go through the same cores as those of sessions."""
@@ -84,6 +87,7 @@ class RestApi:
         caller = request.get(CALLER, UNCHECKED)
         placed: list[Placed] = []
         owners: list[int] = []  # which record each of them is a copy of
+        size = 0
         for index, record in enumerate(asked.records):
             key, value, headers = _encoded(record, index)
             headers = [pair for pair in headers if pair[0] not in (HEADER_EXCHANGE, HEADER_ROUTING_KEY)]
@@ -91,6 +95,13 @@ class RestApi:
             if not topics and asked.mandatory:
                 raise Unroutable(f"records.{index}: exchange {exchange}: no binding takes it", exchange=exchange)
             headers += [(HEADER_EXCHANGE, exchange.encode()), (HEADER_ROUTING_KEY, record.routing_key.encode())]
+            size += len(topics) * _size((key, value, headers))
+            if len(placed) + len(topics) > COPIES_MAX or size > COPIED_BYTES_MAX:
+                raise InvalidArgument(
+                    f"records: those up to {index} make over {COPIES_MAX} copies or {COPIED_BYTES_MAX} bytes of them;"
+                    " publish fewer at once",
+                    field="records",
+                )
             for topic in topics:
                 caller.check(WRITE, TOPIC, topic.name)
                 placed.append(Placed(topic, self._partition(topic, None, key, index), (key, value, headers)))

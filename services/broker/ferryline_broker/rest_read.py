@@ -48,6 +48,7 @@ from ferryline_service.errors import REQUEST_ID
 
 RECORDS_MAX = 10_000  # of one answer
 _READ_BYTES = 1024 * 1024
+_SHOWN_BYTES = 8 * 1024 * 1024  # of one answer, before JSON; what is read may be packed a thousandfold
 STREAMS_MAX = 1_000  # each holds a connection and up to `_READ_BYTES` of records
 _PIECE = 500  # records written at once to a stream
 _SLOW_S = 30.0  # a reader that takes nothing for so long is gone
@@ -281,6 +282,7 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
     """Up to ``limit`` records from ``offset`` on, and where to go on."""
     data = hosted.read(offset, below, _READ_BYTES, at_least_one=True)
     found: list[dict[str, Any]] = []
+    size = 0
     for at, header in checked_batches(hosted.name, data, offset):
         if header.is_control:
             offset = max(offset, header.next_offset)
@@ -294,6 +296,10 @@ def _shown(hosted: HostedReplica, offset: int, below: int, limit: int) -> tuple[
         for record in records:
             if record.offset < offset:
                 continue
+            size += len(record.key or b"") + len(record.value or b"")
+            size += sum(len(name) + len(value or b"") for name, value in record.headers)
+            if size > _SHOWN_BYTES and found:
+                return found, offset
             found.append(
                 {
                     "offset": record.offset,

@@ -1,0 +1,121 @@
+"""What a principal with a few grants tries at a broker, to have it hold more than it can. Real sockets."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ferryline.protocol.errors import MalformedRequest, Throttled
+from ferryline.protocol.exchanges import ExchangeMeta, binding_to
+from ferryline.protocol.frames import Kind, decode_header
+from ferryline.protocol.messages import ProduceEntry
+from ferryline.protocol.queue_messages import QueueAnswer, QueueAsk, Receive, ReceiveAnswer
+from ferryline.protocol.records import encode_batch
+from ferryline_broker import queue_frames, rest, rest_read
+from ferryline_broker.queue_requests import BYTES_MAX
+from ferryline_service.node import raise_error
+from ferryline_service.tls import node_client_context
+from unit.broker_world import BrokerWorld, RunningBroker, eventually
+
+
+async def ask(world: BrokerWorld, broker: RunningBroker, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    context = node_client_context(world.coordinator.tls.ca)
+    async with world.http.request(method, broker.url + path, ssl=context, json=body) as response:
+        return response.status, await response.json()
+
+
+async def test_one_session_has_no_more_receivers_waiting_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_frames, "_PARKED_OF_ONE_MAX", 3)
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        client, other = await world.client(broker.url), await world.client(broker.url)
+        queues = broker.broker.frames.queues
+
+        def ask(member: int, wait_ms: int = 60_000) -> Receive:
+            return Receive("g", f"m{member}", [(topic.id, 0)], 1, wait_ms=wait_ms)
+
+        waiting = [client.send(Kind.RECEIVE, ask(member)) for member in range(3)]
+        await eventually(lambda: queues._parked_count == 3, "three wait")
+        with pytest.raises(Throttled):
+            raise_error(await client.ask(Kind.RECEIVE, ask(3)))
+        again = client.send(Kind.RECEIVE, ask(0))  # takes the place of its own
+        assert not (await client.call(Kind.RECEIVE, ask(1, wait_ms=0), ReceiveAnswer)).deliveries
+        assert not (await other.call(Kind.RECEIVE, ask(3, wait_ms=0), ReceiveAnswer)).deliveries
+        await eventually(lambda: queues._parked_count == 2, "two are answered")
+        await client.close()
+        await eventually(lambda: queues._parked_count == 0, "nobody waits")
+        assert waiting
+        assert again
+
+
+async def test_a_partition_is_looked_at_once_in_a_frame_and_all_of_them_share_an_answer(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)] * 4, max_record_bytes=2**20)
+        client = await world.client(broker.url)
+        value = bytes(2**20 - 200)
+        for partition in range(4):
+            for _ in range(6):
+                data = bytes(encode_batch([(None, value, [])]))
+                entry = ProduceEntry(topic.id, partition, topic.config.partitions, len(data))
+                assert (await client.produce_raw([(entry, data)]))[0].error is None
+        keys = [(topic.id, partition) for partition in range(4)]
+        await client.call(Kind.RECEIVE, Receive("g", "m", keys, 1, wait_ms=0), ReceiveAnswer)
+        frame = await client.ask(Kind.QUEUE, QueueAsk("g", "peek", keys, 0, 100))
+        results = decode_header(frame.header, QueueAnswer).results
+        assert [result.error for result in results] == [None] * 4
+        assert all(result.details["offsets"] for result in results)
+        assert len(frame.payload) <= BYTES_MAX + 4 * 2**20
+        for kind, message in (
+            (Kind.QUEUE, QueueAsk("g", "stats", keys[:1] * 2)),
+            (Kind.RECEIVE, Receive("g", "m", keys[:1] * 2, 1, wait_ms=0)),
+        ):
+            with pytest.raises(MalformedRequest):
+                raise_error(await client.ask(kind, message))
+
+
+@pytest.mark.parametrize(("limit", "most"), [("COPIES_MAX", 8), ("COPIED_BYTES_MAX", 8 * 30)])
+async def test_a_request_to_an_exchange_makes_no_more_copies_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
+) -> None:
+    monkeypatch.setattr(rest, limit, most)
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        for name in ("a", "b"):
+            await world.topic(name, [(broker.id,)])
+        bound = tuple(binding_to(topic=name) for name in ("a", "b"))
+        broker.broker.view.metadata.exchanges = {"all": ExchangeMeta("all", "fanout", "", bound)}
+        path = "/v1/exchanges/all/publish"
+        status, answer = await ask(world, broker, "POST", path, {"records": [{"value": "x"}] * 4})
+        assert status == 200, answer
+        status, answer = await ask(world, broker, "POST", path, {"records": [{"value": "x"}] * 5})
+        assert (status, answer["code"], answer["details"]) == (400, "INVALID_ARGUMENT", {"field": "records"})
+
+
+async def test_what_is_packed_a_thousandfold_comes_in_several_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rest_read, "_SHOWN_BYTES", 2**20)
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("packed", [(broker.id,)])
+        client = await world.client(broker.url)
+        values = [random.Random(number).randbytes(2**10) + bytes(2**19 - 2**10) for number in range(6)]
+        data = bytes(encode_batch([(None, value, []) for value in values], codec="zstd"))
+        assert len(data) < 2**13
+        entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(data))
+        assert (await client.produce_raw([(entry, data)]))[0].error is None
+        offset, found = 0, []
+        for _ in range(3):
+            path = f"/v1/topics/packed/partitions/0/records?offset={offset}"
+            status, answer = await ask(world, broker, "GET", path)
+            assert status == 200
+            found.append(len(answer["records"]))
+            offset = answer["next_offset"]
+        assert found == [2, 2, 2]
