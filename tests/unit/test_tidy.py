@@ -323,17 +323,6 @@ def test_the_page_of_errors_matches_the_tree() -> None:
     assert page == (ROOT / "docs/errors.md").read_text(encoding="utf-8"), "run `make docs`"
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    found = []
-    for path in tracked():
-        if path.suffix != ".md":
-            continue
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
-            if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists():
-                found.append(f"{name_of(path)}: {target}")
-    report(found, "these links are dead")
-
-
 WORDS = [
     pytest.param(REGISTRY_HOSTS, "name packages, not the hosts they come from", id="hosts"),
     pytest.param(FOREIGN_WORDS, "say what the code does, not who or what wrote it", id="words"),
