@@ -186,6 +186,15 @@ def test_every_block_of_the_page_runs(page: str, tmp_path: Path, environment: di
         desk.close()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_is_overlooked(page: str) -> None:
+    """An indented one, or one whose comment stands elsewhere, would never run and nobody would notice."""
+    path = ROOT / f"docs/{page}.md"
+    fences = re.findall(r"^\s*```", path.read_text(encoding="utf-8"), re.M)
+    assert len(fences) == 2 * len(blocks(path))
+    assert path.read_text(encoding="utf-8").count("<!-- not run") == sum(bool(block.why_not) for block in blocks(path))
+
+
 def test_blocks_are_found_with_what_is_said_about_them(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
