@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ferryline.protocol.access import GRANTS_MAX, GROUP, MANAGE, READ, TOPIC, WRITE, Grant
 from ferryline.protocol.errors import Forbidden
 from ferryline.protocol.metadata import RetryPolicy, TopicConfig, TopicMeta
+from ferryline_broker.join import signing_request
 from ferryline_coordinator.access_rules import check_dead_letters
 from ferryline_coordinator.core.state import CoordinatorState
 from ferryline_service.access.audited import FAILED_MAX
@@ -17,6 +21,7 @@ from ferryline_service.access.caller import Caller
 from unit.test_access_audited import running
 
 MINE = {"resource": "topic", "pattern": "mine*", "actions": ["manage"]}
+URL = "https://127.0.0.1:1"
 TO_YOURS = {"retry": {"dead_letters": "yours"}}
 
 
@@ -113,3 +118,31 @@ def test_names_that_nobody_can_have_are_not_remembered() -> None:
         assert not caller.may(READ, GROUP, f"{number}" * 1_000)
         assert caller.may(READ, TOPIC, f"t{number}")
     assert sum(len(name) for _, _, name in caller._answers) < 2_000
+
+
+# -- nodes ------------------------------------------------------------------------------------------
+
+
+async def test_a_certificate_of_a_broker_that_was_forgotten_opens_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as here:
+        token = next((tmp_path / "data" / "join-tokens").iterdir()).read_text()
+        key = ec.generate_private_key(ec.SECP256R1())
+        csr = signing_request(key, [])
+        body = {"token": token, "csr": csr, "storage_id": "s", "internal_url": URL, "external_url": URL}
+        status, joined = await here.rest("POST", "/v1/join", body, token="")
+        assert status == 200, joined
+        cert, key_file = tmp_path / "node.crt", tmp_path / "node.key"
+        cert.write_text(joined["cert"])
+        encoded = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        key_file.write_bytes(encoded)
+        stranger = ssl.create_default_context(cafile=str(here.coordinator.authority.ca_path))
+        stranger.load_cert_chain(cert, key_file)
+
+        async def as_node(path: str) -> int:
+            async with here.http.get(here.coordinator.url + path, ssl=stranger) as response:
+                return response.status
+
+        assert await as_node("/v1/principals") == 200
+        assert (await here.rest("DELETE", f"/v1/brokers/{joined['broker_id']}"))[0] == 200
+        for path in ("/v1/principals", "/v1/backup", "/v1/session", "/v1/whoami"):
+            assert await as_node(path) == 401

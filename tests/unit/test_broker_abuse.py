@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 
+from ferryline.protocol.access import AccessPolicy, KeyMeta, PrincipalMeta, Quota
 from ferryline.protocol.errors import MalformedRequest, Throttled
 from ferryline.protocol.exchanges import ExchangeMeta, binding_to
 from ferryline.protocol.frames import Kind, decode_header
-from ferryline.protocol.messages import ProduceEntry
+from ferryline.protocol.messages import Hello, ProduceEntry
 from ferryline.protocol.queue_messages import QueueAnswer, QueueAsk, Receive, ReceiveAnswer
 from ferryline.protocol.records import encode_batch
 from ferryline_broker import queue_frames, rest, rest_read
 from ferryline_broker.queue_requests import BYTES_MAX
+from ferryline_service.access.keys import make_key
 from ferryline_service.node import raise_error
 from ferryline_service.tls import node_client_context
-from unit.broker_world import BrokerWorld, RunningBroker, eventually
+from unit.broker_world import BrokerWorld, RawClient, RunningBroker, eventually
 
 
 async def ask(world: BrokerWorld, broker: RunningBroker, method: str, path: str, body: Any = None) -> tuple[int, Any]:
@@ -119,3 +121,30 @@ async def test_what_is_packed_a_thousandfold_comes_in_several_answers(
             found.append(len(answer["records"]))
             offset = answer["next_offset"]
         assert found == [2, 2, 2]
+
+
+async def test_a_certificate_of_a_broker_that_was_forgotten_is_that_of_a_client(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker, other = await world.broker(), await world.broker()
+        await eventually(lambda: other.id in broker.broker.view.metadata.brokers, "they know of each other")
+        key, key_id, digest = make_key(bytes(range(40)))
+        broker.broker.access.gate.cluster_id = world.coordinator.cluster_id
+        broker.broker.access.take(AccessPolicy(1, True, (PrincipalMeta("p", (), Quota(), (KeyMeta(key_id, digest),)),)))
+        shown = other.broker.tls.client
+        shown.check_hostname = False
+
+        async def status() -> int:
+            async with world.http.get(f"{broker.url}/v1/certificates", ssl=shown) as response:
+                return response.status
+
+        assert await status() == 200
+        del broker.broker.view.metadata.brokers[other.id]
+        assert await status() == 401
+        headers = {"Authorization": f"Bearer {key}"}
+        known = set(broker.broker.endpoint.sessions)
+        async with world.http.ws_connect(f"{broker.url}/v1/session", ssl=shown, headers=headers) as ws:
+            client = RawClient(ws)
+            raise_error(await client.ask(Kind.HELLO, Hello(client="test")))
+            (session,) = set(broker.broker.endpoint.sessions) - known
+            assert (session.identity, session.caller.name) == (None, "p")
+            await client.close()

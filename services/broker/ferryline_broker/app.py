@@ -62,6 +62,7 @@ from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
 from ferryline_service.session import SessionEndpoint
 from ferryline_service.slow_connections import SlowConnections
+from ferryline_service.tls import knows_node
 
 _log = get_logger()
 _FATAL_GRACE_S = 1.0  # to tell the coordinator why, before the process ends
@@ -137,6 +138,8 @@ class Broker:
         self.node = node = NodeCore(node_config, identity)
         self.view = view = ClusterView(node.metadata)
         self.access = access = Access(metrics, claim_key=lambda: view.claim_key)
+        # Before the first metadata nobody is known; those who ask then are asked again with the next session.
+        access.gate.is_node = lambda identity: not view.metadata.brokers or knows_node(view.metadata.brokers, identity)
         self.peers = peers = Peers(partitions, node, http, files)
         self.link = link = CoordinatorLink(node, http, files, store.cluster_id, config.coordinator)
         self.node_driver = NodeDriver(node, partitions, link, store, opener, view, metrics)

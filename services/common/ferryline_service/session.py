@@ -210,6 +210,8 @@ class SessionEndpoint:
 
     def _identity(self, request: web.Request, hello: Hello) -> str | None:
         identity = node_identity(request.get_extra_info("peercert"), self.cluster_id)
+        if not request.get(CALLER, UNCHECKED).service:
+            identity = None  # of a broker that was forgotten: whoever holds it came in by a token, like any client
         if self._trust_hello and identity is None and hello.role == ROLE_BROKER:
             identity = f"broker-{hello.broker_id}"
         if hello.role == ROLE_BROKER and (not hello.broker_id or identity_broker_id(identity) != hello.broker_id):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,12 @@ def identity_broker_id(identity: str | None) -> int:
     """Broker id of ``"broker-<id>"``; 0 for everybody else."""
     match = _BROKER_NAME.match(identity) if identity else None
     return int(match.group(1)) if match else 0
+
+
+def knows_node(brokers: Container[int], identity: str) -> bool:
+    """Whether a role is that of a coordinator, or of one of these brokers."""
+    broker_id = identity_broker_id(identity)
+    return not broker_id or broker_id in brokers
 
 
 class TlsFiles:

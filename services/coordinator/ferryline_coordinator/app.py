@@ -47,7 +47,7 @@ from ferryline_service.logs import get_logger
 from ferryline_service.programs import announce_ready
 from ferryline_service.session import SessionEndpoint
 from ferryline_service.slow_connections import SlowConnections
-from ferryline_service.tls import TlsFiles, identity_broker_id, node_identity
+from ferryline_service.tls import TlsFiles, identity_broker_id, knows_node, node_identity
 
 _REFILL_S = 1.0
 _FOUNDED_S = 0.2  # a standby looks this often whether the cluster has been founded
@@ -64,6 +64,7 @@ class Coordinator:
         self.authority: Authority
         self.metrics = CoordinatorMetrics(self._core)
         self.access = Access(self.metrics, claim_key=self._claim_key, unknown=self._unknown)
+        self.access.gate.is_node = self._is_node
         self.url = ""
         self.driver: Driver
         self._given_store = store
@@ -87,6 +88,12 @@ class Coordinator:
     def _claim_key(self) -> bytes:
         cluster = self.driver.state.cluster if self._driver_made else None
         return cluster.claim_key if cluster is not None else b""
+
+    def _is_node(self, identity: str) -> bool:
+        """A standby cannot know: it serves nodes, and changes nothing for them."""
+        if not self._driver_made or not self.driver.serving:
+            return True
+        return knows_node(self.driver.state.brokers, identity)
 
     def _unknown(self) -> FerrylineError:
         if self._driver_made and not self.driver.serving:

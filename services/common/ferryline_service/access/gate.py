@@ -68,6 +68,8 @@ class Gate:
         self.cluster_id = cluster_id
         self.policy: AccessPolicy | None = None
         self.quotas = quotas or Quotas()
+        # Whether a certificate's role is one of this cluster still: a broker that was forgotten keeps its certificate.
+        self.is_node: Callable[[str], bool] = lambda identity: True
         self._verifier = verifier
         self._unknown = unknown or (lambda: NotReady(f"this {service} does not know yet who may do what"))
         self._wall_ms = wall_ms
@@ -125,7 +127,7 @@ class Gate:
         if policy is not None and not policy.enabled:
             return UNCHECKED
         node = node_identity(request.get_extra_info("peercert"), self.cluster_id)
-        if node is not None:
+        if node is not None and self.is_node(node):
             return Caller(node, service=True)
         if policy is None:
             if request.path == SESSION_PATH:
