@@ -10,8 +10,11 @@ CLIENTS = (
         "K1 K4",
         "a commit of an old generation is accepted",
         GROUPS,
-        ("GroupTable.decide_commit", "if generation != current or", "if False and generation != current or"),
-        ("GroupTable.decide_commit", "(row and generation and member != row.member)", "False"),
+        (
+            "GroupTable.decide_commit",
+            "stale = generation != current or (row and generation and member != row.member)",
+            "stale = False",
+        ),
     ),
     mutant(
         "commit-goes-back",

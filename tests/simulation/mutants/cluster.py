@@ -111,9 +111,9 @@ CLUSTER = (
         "a new topic gets the identity of a deleted one",
         ALL,
         (
-            "Topics.create",
-            "self._made(change, name, event.topic_id, event.settings)",
-            "self._made(change, name, next(iter(sorted(change.state.gone)), event.topic_id), event.settings)",
+            "core.topics:Topics.create",
+            "self._made(change, name, event.topic_id, event.settings, event.owner)",
+            "self._made(change, name, next(iter(sorted(change.state.gone)), event.topic_id), event.settings, event.owner)",
         ),
     ),
     mutant(
