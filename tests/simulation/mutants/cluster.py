@@ -112,8 +112,8 @@ CLUSTER = (
         ALL,
         (
             "core.topics:Topics.create",
-            "self._made(change, name, event.topic_id, event.settings, event.owner)",
-            "self._made(change, name, next(iter(sorted(change.state.gone)), event.topic_id), event.settings, event.owner)",
+            "self._made(change, name, event.topic_id,",
+            "self._made(change, name, next(iter(sorted(change.state.gone)), event.topic_id),",
         ),
     ),
     mutant(
