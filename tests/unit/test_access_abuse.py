@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ferryline.protocol.access import GRANTS_MAX, GROUP, MANAGE, READ, TOPIC, WRITE, Grant
-from ferryline.protocol.errors import Forbidden
-from ferryline.protocol.metadata import RetryPolicy, TopicConfig, TopicMeta
+from ferryline.protocol.errors import Forbidden, Throttled
+from ferryline.protocol.frames import Kind
+from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest, RetryPolicy, TopicConfig, TopicMeta
+from ferryline.transport import Connector
 from ferryline_broker.join import signing_request
+from ferryline_coordinator import sessions
 from ferryline_coordinator.access_rules import check_dead_letters
+from ferryline_coordinator.core import events as ev
+from ferryline_coordinator.core.config import CoreConfig
 from ferryline_coordinator.core.state import CoordinatorState
 from ferryline_service.access.audited import FAILED_MAX
 from ferryline_service.access.caller import Caller
+from unit.broker_world import eventually
+from unit.coordinator_bench import Bench
 from unit.test_access_audited import running
 
 MINE = {"resource": "topic", "pattern": "mine*", "actions": ["manage"]}
@@ -146,3 +154,35 @@ async def test_a_certificate_of_a_broker_that_was_forgotten_opens_nothing(tmp_pa
         assert (await here.rest("DELETE", f"/v1/brokers/{joined['broker_id']}"))[0] == 200
         for path in ("/v1/principals", "/v1/backup", "/v1/session", "/v1/whoami"):
             assert await as_node(path) == 401
+
+
+# -- waiting ----------------------------------------------------------------------------------------
+
+
+async def test_one_session_takes_no_places_of_others_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "WAITING_MAX", 3)
+    async with running(tmp_path) as here:
+        key = await here.principal("p")
+        connector = Connector(ca=str(here.coordinator.authority.ca_path), token=key, client="test")
+        session = await connector.open(here.coordinator.url)
+        core = here.coordinator.driver.core
+        ask = MetadataRequest("", core.coord_epoch, core.state.revision, 60_000)
+        waiting = [
+            asyncio.create_task(session.request(Kind.METADATA, ask, MetadataAnswer, timeout=60)) for _ in range(3)
+        ]
+        await eventually(lambda: core.polls.parked == 3, "three wait")
+        with pytest.raises(Throttled):
+            await session.request(Kind.METADATA, ask, MetadataAnswer, timeout=10)
+        await connector.close()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await eventually(lambda: core.polls.parked == 0, "who has left waits for nothing")
+
+
+def test_clients_that_wait_for_metadata_keep_no_broker_from_it() -> None:
+    bench = Bench(1, CoreConfig(parked_max=1))
+    ask = MetadataRequest("", bench.core.coord_epoch, bench.core.state.revision, 60_000)
+    assert bench.ask(ev.MetadataAsked, ask) is None
+    with pytest.raises(Throttled):
+        bench.ask(ev.MetadataAsked, ask)
+    assert bench.ask(ev.MetadataAsked, ask, 1) is None
+    assert bench.core.polls.parked == 2

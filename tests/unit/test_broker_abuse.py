@@ -12,10 +12,11 @@ from ferryline.protocol.access import AccessPolicy, KeyMeta, PrincipalMeta, Quot
 from ferryline.protocol.errors import MalformedRequest, Throttled
 from ferryline.protocol.exchanges import ExchangeMeta, binding_to
 from ferryline.protocol.frames import Kind, decode_header
-from ferryline.protocol.messages import Hello, ProduceEntry
+from ferryline.protocol.messages import RECORDS, Fetch, FetchEntry, Hello, ProduceEntry
+from ferryline.protocol.metadata import MetadataRequest
 from ferryline.protocol.queue_messages import QueueAnswer, QueueAsk, Receive, ReceiveAnswer
 from ferryline.protocol.records import encode_batch
-from ferryline_broker import queue_frames, rest, rest_read
+from ferryline_broker import fetch, metadata, queue_frames, rest, rest_read
 from ferryline_broker.queue_requests import BYTES_MAX
 from ferryline_service.access.keys import make_key
 from ferryline_service.node import raise_error
@@ -54,6 +55,60 @@ async def test_one_session_has_no_more_receivers_waiting_than_it_may(
         await eventually(lambda: queues._parked_count == 0, "nobody waits")
         assert waiting
         assert again
+
+
+async def test_one_session_has_no_more_fetches_open_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_OF_ONE_MAX", 3)
+    monkeypatch.setattr(fetch, "_ENTRIES_OF_ONE_MAX", 4)
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("orders", [(broker.id,)])
+        client, other = await world.client(broker.url), await world.client(broker.url)
+        entry = FetchEntry(topic.id, 0, broker.broker.partitions.replicas[topic.id, 0].core.high_watermark[RECORDS])
+        metrics = broker.broker.metrics
+
+        def waits(count: int, wait_ms: int = 60_000) -> Fetch:
+            return Fetch(wait_ms, 2**20, [entry] * count)
+
+        short = client.send(Kind.FETCH, waits(3, 2_000))
+        client.send(Kind.FETCH, waits(1))
+        await eventually(lambda: metrics.parked_fetches == 2, "two wait")
+        with pytest.raises(Throttled):
+            raise_error(await client.ask(Kind.FETCH, waits(1)))
+        other.send(Kind.FETCH, waits(1))
+        await eventually(lambda: metrics.parked_fetches == 3, "another session may")
+        raise_error(await client.answer(short))
+        for _ in range(2):
+            client.send(Kind.FETCH, waits(1))
+        await eventually(lambda: metrics.parked_fetches == 4, "its place is free again")
+        with pytest.raises(Throttled):
+            raise_error(await client.ask(Kind.FETCH, waits(1, 0)))
+
+
+async def test_one_session_takes_no_places_of_others_that_wait_for_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "_OF_ONE_MAX", 3)
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        client, other = await world.client(broker.url), await world.client(broker.url)
+        known = broker.broker.view.metadata
+        handler = broker.broker.frames.metadata
+
+        def waits() -> MetadataRequest:
+            return MetadataRequest("", known.coord_epoch, known.revision, 60_000)
+
+        for _ in range(3):
+            client.send(Kind.METADATA, waits())
+        await eventually(lambda: len(handler._parked) == 3, "three wait")
+        with pytest.raises(Throttled):
+            raise_error(await client.ask(Kind.METADATA, waits()))
+        other.send(Kind.METADATA, waits())
+        await eventually(lambda: len(handler._parked) == 4, "another session may")
+        await client.close()
+        await eventually(lambda: len(handler._parked) == 1, "who has left waits for nothing")
 
 
 async def test_a_partition_is_looked_at_once_in_a_frame_and_all_of_them_share_an_answer(tmp_path: Path) -> None:

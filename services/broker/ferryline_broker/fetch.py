@@ -37,13 +37,15 @@ from ferryline_service.access.quotas import Quotas
 from ferryline_service.server_session import ServerSession
 
 _QUEUED_BYTES_MAX = 2 * 1024 * 1024
+_OF_ONE_MAX = 1_000  # fetches of one session that are not answered, and partitions that those name:
+_ENTRIES_OF_ONE_MAX = 100_000  # each is kept, also for a peer that asks and never reads
 
 
 class ParkedFetch:
     """One FETCH that has not been answered yet."""
 
     __slots__ = (
-        "_correlation", "_entries", "_handler", "_pause", "_started", "_timer",
+        "_correlation", "_counted", "_entries", "_handler", "_pause", "_started", "_timer",
         "ask", "done", "late", "proofs", "session", "state",
     )  # fmt: skip
 
@@ -57,9 +59,17 @@ class ParkedFetch:
         self._timer: asyncio.TimerHandle | None = None
         self._pause: asyncio.TimerHandle | None = None  # the reader has used its quota up
         self._entries: list[HostedReplica] = []
+        self._counted = False
         self.done = False
         self.late = False  # its time is over: it is answered as soon as nothing is left to be proved
         self.proofs: dict[Key, Proof] = {}  # that this broker is still the primary, for those who doubt it
+
+    def count(self) -> None:
+        """It is not answered at once: it counts among those of its session until it is done."""
+        if not self._counted:
+            self._counted = True
+            self.state.parked += 1
+            self.state.entries += len(self.ask.entries)
 
     def emit(self) -> None:
         """Something moved: answer if there is anything to say."""
@@ -115,6 +125,9 @@ class ParkedFetch:
         if self.done:
             return
         self.done = True
+        if self._counted:
+            self.state.parked -= 1
+            self.state.entries -= len(self.ask.entries)
         if self._pause is not None:
             self._pause.cancel()
         if self._timer is not None:
@@ -160,6 +173,8 @@ class FetchHandler:
             check_range(entry.bytes_max, "bytes_max", 1, 2**31 - 1)
         if len(self._parked) >= self._parked_max:
             raise Throttled(f"{self._parked_max} fetches are parked on this broker")
+        if state.parked >= _OF_ONE_MAX or (state.parked and state.entries + len(ask.entries) > _ENTRIES_OF_ONE_MAX):
+            raise Throttled(f"{state.parked} fetches of this session, of {state.entries} partitions, are not answered")
         if not ask.wait_ms:
             self._quotas.check(session.caller)
         self.serve(parked, last=ask.wait_ms == 0 or not ask.entries)
@@ -196,7 +211,7 @@ class FetchHandler:
             if not parked.state.watched:
                 parked.state.watched = True
                 session.close_callbacks.append(self._forget)
-            parked.state.parked += 1
+            parked.count()
 
     def _nothing(self, parked: ParkedFetch) -> tuple[list[FetchResult], list[Bytes], list[HostedReplica]]:
         """Like `_collect` where there is nothing."""
@@ -278,7 +293,6 @@ class FetchHandler:
     def unparked(self, parked: ParkedFetch) -> None:
         self._parked.pop(parked, None)
         self.metrics.parked_fetches = len(self._parked)
-        parked.state.parked -= 1
 
     def _forget(self, session: ServerSession) -> None:
         for parked in [parked for parked in self._parked if parked.session is session]:
@@ -286,6 +300,7 @@ class FetchHandler:
 
     def _when_drained(self, parked: ParkedFetch, last: bool) -> None:
         """The peer reads more slowly than we write: keep the request, not its answer."""
+        parked.count()
         task = self._loop.create_task(self._serve_drained(parked, last))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)

@@ -29,6 +29,7 @@ from ferryline_broker.view import ClusterView
 from ferryline_service.server_session import ServerSession
 
 _BARRIER_MS = 10_000
+_OF_ONE_MAX = 100  # requests of one session that wait; clients have one, and must not take the places of others
 Position = tuple[int, int]
 
 
@@ -50,6 +51,7 @@ class MetadataHandler:
         self._view = view
         self._parked_max = parked_max
         self._parked: dict[_ParkedMetadata, None] = {}
+        self._sessions: dict[ServerSession, set[_ParkedMetadata]] = {}
         self._loop = asyncio.get_running_loop()
 
     def handle(self, session: ServerSession, frame: Frame) -> None:
@@ -67,6 +69,13 @@ class MetadataHandler:
             return
         if len(self._parked) >= self._parked_max:
             raise Throttled(f"{self._parked_max} metadata requests are parked on this broker")
+        mine = self._sessions.get(session)
+        if mine is None:
+            mine = self._sessions[session] = set()
+            session.close_callbacks.append(self._forget)
+        if len(mine) >= _OF_ONE_MAX:
+            raise Throttled(f"{_OF_ONE_MAX} metadata requests of this session wait", limit=_OF_ONE_MAX)
+        mine.add(parked)
         self._parked[parked] = None
         parked.timer = self._loop.call_later(ask.wait_ms / 1000, self._expire, parked)
 
@@ -94,8 +103,13 @@ class MetadataHandler:
 
     def _unpark(self, parked: _ParkedMetadata) -> None:
         del self._parked[parked]
+        self._sessions.get(parked.session, set()).discard(parked)
         if parked.timer is not None:
             parked.timer.cancel()
+
+    def _forget(self, session: ServerSession) -> None:
+        for parked in self._sessions.pop(session, set()):
+            self._unpark(parked)
 
     def close(self) -> None:
         for parked in list(self._parked):

@@ -9,12 +9,13 @@ from ferryline_service.server_session import ServerSession
 class ClientState:
     """State of a client's session, in ``ServerSession.state``."""
 
-    __slots__ = ("parked", "produce_bytes", "rotation", "session", "watched")
+    __slots__ = ("entries", "parked", "produce_bytes", "rotation", "session", "watched")
 
     def __init__(self, session: ServerSession) -> None:
         self.session = session
         self.produce_bytes = 0  # of batches that are not settled yet
-        self.parked = 0  # fetches and metadata requests that wait
+        self.parked = 0  # fetches that wait
+        self.entries = 0  # of those, all together
         self.watched = False  # is there a close callback for them?
         self.rotation = 0  # where the next fetch begins among its entries, so that none starves
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ferryline.protocol.access import StoredBytes
 from ferryline.protocol.dead_letters import EnsureTopic
-from ferryline.protocol.errors import ErrorInfo, Forbidden, UnknownKind, from_info
+from ferryline.protocol.errors import ErrorInfo, Forbidden, Throttled, UnknownKind, from_info
 from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Frame, Kind, decode_header, encode_value
 from ferryline.protocol.messages import (
     ROLE_BROKER,
@@ -25,6 +25,8 @@ from ferryline_coordinator.core import events as ev
 from ferryline_coordinator.driver import Driver
 from ferryline_service.access.rules import check_frames, check_kind
 from ferryline_service.session import ServerSession
+
+WAITING_MAX = 1_000  # requests of one client; it must not take the places of all others
 
 
 class SessionState:
@@ -166,6 +168,8 @@ class Sessions:
 
     def _post(self, session: ServerSession, frame: Frame, make: Callable[[int], ev.Event]) -> None:
         state: SessionState = session.state
+        if not state.number and len(state.waiting) >= WAITING_MAX:
+            raise Throttled(f"{WAITING_MAX} requests of this session are not answered", limit=WAITING_MAX)
         kind, correlation = frame.kind, frame.correlation
 
         def answer(message: Any, error: ErrorInfo | None) -> None:

@@ -45,7 +45,7 @@ class Polls:
         wait_ms = min(message.wait_ms, WAIT_MS_MAX)
         if wait_ms <= 0:
             return [Reply(event.reply, self._answer(full=False))]
-        if len(self._parked) >= self._config.parked_max:
+        if len(self._parked) >= self._config.parked_max and not event.broker_id:  # clients cannot crowd out brokers
             return [Refuse(event.reply, Throttled(f"{self._config.parked_max} metadata requests wait").info())]
         self._parked[event.reply] = now_ms + wait_ms
         heapq.heappush(self._deadlines, (now_ms + wait_ms, event.reply))
