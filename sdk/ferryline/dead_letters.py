@@ -39,7 +39,7 @@ from ferryline.protocol.dead_letters import (
 )
 from ferryline.protocol.errors import UnknownGroup
 from ferryline.protocol.limits import OFFSET_MAX, check_name, check_range
-from ferryline.protocol.metadata import TopicMeta
+from ferryline.protocol.metadata import RetryPolicy, TopicMeta
 from ferryline.protocol.queue_messages import HEADER_ID
 from ferryline.queue_admin import Queue, StoredRecord
 
@@ -107,6 +107,19 @@ class DeadLetter(msgspec.Struct, frozen=True):
         """Headers of the record that is sent to the origin: its own, and an id by which repetitions are told."""
         own = [(name, value) for name, value in self.record.headers.pairs if name not in ADDED and name != HEADER_ID]
         return [*own, (HEADER_ID, f"redrive/{topic_id}/{self.record.partition}/{self.record.offset}".encode())]
+
+
+def why_not(letter: DeadLetter, here: str, origin: TopicMeta | None) -> str:
+    """Why a letter of topic ``here`` cannot go back to its origin, as that is known; "" if it can.
+
+    Whoever may send to ``here`` can write what a letter says of itself. A redrive sends by the right of somebody else,
+    so it goes only to topics whose dead letters come here.
+    """
+    if letter.why_not or origin is None:
+        return letter.why_not
+    if here in (dead_letters_of(origin.name, origin.config.retry), dead_letters_of(origin.name, RetryPolicy())):
+        return ""
+    return f"dead letters of {origin.name} go to another topic: it says that it came from there, and cannot have"
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -215,7 +228,7 @@ class DeadLetters:
             async for letter in self._page_through(meta, partition, end, timeout):
                 if not choice.takes(letter) or (count and done.redriven >= count):
                     done.left += 1
-                elif why := letter.why_not:
+                elif why := why_not(letter, meta.name, self._client.routing.topic(letter.origin_topic)):
                     done.refused.append((letter, why))
                 else:
                     done.redriven += 1

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ferryline.core.retry import Backoff, Jitter, told_ms
-from ferryline.dead_letters import PAGE, REDRIVE_GROUP, Choice, DeadLetter, Progress, Redrive
+from ferryline.dead_letters import PAGE, REDRIVE_GROUP, Choice, DeadLetter, Progress, Redrive, why_not
 from ferryline.message import Headers
 from ferryline.protocol.errors import (
     ConnectionFailed,
@@ -122,7 +122,7 @@ class Run:
             if record.offset >= end or not room or not self._choice.takes(letter):
                 held.append(record.offset)
                 self.done.left += record.offset < end
-            elif why := letter.why_not:
+            elif why := why_not(letter, self._meta.name, self._client.routing.topic(letter.origin_topic)):
                 held.append(record.offset)
                 self.done.refused.append((letter, why))
             else:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import ferryline as fl
-from ferryline.dead_letters import Choice, DeadLetter
+from ferryline.dead_letters import Choice, DeadLetter, why_not
 from ferryline.message import Headers
+from ferryline.protocol.metadata import RetryPolicy, TopicConfig, TopicMeta
 from ferryline.queue_admin import Queue, QueuePart, StoredRecord
 
 STORY: list[tuple[str, bytes | None]] = [
@@ -61,6 +62,24 @@ def test_headers_that_make_no_sense_make_no_letter_and_no_error(headers: list[tu
 
 def test_a_letter_that_lacks_bytes_is_not_sent_back() -> None:
     assert "52 bytes" in letter(*STORY, ("fl-truncated", b"52")).why_not
+
+
+@pytest.mark.parametrize(
+    ("origin", "retry", "sent"),
+    [
+        ("orders", RetryPolicy(), True),
+        ("orders", RetryPolicy(dead_letters="elsewhere"), True),  # since then
+        ("payments", RetryPolicy(), False),
+        ("payments", RetryPolicy(dead_letters="orders.dlq"), True),
+    ],
+)
+def test_a_letter_goes_back_only_where_letters_come_from(origin: str, retry: RetryPolicy, sent: bool) -> None:
+    """Whoever may send to a topic of dead letters can write there that a letter came from any topic."""
+    forged = letter(("fl-origin-topic", origin.encode()))
+    why = why_not(forged, "orders.dlq", TopicMeta("t", origin, TopicConfig(retry=retry), 1))
+    assert (why == "") is sent
+    assert why_not(forged, "orders.dlq", None) == "", "who sends there is told that there is no such topic"
+    assert why_not(letter(), "orders.dlq", None) != ""
 
 
 def test_what_is_sent_back_has_the_headers_of_the_record_and_an_id_of_its_place() -> None:
