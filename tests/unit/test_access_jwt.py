@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -121,6 +122,14 @@ async def test_an_email_names_somebody_only_if_it_was_verified(issuer: Issuer, v
 
 async def test_rules_do_not_see_an_email_that_nobody_verified(issuer: Issuer, verifier: Verifier) -> None:
     assert "email" not in (await verifier.verify(issuer.good(email="boss@example.org"))).claims
+
+
+async def test_a_number_that_nobody_can_be_told_of_is_no_claim(issuer: Issuer, verifier: Verifier) -> None:
+    """It would be an error of the service as soon as tokens are shared."""
+    verified = await verifier.verify(issuer.good(large=2**64, levels=[-(2**63) - 1, 7], level=3))
+    assert {"levels": [7], "level": 3}.items() <= verified.claims.items()
+    assert "large" not in verified.claims
+    assert msgspec.msgpack.encode(verified)
 
 
 async def test_times_are_taken_with_the_leeway_of_the_issuer(issuer: Issuer, verifier: Verifier) -> None:

@@ -249,6 +249,22 @@ async def test_a_read_is_paid_for_afterwards_and_the_next_one_is_told_to_wait(tm
 # -- stored bytes -----------------------------------------------------------------------------------
 
 
+async def test_a_stream_is_a_connection_as_long_as_it_is_open(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        await world.topic("orders", [(broker.id,)])
+        http = Http(world, broker, connections=1)
+        path = "/v1/topics/orders/partitions/0/records?follow=true"
+        context, headers = node_client_context(world.coordinator.tls.ca), {"Authorization": f"Bearer {KEY}"}
+        async with world.http.get(broker.url + path, headers=headers, ssl=context) as stream:
+            assert stream.status == 200
+            status, answer = await http.ask("GET", path)
+            assert (status, answer["details"]["quota"]) == (429, "connections")
+        await eventually(lambda: broker.broker.rest_read.streams == 0, "its reader is gone")
+        async with world.http.get(broker.url + path, headers=headers, ssl=context) as stream:
+            assert stream.status == 200
+
+
 async def test_what_a_broker_holds_of_an_owner_is_what_it_leads_both_logs(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         first, second = await world.broker(), await world.broker()

@@ -55,7 +55,7 @@ class Grant(msgspec.Struct, array_like=True, frozen=True):
 
 class Quota(msgspec.Struct, array_like=True, frozen=True):
     """What a principal may use, 0 for no limit. Rates are per second over the whole cluster; ``connections``: sessions
-    open at one service; ``stored_bytes``: of the topics that the principal has created."""
+    and streams open at one service; ``stored_bytes``: of the topics that the principal has created."""
 
     requests: int = 0
     records: int = 0

@@ -133,6 +133,8 @@ class ReadApi:
         """Write records as they are committed, until the reader goes, or a last line says why it ends."""
         if self.streams >= STREAMS_MAX:
             raise Throttled(f"{STREAMS_MAX} streams are open at this broker", limit=STREAMS_MAX)
+        caller = request.get(CALLER, UNCHECKED)
+        self._quotas.opened(caller)
         self.streams += 1
         loop = asyncio.get_running_loop()
         try:
@@ -151,7 +153,7 @@ class ReadApi:
                     if records:
                         data = b"".join(map(_event if events else _line, records))
                         await _write(request, response, data)
-                        await self._paid(request.get(CALLER, UNCHECKED), len(records), len(data))
+                        await self._paid(caller, len(records), len(data))
                         silent_ms = 0
                     elif silent_ms >= self._heartbeat_ms:
                         await _write(request, response, b": alive\n\n" if events else b"\n")
@@ -169,6 +171,7 @@ class ReadApi:
             return response
         finally:
             self.streams -= 1
+            self._quotas.closed(caller)
 
     async def _paid(self, caller: Caller, records: int, size: int) -> None:
         """Book what was written, and return once more may be; or once this broker stops."""

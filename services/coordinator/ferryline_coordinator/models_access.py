@@ -27,7 +27,7 @@ class QuotaIn(Body):
     requests: int = 0
     records: int = 0
     bytes: int = 0
-    connections: int = Field(0, description="sessions open at one service")
+    connections: int = Field(0, description="sessions and streams open at one service")
     stored_bytes: int = Field(0, description="of the topics that the principal has created")
 
     def meta(self) -> Quota:

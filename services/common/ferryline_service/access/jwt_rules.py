@@ -178,13 +178,18 @@ def _plain(claims: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             inner.append((name, value))
         elif isinstance(value, list):
-            found[name] = [item for item in value if isinstance(item, (str, int))]
-        elif isinstance(value, (str, int)):
+            found[name] = [item for item in value if _kept(item)]
+        elif _kept(value):
             found[name] = value
     for name, value in inner:
         for member, item in _plain(value).items():
             found.setdefault(f"{name}.{member}", item)
     return found
+
+
+def _kept(value: Any) -> bool:
+    """A text, a truth, or a number that can be encoded for those who share the token."""
+    return isinstance(value, str) or (isinstance(value, int) and -(2**63) <= value < 2**64)
 
 
 def _meant_for(audience: Any, ours: str) -> bool:
