@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ferryline.protocol import records
+from ferryline.protocol.limits import BATCH_BYTES_MAX, COMMIT_METADATA_BYTES_MAX
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.groups import (
     ClaimEntry,
     CommitEntry,
+    ForgetEntry,
     GroupTable,
     Refused,
     SnapshotEntry,
@@ -142,6 +144,35 @@ def test_a_lower_generation_and_another_member_of_the_same_are_refused() -> None
     assert isinstance(table.decide_commit("g", "n", 3, 1, "", False, **common), Refused)  # type: ignore[arg-type]
     assert isinstance(table.decide_commit("g", "m", 2, 1, "", False, **common), Refused)  # type: ignore[arg-type]
     assert isinstance(table.decide_commit("g", "m", 3, 1, "", False, **common), CommitEntry)  # type: ignore[arg-type]
+
+
+def test_groups_that_anybody_can_make_by_committing_always_fit_into_a_snapshot() -> None:
+    """A reader names groups as it likes: without a bound they would grow into an entry that no batch can carry."""
+    table, common = GroupTable(), {"records": index_of([0] * 10), "high_watermark": 10, "log_start": 0}
+
+    def commit(group: str, metadata: str, offset: int = 1) -> bool:
+        entry = table.decide_commit(group, "", 0, offset, metadata, False, **common)  # type: ignore[arg-type]
+        if isinstance(entry, CommitEntry):
+            table.apply(entry)
+        else:
+            assert isinstance(entry, Refused)
+            assert entry.code == "THROTTLED"
+        return isinstance(entry, CommitEntry)
+
+    made = next(number for number in range(10_000) if not commit(f"g{number}", "m" * COMMIT_METADATA_BYTES_MAX))
+    assert 900 < made < 1_100
+    assert len(encode_entry(table.snapshot(lambda _: -1))) < BATCH_BYTES_MAX / 2
+    assert commit("g0", "m" * COMMIT_METADATA_BYTES_MAX, 2), "who is there goes on"
+    assert not commit("small", "m" * COMMIT_METADATA_BYTES_MAX)
+    table.apply(ForgetEntry("g1"))
+    assert commit("g1", "\u00fc" * (COMMIT_METADATA_BYTES_MAX // 2 - 10))
+    assert commit("g0", "", 3), "less than before"
+    again = GroupTable()
+    again.apply(table.snapshot(lambda _: -1))
+    assert again._rows_bytes == table._rows_bytes
+    for number in range(made):
+        again.apply(ForgetEntry(f"g{number}"))
+    assert again._rows_bytes == 0
 
 
 def test_an_epoch_that_retention_emptied_still_tells_where_it_ended() -> None:

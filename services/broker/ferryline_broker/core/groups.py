@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
+from msgspec.structs import replace
 
 from ferryline.protocol.messages import ANY_GENERATION
 from ferryline_broker.core.epochs import EpochIndex
@@ -67,6 +68,8 @@ class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
 
 
 COPIED_MAX = 1_000  # deleted queues that are remembered
+ROWS_BYTES_MAX = 4 * 1024 * 1024  # of log groups, about: all of them must fit into one entry, and that into a batch
+_ROW_BYTES = 40  # of a row, beside its texts
 StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | RestoredEntry | AnyQueueEntry
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEntry)
@@ -88,10 +91,11 @@ class GroupTable:
     deleted queues have copied dead letters: the target knows them, and would take a first copy for a repetition.
     """
 
-    __slots__ = ("_rows", "copied", "queues")
+    __slots__ = ("_rows", "_rows_bytes", "copied", "queues")
 
     def __init__(self) -> None:
         self._rows: dict[str, GroupRow] = {}
+        self._rows_bytes = 0  # of `_size` of each
         self.queues: dict[str, QueueTable] = {}
         self.copied: dict[str, int] = {}
 
@@ -138,6 +142,9 @@ class GroupTable:
         if row and not reset and offset <= row.offset:
             return None
         epoch = records.epoch_at(offset - 1) if offset > log_start else -1
+        grows = _text(metadata) - _text(row.metadata) if row else _ROW_BYTES + len(group) + _text(metadata)
+        if grows > 0 and self._rows_bytes + grows > ROWS_BYTES_MAX:
+            return Refused("THROTTLED", f"group: groups of this partition take {self._rows_bytes} bytes already")
         return CommitEntry(group, offset, epoch, metadata)
 
     def apply(self, entry: StateEntry) -> None:
@@ -145,13 +152,14 @@ class GroupTable:
             case ClaimEntry(group, member, generation):
                 row = self._rows.get(group)
                 old = row or GroupRow(group, "", 0, -1, -1, "")
-                self._rows[group] = GroupRow(group, member, generation, old.offset, old.offset_epoch, old.metadata)
+                self._put(GroupRow(group, member, generation, old.offset, old.offset_epoch, old.metadata))
             case CommitEntry(group, offset, offset_epoch, metadata):
                 row = self._rows.get(group)
                 member, generation = (row.member, row.generation) if row else ("", 0)
-                self._rows[group] = GroupRow(group, member, generation, offset, offset_epoch, metadata)
+                self._put(GroupRow(group, member, generation, offset, offset_epoch, metadata))
             case ForgetEntry(group):
-                self._rows.pop(group, None)
+                row = self._rows.pop(group, None)
+                self._rows_bytes -= _size(row) if row else 0
                 gone = self.queues.pop(group, None)
                 if gone is not None and (gone.producer_epoch or gone.next_sequence):
                     self.copied[group] = gone.producer_epoch
@@ -165,14 +173,22 @@ class GroupTable:
                 if (table := self.queues.get(entry.group)) is not None:
                     table.apply(entry)
             case SnapshotEntry(rows):
-                self._rows = {row.group: row for row in rows}
+                self._rows, self._rows_bytes = {}, 0
+                for row in rows:
+                    self._put(row)
             case RestoredEntry():
                 self._restored()
             case BarrierEntry():
                 pass
 
+    def _put(self, row: GroupRow) -> None:
+        old = self._rows.get(row.group)
+        self._rows_bytes += _size(row) - (_size(old) if old else 0)
+        self._rows[row.group] = row
+
     def _restored(self) -> None:
-        self._rows = {name: msgspec.structs.replace(row, member="", generation=0) for name, row in self._rows.items()}
+        for row in list(self._rows.values()):
+            self._put(replace(row, member="", generation=0))
         for table in self.queues.values():
             table.producer_epoch, table.next_sequence = table.producer_epoch + 1, 0
 
@@ -205,6 +221,15 @@ class GroupTable:
                 entry = SnapshotEntry([_voided(row, records, log_start, log_end) for row in entry.rows])
             table.apply(entry)
         return table
+
+
+def _size(row: GroupRow) -> int:
+    """What a row takes in a snapshot, about."""
+    return _ROW_BYTES + len(row.group) + _text(row.member) + _text(row.metadata)
+
+
+def _text(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _stands(entry: CommitEntry | GroupRow, records: EpochIndex, log_start: int, log_end: int) -> bool:
