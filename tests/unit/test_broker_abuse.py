@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,22 @@ async def test_a_certificate_of_a_broker_that_was_forgotten_is_that_of_a_client(
             (session,) = set(broker.broker.endpoint.sessions) - known
             assert (session.identity, session.caller.name) == (None, "p")
             await client.close()
+
+
+async def test_a_stream_that_is_asked_for_by_head_has_no_body(tmp_path: Path) -> None:
+    """Whoever shares the connection would take records for the answer to the next request."""
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("orders", [(broker.id,)])
+        client = await world.client(broker.url)
+        assert (await client.produce(topic, 0, [b"HTTP/1.1 200 OK"])).error is None
+        context, port = node_client_context(world.coordinator.tls.ca), int(broker.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        path = "/v1/topics/orders/partitions/0/records?follow=true"
+        writer.write(f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        async with asyncio.timeout(10):
+            answered = await reader.read()
+        writer.close()
+        assert answered.count(b"HTTP/1.1 200 OK\r\n") == answered.count(b"\r\n\r\n") == 2
+        assert answered.endswith(b"\r\n\r\n")

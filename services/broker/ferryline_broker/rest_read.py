@@ -144,6 +144,8 @@ class ReadApi:
             response.content_type = EVENTS if events else NDJSON
             response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
             await response.prepare(request)
+            if request.method == "HEAD":
+                return response  # what was written now would be taken for the next answer of this connection
             try:
                 silent_ms, allowed_at = 0, loop.time()
                 while not self._stopping.is_set():
