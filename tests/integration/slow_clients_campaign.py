@@ -3,8 +3,8 @@ tests.integration.slow_clients_campaign``.
 
 Three brokers and a coordinator as processes. Honest clients send one record at a time at a fixed rate through the SDK,
 each confirmed. Turns without and with the slow ones alternate. Slow ones are of five kinds, in equal parts, spread over
-all services: a head that grows by a byte a second, a body that does, a TLS handshake that is never finished, a session
-that never says HELLO, and a reader that takes a byte a second of a large answer. Whoever is cut off comes again.
+all services: a head and a body that grow by a byte now and then, a TLS handshake that is never finished, a session that
+never says HELLO, and a reader that takes a byte now and then of an answer of a MB. Whoever is cut off comes again.
 
 It must show that the p99 of honest clients stays under twice its normal and that the memory of services is flat.
 """
@@ -15,12 +15,15 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import resource
 import ssl
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -58,12 +61,6 @@ class Slow:
         for number in range(count):
             url = self.urls[number % len(self.urls)]
             self.tasks.append(asyncio.create_task(self._again(kinds[number // len(self.urls) % len(kinds)], url)))
-
-    async def stop(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        self.tasks.clear()
 
     async def _again(self, kind: Callable[[str], Awaitable[None]], url: str) -> None:
         await asyncio.sleep(random.random() * 5)
@@ -123,9 +120,49 @@ class Slow:
 
     async def _reader(self, url: str) -> None:
         async with self._connected(url) as (reader, writer):
-            writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
+            writer.write(b"GET /v1/topics/large/partitions/0/records?secondary=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while await reader.read(1):  # noqa: ASYNC110 - nothing is polled
                 await asyncio.sleep(DRIP_S)
+
+
+async def attack(urls: list[str], ca: str, count: int) -> None:
+    """As a process of its own: hold ``count`` slow connections and tell of them every second, until stdin ends."""
+    slow = Slow(urls, ssl.create_default_context(cafile=ca))
+    slow.start(count)
+    loop = asyncio.get_running_loop()
+    over = loop.run_in_executor(None, sys.stdin.read)
+    while not over.done():
+        print(json.dumps({"open": slow.open, "cut": slow.cut}), flush=True)
+        await asyncio.wait([over], timeout=1.0)
+    os._exit(0)  # two thousand connections end with the process
+
+
+class Attackers:
+    """That process. It stands for other machines, so it gives way to the services and to honest clients on this one."""
+
+    def __init__(self, urls: list[str], ca: str, count: int) -> None:
+        command = [sys.executable, "-m", "tests.integration.slow_clients_campaign", "--slow", str(count)]
+        self._process = subprocess.Popen(
+            ["nice", "-n", "10", *command, "--attack", ",".join(urls), "--ca", ca],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=False,
+        )  # fmt: skip
+        self._told = {"open": 0, "cut": 0}
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._told = json.loads(line)
+
+    def told(self) -> dict[str, int]:
+        return self._told
+
+    async def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await asyncio.to_thread(self._process.wait, 30)
+        self._reader.join(5)
 
 
 async def honest(client: fl.Client, seconds: float, rate: float) -> list[float]:
@@ -164,25 +201,27 @@ async def campaign(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     await cluster.start()
     turns: list[dict[str, Any]] = []
     try:
-        context = ssl.create_default_context(cafile=str(cluster.ca))
         async with fl.connect(cluster.urls, ca=str(cluster.ca)) as client:
             await client.admin.create_topic(TOPIC, partitions=6, replication=2)
+            await client.admin.create_topic("large", partitions=1, replication=3)
+            async with client.producer() as producer:
+                await producer.send("large", b"x" * 1_000_000)
             await honest(client, 3, args.rate)
             for number in range(args.turns):
                 for count in (0, args.slow):
-                    slow = Slow(cluster.urls, context)
-                    slow.start(count)
+                    slow = Attackers(cluster.urls, str(cluster.ca), count) if count else None
                     await asyncio.sleep(args.settle if count else 1)
                     before = memory(cluster)
                     latencies = await honest(client, args.seconds, args.rate)
                     turn = {
-                        "turn": number, "slow": count, "open": slow.open, "cut": slow.cut, "sent": len(latencies),
+                        "turn": number, "slow": count, **(slow.told() if slow else {}), "sent": len(latencies),
                         "p50_ms": percentile(latencies, 0.5), "p99_ms": percentile(latencies, 0.99),
                         "max_ms": percentile(latencies, 1.0), "mib_before": before, "mib_after": memory(cluster),
                     }  # fmt: skip
                     turns.append(turn)
                     print(json.dumps(turn), file=sys.stderr, flush=True)
-                    await slow.stop()
+                    if slow:
+                        await slow.stop()
     finally:
         await cluster.kill_all()
     alone = statistics.median(turn["p99_ms"] for turn in turns if not turn["slow"])
@@ -207,9 +246,14 @@ def main() -> int:
     parser.add_argument("--settle", type=float, default=15, help="seconds until the slow ones are all there")
     parser.add_argument("--rate", type=float, default=100, help="honest records a second")
     parser.add_argument("--out", type=Path, help="write the result here, too")
+    parser.add_argument("--attack", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--ca", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, args.slow * 2 + 1000)), hard))
+    if args.attack:
+        asyncio.run(attack(args.attack.split(","), args.ca, args.slow))
+        return 0
     with tempfile.TemporaryDirectory(prefix="ferryline-slow-") as root:
         result = asyncio.run(campaign(args, Path(root)))
     print(json.dumps({name: value for name, value in result.items() if name != "turns"}))
