@@ -13,11 +13,21 @@ from ferryline.protocol.access import AccessPolicy, KeyMeta, PrincipalMeta, Quot
 from ferryline.protocol.errors import MalformedRequest, Throttled
 from ferryline.protocol.exchanges import ExchangeMeta, binding_to
 from ferryline.protocol.frames import Kind, decode_header
-from ferryline.protocol.messages import RECORDS, Fetch, FetchEntry, Hello, ProduceEntry
-from ferryline.protocol.metadata import MetadataRequest
-from ferryline.protocol.queue_messages import QueueAnswer, QueueAsk, Receive, ReceiveAnswer
-from ferryline.protocol.records import encode_batch
+from ferryline.protocol.messages import RECORDS, STATE, Fetch, FetchEntry, Hello, ProduceEntry
+from ferryline.protocol.metadata import MetadataRequest, RetryPolicy
+from ferryline.protocol.queue_messages import (
+    REJECT,
+    QueueAnswer,
+    QueueAsk,
+    Receive,
+    ReceiveAnswer,
+    Settle,
+    SettleAnswer,
+    SettleEntry,
+)
+from ferryline.protocol.records import encode_batch, split_batches
 from ferryline_broker import fetch, metadata, queue_frames, rest, rest_read
+from ferryline_broker.core import groups
 from ferryline_broker.queue_requests import BYTES_MAX
 from ferryline_service.access.keys import make_key
 from ferryline_service.node import raise_error
@@ -223,3 +233,38 @@ async def test_a_stream_that_is_asked_for_by_head_has_no_body(tmp_path: Path) ->
         writer.close()
         assert answered.count(b"HTTP/1.1 200 OK\r\n") == answered.count(b"\r\n\r\n") == 2
         assert answered.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("on_dead", ["park", "skip"])
+async def test_long_reasons_for_many_records_end_no_partition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_dead: str
+) -> None:
+    """One frame makes an entry for each record that it rejects, and each repeats the reason."""
+    monkeypatch.setattr(groups, "ENTRIES_BYTES_MAX", 64 * 1024)
+    async with BrokerWorld(tmp_path) as world:
+        broker, other = await world.broker(), await world.broker()
+        placed = [(broker.id, other.id)]
+        topic = await world.topic("jobs", placed, retry=RetryPolicy(on_dead=on_dead))
+        client = await world.client(broker.url)
+        hosted = broker.broker.partitions.replicas[topic.id, 0]
+        for _ in range(2):
+            assert (await client.produce(topic, 0, [b"x"] * 400)).error is None
+            ask = Receive("g", "m", [(topic.id, 0)], 400, wait_ms=5_000)
+            answer = await client.call(Kind.RECEIVE, ask, ReceiveAnswer)
+            for one in answer.deliveries:
+                said = (REJECT, one.offsets, -1, "r", "d" * 4_000)
+                entry = SettleEntry(topic.id, 0, one.epoch, one.lease, one.receipt, *said)
+                settled = await client.call(Kind.SETTLE, Settle("g", "m", [entry]), SettleAnswer)
+                assert [result.error for result in settled.results] == [None]
+        core = hosted.core
+        end = core.log_end[STATE]
+        await eventually(lambda: core.high_watermark[STATE] >= end, "the other has it, too")
+        assert hosted.broken == ""
+        data = hosted.logs[STATE].read(hosted.logs[STATE].log_start, 2**30, core.high_watermark[STATE])
+        assert max(header.size for _, header in split_batches(data)) < 2 * 64 * 1024
+        assert core.primary is not None
+        assert core.primary.snapshot_bytes > 0, "there was a snapshot, however much there is to tell"
+        world.coordinator.lead((topic.id, 0), other.id, placed[0])
+        await eventually(lambda: world.primary(topic.id) is other, "the other leads with what it has")
+        (table,) = other.broker.partitions.replicas[topic.id, 0].core.primary.groups.queues.values()
+        assert len(table.stories) + sum(end - first for first, end in table.settled) + table.start >= 800

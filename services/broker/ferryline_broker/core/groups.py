@@ -16,6 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ferryline.protocol.messages import ANY_GENERATION
+from ferryline.protocol.records import encode_batch
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.events import GroupOffset
 from ferryline_broker.core.queue_entries import AnyQueueEntry, Opened, QueueEntry, QueueRow, last_of
@@ -69,6 +70,7 @@ class SnapshotEntry(msgspec.Struct, array_like=True, frozen=True, tag=5):
 
 COPIED_MAX = 1_000  # deleted queues that are remembered
 ROWS_BYTES_MAX = 4 * 1024 * 1024  # of log groups, about: all of them must fit into one entry, and that into a batch
+ENTRIES_BYTES_MAX = 8 * 1024 * 1024  # of one batch, or of one entry; below BATCH_BYTES_MAX with its framing
 _ROW_BYTES = 40  # of a row, beside its texts
 StateEntry = ClaimEntry | CommitEntry | ForgetEntry | BarrierEntry | SnapshotEntry | RestoredEntry | AnyQueueEntry
 _encoder = msgspec.msgpack.Encoder()
@@ -77,6 +79,26 @@ _decoder: msgspec.msgpack.Decoder[StateEntry] = msgspec.msgpack.Decoder(StateEnt
 
 def encode_entry(entry: StateEntry) -> bytes:
     return _encoder.encode(entry)
+
+
+def batches_of(entries: list[StateEntry], base_offset: int, epoch: int) -> list[tuple[list[StateEntry], bytearray]]:
+    """Entries as batches of the state log, each with those that it carries. One frame of a receiver can make entries
+    for ten thousand records, with a reason in each: more than a log or a frame takes in one piece."""
+    found: list[tuple[list[StateEntry], bytearray]] = []
+    chunk: list[StateEntry] = []
+    rows: list[tuple[None, bytes, list[tuple[str, bytes | None]]]] = []
+    size = 0
+    for entry in entries:
+        encoded = encode_entry(entry)
+        if rows and size + len(encoded) > ENTRIES_BYTES_MAX:
+            found.append((chunk, encode_batch(rows, base_offset=base_offset, epoch=epoch)))
+            base_offset += len(rows)
+            chunk, rows, size = [], [], 0
+        chunk.append(entry)
+        rows.append((None, encoded, []))
+        size += len(encoded)
+    found.append((chunk, encode_batch(rows, base_offset=base_offset, epoch=epoch)))
+    return found
 
 
 class Refused(msgspec.Struct, frozen=True, gc=False):
@@ -192,9 +214,19 @@ class GroupTable:
         for table in self.queues.values():
             table.producer_epoch, table.next_sequence = table.producer_epoch + 1, 0
 
-    def snapshot(self, epoch_at: Callable[[int], int]) -> SnapshotEntry:
+    def bounded_snapshot(self, epoch_at: Callable[[int], int]) -> tuple[SnapshotEntry | None, int]:
+        """What a batch can carry: without details of failures where there are too many, None where it is too large all
+        the same. And a size, for when to make the next one: as a whole one costs time, the larger the less often."""
+        entry = self.snapshot(epoch_at)
+        size = len(encode_entry(entry))
+        if size <= ENTRIES_BYTES_MAX:
+            return entry, size
+        entry = self.snapshot(epoch_at, brief=True)
+        return (entry if len(encode_entry(entry)) <= ENTRIES_BYTES_MAX else None), size // 4
+
+    def snapshot(self, epoch_at: Callable[[int], int], brief: bool = False) -> SnapshotEntry:
         """``epoch_at`` tells the epoch of a record, -1 where there is none."""
-        queues = [self.queues[name].row(epoch_at) for name in sorted(self.queues)]
+        queues = [self.queues[name].row(epoch_at, brief) for name in sorted(self.queues)]
         return SnapshotEntry([self._rows[name] for name in sorted(self._rows)], queues, list(self.copied.items()))
 
     @classmethod

@@ -15,7 +15,7 @@ from ferryline.protocol.messages import (
     ResignEntry,
 )
 from ferryline.protocol.metadata import PartitionMeta
-from ferryline.protocol.records import BatchHeader, encode_batch, epoch_start_batch, read_header, stamp
+from ferryline.protocol.records import BatchHeader, epoch_start_batch, read_header, stamp
 from ferryline_broker.core.events import (
     AdvanceStart,
     AnswerBarrier,
@@ -36,7 +36,14 @@ from ferryline_broker.core.events import (
     SendResign,
 )
 from ferryline_broker.core.feeder import Feeder
-from ferryline_broker.core.groups import BarrierEntry, ForgetEntry, GroupTable, Refused, StateEntry, encode_entry
+from ferryline_broker.core.groups import (
+    BarrierEntry,
+    ForgetEntry,
+    GroupTable,
+    Refused,
+    StateEntry,
+    batches_of,
+)
 from ferryline_broker.core.insync import InSyncSet
 from ferryline_broker.core.queue_events import DeadMoved, WindowRead
 from ferryline_broker.core.queues import QueueEvent, Queues
@@ -122,7 +129,7 @@ class Primary:
         base = replica.log_end[RECORDS]
         stamp(event.data, base, self.epoch)
         stamped = msgspec.structs.replace(header, base_offset=base, epoch=self.epoch)
-        self._append(RECORDS, event.data, stamped, now_ms)
+        self._append(RECORDS, [(event.data, stamped)], now_ms)
         answer = AnswerProduce(event.token, base, self.epoch)
         self.waits.add(RECORDS, stamped.next_offset - 1, event.token, answer, now_ms + event.timeout_ms)
 
@@ -178,15 +185,15 @@ class Primary:
         self._maybe_snapshot(now_ms)
 
     def _append_entries(self, entries: list[StateEntry], now_ms: int) -> None:
-        """Several entries as one batch. They were applied when they were decided."""
+        """Several entries, as one batch if that can carry them. They were applied when they were decided."""
         if not entries:
             return
-        base = self.replica.log_end[STATE]
-        data = encode_batch([(None, encode_entry(e), []) for e in entries], base_offset=base, epoch=self.epoch)
-        header = read_header(data)
-        if self.queues is not None:
-            self.queues.appended(entries, header.next_offset - 1)
-        self._append(STATE, data, header, now_ms)
+        batches = []
+        for carried, data in batches_of(entries, self.replica.log_end[STATE], self.epoch):
+            batches.append((data, read_header(data)))
+            if self.queues is not None:
+                self.queues.appended(carried, batches[-1][1].next_offset - 1)
+        self._append(STATE, batches, now_ms)
 
     def _decide(self, event: GroupEvent) -> StateEntry | Refused | None:
         groups, replica = self.groups, self.replica
@@ -213,12 +220,13 @@ class Primary:
             case CommittedAsked():
                 return None
 
-    def _append(self, log: int, data: bytearray, header: BatchHeader, now_ms: int) -> None:
+    def _append(self, log: int, batches: list[tuple[bytearray, BatchHeader]], now_ms: int) -> None:
         replica = self.replica
         if replica.high_watermark[log] == replica.log_end[log]:
             self.moved_ms = max(self.moved_ms, now_ms)
         self.feeder.appending(log, now_ms)
-        replica.append(log, data, [(0, header)])
+        for data, header in batches:
+            replica.append(log, data, [(0, header)])
         if replica.fsync or len(self.maximal_isr) == 1:
             replica.flush(log)
         self.feeder.serve_parked(now_ms)
@@ -246,7 +254,6 @@ class Primary:
         enough = max(replica.config.snapshot_bytes, 4 * self.snapshot_bytes)
         if self.snapshot_offset >= 0 or replica.state_bytes < enough or self.groups is None:
             return
-        self.snapshot_offset = replica.log_end[STATE]
         if self.queues is not None:
             self.queues.before_snapshot(now_ms)
         start, end, epochs = replica.log_start[RECORDS], replica.log_end[RECORDS], replica.epochs[RECORDS]
@@ -255,9 +262,11 @@ class Primary:
             """A replica whose log begins earlier has the record before our start, and must not take it for another."""
             return epochs.before if at == start - 1 else epochs.epoch_at(at) if at < end else -1
 
-        before = replica.state_bytes
-        self._append_entries([self.groups.snapshot(epoch_at)], now_ms)
-        self.snapshot_bytes = replica.state_bytes - before
+        snapshot, self.snapshot_bytes = self.groups.bounded_snapshot(epoch_at)
+        if snapshot is None:
+            return  # the log keeps what it has; when it has grown by as much again there may be less to tell
+        self.snapshot_offset = replica.log_end[STATE]
+        self._append_entries([snapshot], now_ms)
         replica.state_bytes = 0
 
     # -- answering ----------------------------------------------------------------------------------

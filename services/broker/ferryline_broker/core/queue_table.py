@@ -27,6 +27,7 @@ from ferryline_broker.core.queue_entries import (
     unpacked,
 )
 
+_BRIEF_CHARS = 64
 HISTORY_MAX = 3  # reasons of a record that are kept; each may be 4 KiB
 LeaseId = tuple[int, int]  # (epoch, number)
 NO_LEASE: LeaseId = (0, 0)
@@ -188,15 +189,18 @@ class QueueTable:
 
     # -- snapshots ----------------------------------------------------------------------------------
 
-    def row(self, epoch_at: Callable[[int], int]) -> QueueRow:
-        """Everything, as it goes into a snapshot. ``epoch_at`` tells the epoch of the record at an offset, -1: none."""
+    def row(self, epoch_at: Callable[[int], int], brief: bool = False) -> QueueRow:
+        """Everything, as it goes into a snapshot. ``epoch_at`` tells the epoch of the record at an offset, -1: none.
+        ``brief``: of each failure only how it was called, and only of the last one."""
         leases = []
         for lease in self.leases.values():
             offsets = sorted(lease.offsets)
             leases.append(LeaseRow(*lease.id, lease.member, lease.lease_ms, packed(offsets), epoch_at(offsets[-1])))
         stories = [
             StoryRow(
-                offset, epoch_at(offset), story.attempts, story.last, story.delay_ms, story.history, story.parked,
+                offset, epoch_at(offset), story.attempts, story.last, story.delay_ms,
+                [(at, reason[:_BRIEF_CHARS], "") for at, reason, _ in story.history[-1:]] if brief else story.history,
+                story.parked,
                 story.dying,
             )
             for offset, story in sorted(self.stories.items())
