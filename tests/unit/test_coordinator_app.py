@@ -248,6 +248,25 @@ async def test_only_the_certificate_of_a_broker_speaks_for_it(here: Here) -> Non
         await NodeConnection.connect(here.http, here.url, hello=hello, tls=context, expect="broker-1")
 
 
+async def test_the_certificate_of_a_broker_that_was_forgotten_is_listed_where_it_says(here: Here) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    _, joined = await here.join("s-1", csr=signing_request(key, []))
+    certificate = x509.load_pem_x509_certificate(joined["cert"].encode())
+    (place,) = certificate.extensions.get_extension_for_class(x509.CRLDistributionPoints).value
+    assert place.full_name is not None
+    tls = node_client_context(here.coordinator.authority.ca_path)
+
+    async def listed() -> set[int]:
+        async with here.http.get(place.full_name[0].value, ssl=tls) as response:  # type: ignore[index]
+            assert (response.status, response.content_type) == (200, "application/pkix-crl")
+            return {revoked.serial_number for revoked in x509.load_der_x509_crl(await response.read())}
+
+    assert await listed() == set()
+    status, _ = await here.rest("DELETE", f"/v1/brokers/{joined['broker_id']}")
+    assert status == 200
+    assert await listed() == {certificate.serial_number}
+
+
 async def test_a_certificate_of_another_ca_is_refused(here: Here, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other")
     key = ec.generate_private_key(ec.SECP256R1())

@@ -35,6 +35,7 @@ ROUTES: RouteRules = {
     ("GET", "/healthz"): PUBLIC,
     ("GET", "/readyz"): PUBLIC,
     ("GET", "/openapi.json"): PUBLIC,
+    ("GET", "/v1/ca.crl"): PUBLIC,  # certificates name it
     ("GET", "/metrics"): METRICS,
     ("POST", "/v1/join"): PUBLIC,  # by join tokens, which are used up
     ("POST", "/v1/renew"): NODE,

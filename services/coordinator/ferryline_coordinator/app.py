@@ -110,6 +110,7 @@ class Coordinator:
         self.url = config.url(port)
         cluster_id = await self._open()
         if not config.plain_http:
+            self.authority.crl_url = f"{self.url}/v1/ca.crl"
             hosts = [socket.gethostname(), *self._listening_name(), *config.hosts, *self._url_host()]
             self._own = OwnCertificate(self.authority, cluster_id, hosts)
             self._tls = self._own.files
@@ -246,7 +247,7 @@ class Coordinator:
         app.router.add_routes([web.post("/v1/join", self._join), web.post("/v1/renew", self._renew)])
         app.router.add_routes(health_routes(self._not_ready, self._about, self._standby_for))
         app.router.add_routes(self.metrics.routes())
-        app.router.add_routes([web.get("/openapi.json", self._openapi)])
+        app.router.add_routes([web.get("/openapi.json", self._openapi), web.get("/v1/ca.crl", self._revoked)])
         self.access.gate.guard(app.router, ROUTES)
         app.on_shutdown.append(self._shut_down)
         return app
@@ -254,6 +255,12 @@ class Coordinator:
     async def _openapi(self, request: web.Request) -> web.Response:
         """This document."""
         return web.json_response(document(request.app.router.routes(), secured=self.access.gate.enabled))
+
+    async def _revoked(self, _: web.Request) -> web.Response:
+        """Certificates of brokers that were forgotten. A standby does not know."""
+        self._admit()
+        body = self.authority.revocation_list(self.driver.state.brokers)
+        return web.Response(body=body, content_type="application/pkix-crl", headers={"Cache-Control": "max-age=60"})
 
     async def _shut_down(self, _: web.Application) -> None:
         self.driver.answer_parked()

@@ -3,6 +3,7 @@
     <data>/tls/ca.crt ca.key             made on first start; while the CA is changed ca.crt holds two (`rotation`)
     <data>/tls/coordinator.crt .key      renewed at start when it ends soon or names other hosts
     <data>/tls/join.key                  signs join tokens
+    <data>/tls/issued/<serial>           certificates of brokers (`revocation`)
     <data>/tls/used-tokens/<id>          storage id that used the token: the same storage may ask again
     <data>/join-tokens/<id>              unused tokens, one file each; a broker claims one by renaming it
 
@@ -21,7 +22,7 @@ import ipaddress
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from cryptography import x509
@@ -31,6 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ferryline.protocol.errors import Conflict, Forbidden, InvalidArgument
 from ferryline_coordinator.certificates import alternative, key_pem, unsigned
+from ferryline_coordinator.revocation import Issued, revocation_list
 from ferryline_coordinator.rotation import signing, take_step
 from ferryline_coordinator.store.vault import Vault
 from ferryline_service.files import write_durably
@@ -64,6 +66,8 @@ class Authority:
         self._used = self.directory / "used-tokens"
         for directory in (self.directory, self.tokens, self._used):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._issued = Issued(self.directory / "issued")
+        self.crl_url = ""  # where certificates say that revoked ones are listed
         self._vault: Vault | None = None
         if secrets_of_all is None:
             self._key, self.ca = self._open_ca()
@@ -137,6 +141,7 @@ class Authority:
         assert isinstance(key, ec.EllipticCurvePublicKey)
         hosts = _checked_names([*LOCAL_NAMES, *names], cluster_id)
         certificate = self._sign(key, node_names(cluster_id, broker_id), hosts)
+        self._issued.note(certificate, broker_id)
         return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def _sign(self, key: ec.EllipticCurvePublicKey, role: list[str], hosts: list[str]) -> x509.Certificate:
@@ -147,7 +152,15 @@ class Authority:
         builder = builder.add_extension(_usage(sign_certificates=False), critical=True)
         purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
         builder = builder.add_extension(purposes, critical=False)
+        if self.crl_url:
+            place = x509.DistributionPoint([x509.UniformResourceIdentifier(self.crl_url)], None, None, None)
+            builder = builder.add_extension(x509.CRLDistributionPoints([place]), critical=False)
         return builder.sign(self._key, hashes.SHA256())
+
+    def revocation_list(self, brokers: Container[int]) -> bytes:
+        """What is revoked, DER: certificates that were issued here to others than ``brokers``."""
+        now = _now()
+        return revocation_list(self._key, self.ca, self._issued.revoked(brokers, now), now)
 
     # -- join tokens --------------------------------------------------------------------------------
 

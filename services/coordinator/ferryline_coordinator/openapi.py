@@ -183,6 +183,10 @@ OPERATIONS: Operations = {
         {200: _one("Principal", "ETag")}, headers=_IF_MATCH, problems=(409, 412)
     ),
     ("GET", "/v1/login"): Operation({200: _one("Login")}, public=True),
+    ("GET", "/v1/ca.crl"): Operation(
+        {200: Answer({"application/pkix-crl": {"type": "string", "format": "binary"}}, "Revoked certificates, DER.")},
+        public=True,
+    ),
     ("POST", "/v1/join"): Operation({200: _one("Certified")}, Join, problems=(401, 403, 409), public=True),
     ("POST", "/v1/renew"): Operation({200: _one("Certified")}, Renew),
     ("GET", "/v1/certificates"): Operation({200: _one("Certificates")}),
