@@ -103,8 +103,9 @@ def flip(path: Path, position: int) -> None:
 
 
 def batch_of(path: Path, number: int) -> tuple[int, BatchHeader]:
-    """Position and header of that batch of a segment, or of its last."""
-    batches = split_batches(path.read_bytes())
+    """Position and header of that batch of a segment, or of its last; of those that hold many records. A producer that
+    is slow for a moment makes some of one record."""
+    batches = [(at, header) for at, header in split_batches(path.read_bytes()) if header.size > 1_000]
     return batches[min(number, len(batches) - 1)]
 
 
