@@ -451,6 +451,7 @@ class BrokerWorld:
         for running in self.running:
             if not running._task.done():
                 await running.crash()
+            await running._http.close()  # of one that ended by itself, too
         await self.http.close()
         await self.coordinator.stop()
 
