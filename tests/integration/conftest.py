@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ferryline.cli.driver import ProcessCluster
+from tests.integration.bad_input import World
 
 LOG_LINES = 40
 # Peers die here with connections open, and the garbage collector may look between a socket's abort and its closing:
@@ -51,3 +52,18 @@ async def start_cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Async
 async def cluster(start_cluster: Start) -> ProcessCluster:
     """A coordinator and three brokers."""
     return await start_cluster(brokers=3)
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
+    """A coordinator and two brokers, for all hostile input of one file."""
+    made = ProcessCluster(tmp_path_factory.mktemp("attacked"), brokers=2)
+    made.local.start()
+    yield made
+    made.local.kill_all()
+
+
+@pytest.fixture
+async def world(attacked: ProcessCluster) -> World:
+    """That cluster with its topic, as it is now."""
+    return await World.make(attacked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -14,7 +13,6 @@ from ferryline.protocol.frames import FLAG_ANSWER, PREFIX, Kind, encode_frame
 from ferryline.protocol.limits import FRAME_BYTES_MAX, FRAME_ENTRIES_MAX, OFFSET_MAX
 from ferryline.protocol.records import HEADER_BYTES
 from tests.integration.bad_input import PARTITIONS, Case, World, batch, case
-from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import CLOSED, Wire, code_of
 from tests.polling import poll
 
@@ -22,19 +20,6 @@ pytestmark = pytest.mark.process
 
 TABLE: list[Case] = []
 MALFORMED = "MALFORMED_REQUEST"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    made = ProcessCluster(tmp_path_factory.mktemp("frames"), brokers=2)
-    made.local.start()
-    yield made
-    made.local.kill_all()
-
-
-@pytest.fixture
-async def world(cluster: ProcessCluster) -> World:
-    return await World.make(cluster)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)

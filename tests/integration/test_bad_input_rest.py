@@ -7,7 +7,6 @@ import gzip
 import json
 import ssl
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,26 +16,12 @@ from ferryline.cli.tlsinfo import address
 from ferryline.protocol import errors
 from ferryline.protocol.records import HEADER_BYTES, encode_batch
 from tests.integration.bad_input import PARTITIONS, TOPIC, Case, World, case
-from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import Rest
 
 pytestmark = pytest.mark.process
 
 TABLE: list[Case] = []
 MALFORMED, ARGUMENT, NAME = "MALFORMED_REQUEST", "INVALID_ARGUMENT", "INVALID_NAME"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    made = ProcessCluster(tmp_path_factory.mktemp("rest"), brokers=2)
-    made.local.start()
-    yield made
-    made.local.kill_all()
-
-
-@pytest.fixture
-async def world(cluster: ProcessCluster) -> World:
-    return await World.make(cluster)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)

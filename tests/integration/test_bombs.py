@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cramjam
@@ -21,7 +21,6 @@ import ferryline as fl
 from ferryline.protocol import errors
 from ferryline.protocol.records import CODECS, HEADER_BYTES, decode_batch, encode_batch
 from tests.integration.bad_input import World
-from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import Rest, Wire
 
 pytestmark = pytest.mark.process
@@ -88,19 +87,6 @@ ENCODINGS = {
     "x-gzip": gzip.compress(bytes(64 * MIB)),
     "identity, gzip": gzip.compress(bytes(64 * MIB)),
 }
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    made = ProcessCluster(tmp_path_factory.mktemp("bombs"), brokers=2)
-    made.local.start()
-    yield made
-    made.local.kill_all()
-
-
-@pytest.fixture
-async def world(cluster: ProcessCluster) -> World:
-    return await World.make(cluster)
 
 
 def peaks(world: World) -> dict[str, int]:

@@ -12,14 +12,13 @@ import itertools
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
 from ferryline.cli.tlsinfo import address
 from tests.integration.bad_input import World
-from tests.integration.process_driver import ProcessCluster
 from tests.integration.wire import Rest
 
 pytestmark = pytest.mark.process
@@ -222,19 +221,6 @@ for label, frame in {
         lambda smuggled, frame=frame: get(UPGRADE + KEY, SESSION) + frame + smuggled,  # type: ignore[misc]
         101,
     )
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    made = ProcessCluster(tmp_path_factory.mktemp("framing"), brokers=2)
-    made.local.start()
-    yield made
-    made.local.kill_all()
-
-
-@pytest.fixture
-async def world(cluster: ProcessCluster) -> World:
-    return await World.make(cluster)
 
 
 def test_the_table_is_as_long_as_promised() -> None:
