@@ -60,8 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
-    """What is garbage after the last test belongs to none, and is taken away in silence: pytest would end a green run with
-    an error that names nobody."""
+    """What is garbage after the last test belongs to none, and is taken away in silence: pytest would end a green run
+    with an error that names nobody."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
