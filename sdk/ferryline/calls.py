@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ferryline.client import Client
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
+BROKER_ANSWER_S = 60.0  # some requests read a log from disk
 _ATTEMPT_S = 10.0
 _SILENT_S = 3.0  # a coordinator that did not answer is left alone for so long, if there are others
 _VISIBLE_S = 10.0  # how long a change may take to reach this client's own metadata
@@ -129,6 +131,38 @@ class CoordinatorCalls:
         if response.status >= 400:
             raise problem_of(response.status, raw)
         return msgspec.json.decode(raw) if raw.strip() else {}
+
+
+async def ask_broker(
+    client: Client,
+    broker: int,
+    method: str,
+    path: str,
+    *,
+    params: Mapping[str, str],
+    data: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[Mapping[str, str], bytes]:
+    """One request to that broker over REST: headers and body of its answer, within BROKER_ANSWER_S.
+
+    Raises what it refuses with, ConnectionFailed, or RequestTimedOut.
+    """
+    url = client.routing.address(broker)
+    if not url:
+        raise ConnectionFailed(f"broker {broker} is not known")
+    limits = aiohttp.ClientTimeout(total=BROKER_ANSWER_S, connect=client.connector.connect_timeout)
+    try:
+        async with client.connector.http.request(
+            method, url + path, params=params, data=data, headers=headers, timeout=limits, allow_redirects=False
+        ) as response:
+            raw = await response.read()
+    except (aiohttp.ClientError, OSError) as error:
+        raise ConnectionFailed(f"{url}: {error or type(error).__name__}", url=url) from None
+    except TimeoutError:
+        raise RequestTimedOut(f"{url}{path}: no answer within {BROKER_ANSWER_S:g} s") from None
+    if response.status >= 400:
+        raise problem_of(response.status, raw)
+    return response.headers, raw
 
 
 _BACKOFF_S = tenacity.wait_random_exponential(multiplier=0.05, max=1.0)

@@ -13,7 +13,7 @@ Names and attributes follow OpenTelemetry's conventions for messaging. Keys and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +113,9 @@ def processing(message: Message[Any] | QueueMessage[Any]) -> Iterator[None]:
 
 
 def _about(topic: str, operation: str) -> dict[str, Any]:
-    about: Mapping[str, Any] = {
+    return {
         "messaging.system": "ferryline",
         "messaging.destination.name": topic,
         "messaging.operation.name": operation,
         "messaging.operation.type": operation,
     }
-    return dict(about)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aiohttp
 import msgspec
 
-from ferryline.calls import CoordinatorCalls, problem_of
+from ferryline.calls import BROKER_ANSWER_S, CoordinatorCalls, ask_broker
 from ferryline.core.retry import told_ms
-from ferryline.protocol.errors import ConnectionFailed, FerrylineError, NotPrimary, NotReady, RequestTimedOut
+from ferryline.protocol.errors import FerrylineError, NotPrimary, NotReady, RequestTimedOut
 
 if TYPE_CHECKING:
     from ferryline.client import Client
 
-ANSWER_S = 60.0
 AGAIN_S = 0.2
 T = TypeVar("T")
 
@@ -43,7 +41,7 @@ class BackupCalls(CoordinatorCalls):
 
     async def coordinator(self, method: str, path: str, body: Any = None) -> Any:
         """One request to the active coordinator; a change is made once, and asking for it again changes nothing."""
-        return await self.patiently(lambda: self._request(method, path, body, ANSWER_S, again=_retriable))
+        return await self.patiently(lambda: self._request(method, path, body, BROKER_ANSWER_S, again=_retriable))
 
     async def read(self, topic_id: str, partition: int, log: str, **query: int) -> Standing:
         """Of the primary, whoever that is at the time."""
@@ -94,25 +92,9 @@ class BackupCalls(CoordinatorCalls):
 
     async def _broker(
         self, broker: int, method: str, path: str, body: bytes | None, query: dict[str, int]
-    ) -> tuple[Any, bytes]:
-        client = self._client
-        url = client.routing.address(broker)
-        if not url:
-            raise ConnectionFailed(f"broker {broker} is not known")
-        limits = aiohttp.ClientTimeout(total=ANSWER_S, connect=client.connector.connect_timeout)
+    ) -> tuple[Mapping[str, str], bytes]:
         params = {name.rstrip("_"): str(value) for name, value in query.items()}
-        try:
-            async with client.connector.http.request(
-                method, url + path, params=params, data=body, timeout=limits, allow_redirects=False
-            ) as response:
-                raw = await response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailed(f"{url}: {error or type(error).__name__}", url=url) from None
-        except TimeoutError:
-            raise RequestTimedOut(f"{url}{path}: no answer within {ANSWER_S:g} s") from None
-        if response.status >= 400:
-            raise problem_of(response.status, raw)
-        return response.headers, raw
+        return await ask_broker(self._client, broker, method, path, params=params, data=body)
 
 
 def _retriable(error: BaseException) -> bool:

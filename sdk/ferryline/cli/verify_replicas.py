@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import msgspec
 
-from ferryline.calls import problem_of
+from ferryline.calls import BROKER_ANSWER_S, ask_broker
 from ferryline.core.retry import told_ms
-from ferryline.protocol.errors import ConnectionFailed, FerrylineError, RequestTimedOut, Throttled
+from ferryline.protocol.errors import FerrylineError, Throttled
 from ferryline.protocol.metadata import PartitionMeta
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 LOGS = ("records", "state")
 DAMAGED, DIFFERS, UNCHECKED = "damaged", "differs", "not checked"
 ANSWER_BYTES = 64 * 1024 * 1024  # of log that one request reads
-ANSWER_S = 60.0
 GONE_MAX = 20  # times that retention may overtake a walk before it is given up
 
 Progress = Callable[[int], None]  # bytes just checked
@@ -96,7 +94,7 @@ class Brokers:
 
     async def ask(self, broker: int, method: str, path: str, body: Any = None, **params: Any) -> dict[str, Any]:
         """The answer; a broker that lets no more in is asked again when it says. Raises FerrylineError."""
-        end = asyncio.get_running_loop().time() + ANSWER_S
+        end = asyncio.get_running_loop().time() + BROKER_ANSWER_S
         while True:
             try:
                 return await self._once(broker, method, path, body, params)
@@ -107,25 +105,10 @@ class Brokers:
             await asyncio.sleep(pause_s)
 
     async def _once(self, broker: int, method: str, path: str, body: Any, params: dict[str, Any]) -> dict[str, Any]:
-        client = self._client
-        url = client.routing.address(broker)
-        if not url:
-            raise ConnectionFailed(f"broker {broker} is not known")
-        limits = aiohttp.ClientTimeout(total=ANSWER_S, connect=client.connector.connect_timeout)
         data = msgspec.json.encode(body) if body is not None else None
         headers = {"Content-Type": "application/json"} if data is not None else {}
         texts = {name: str(value) for name, value in params.items() if value is not None}
-        try:
-            async with client.connector.http.request(
-                method, url + path, params=texts, data=data, headers=headers, timeout=limits, allow_redirects=False
-            ) as response:
-                raw = await response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailed(f"{url}: {error or type(error).__name__}", url=url) from None
-        except TimeoutError:
-            raise RequestTimedOut(f"{url}{path}: no answer within {ANSWER_S:g} s") from None
-        if response.status >= 400:
-            raise problem_of(response.status, raw)
+        _, raw = await ask_broker(self._client, broker, method, path, params=texts, data=data, headers=headers)
         answer: dict[str, Any] = msgspec.json.decode(raw)
         return answer
 
