@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ferryline.protocol.access import CLUSTER, GROUP, MANAGE, READ, TOPIC, WRITE
+from ferryline.protocol.access import GROUP, MANAGE, READ, TOPIC, WRITE
 from ferryline.protocol.errors import ErrorInfo, FerrylineError, Forbidden, UnknownTopic
 from ferryline.protocol.frames import Kind
 from ferryline_broker.view import ClusterView
@@ -15,10 +15,11 @@ from ferryline_service.access.rules import (
     AUTHENTICATED,
     ENTRY,
     HEADER,
-    METRICS,
+    LOOK,
     NODE,
+    OPERATE,
     PATH,
-    PUBLIC,
+    SHARED_ROUTES,
     FrameRules,
     Need,
     RouteRules,
@@ -26,8 +27,6 @@ from ferryline_service.access.rules import (
 )
 from ferryline_service.server_session import ServerSession
 
-_LOOK = granted(Need(READ, CLUSTER))
-_OPERATE = granted(Need(MANAGE, CLUSTER))
 _READ_TOPIC = granted(Need(READ, TOPIC, PATH))
 _READ_QUEUE = granted(Need(READ, GROUP, PATH), Need(READ, TOPIC, PATH))
 _MANAGE_GROUP = granted(Need(MANAGE, GROUP, PATH))
@@ -35,13 +34,7 @@ _QUEUE = "/v1/queues/{topic}/{group}"
 _REPLICA = "/v1/replicas/{topic_id}/{partition}"
 
 ROUTES: RouteRules = {
-    ("GET", "/healthz"): PUBLIC,
-    ("GET", "/readyz"): PUBLIC,
-    ("GET", "/openapi.json"): PUBLIC,
-    ("GET", "/metrics"): METRICS,
-    ("GET", "/v1/session"): AUTHENTICATED,
-    ("GET", "/v1/whoami"): AUTHENTICATED,
-    ("GET", "/v1/metadata"): AUTHENTICATED,
+    **SHARED_ROUTES,
     ("POST", "/v1/topics/{topic}/records"): granted(Need(WRITE, TOPIC, PATH)),
     ("GET", "/v1/topics/{topic}/partitions/{partition}/records"): _READ_TOPIC,
     ("POST", "/v1/exchanges/{exchange}/publish"): granted(Need(WRITE, TOPIC, ENTRY)),
@@ -58,15 +51,12 @@ ROUTES: RouteRules = {
     ("POST", f"{_QUEUE}/resume"): _MANAGE_GROUP,
     ("POST", f"{_QUEUE}/redrive"): _MANAGE_GROUP,
     ("DELETE", _QUEUE): _MANAGE_GROUP,
-    ("GET", _REPLICA): _LOOK,
-    ("GET", f"{_REPLICA}/digests"): _LOOK,
-    ("POST", f"{_REPLICA}/repair"): _OPERATE,
-    ("GET", f"{_REPLICA}/logs/{{log}}"): _OPERATE,  # records of whatever topic
-    ("PUT", f"{_REPLICA}/logs/{{log}}"): _OPERATE,
-    ("POST", f"{_REPLICA}/restored"): _OPERATE,
-    ("GET", "/v1/certificates"): _LOOK,
-    ("POST", "/v1/certificates/renew"): _OPERATE,
-    ("GET", "/v1/audit"): _OPERATE,
+    ("GET", _REPLICA): LOOK,
+    ("GET", f"{_REPLICA}/digests"): LOOK,
+    ("POST", f"{_REPLICA}/repair"): OPERATE,
+    ("GET", f"{_REPLICA}/logs/{{log}}"): OPERATE,  # records of whatever topic
+    ("PUT", f"{_REPLICA}/logs/{{log}}"): OPERATE,
+    ("POST", f"{_REPLICA}/restored"): OPERATE,
 }
 
 _READ_ENTRIES = granted(Need(READ, TOPIC, ENTRY))

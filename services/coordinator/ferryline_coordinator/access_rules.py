@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ferryline.protocol.access import CLUSTER, EXCHANGE, GROUP, MANAGE, READ, TOPIC, WRITE
+from ferryline.protocol.access import EXCHANGE, GROUP, MANAGE, READ, TOPIC, WRITE
 from ferryline.protocol.frames import Kind
 from ferryline.protocol.messages import GroupHeartbeat
 from ferryline_coordinator.core.state import CoordinatorState
@@ -15,34 +15,28 @@ from ferryline_service.access.rules import (
     BODY,
     ENTRY,
     HEADER,
-    METRICS,
+    LOOK,
     NODE,
+    OPERATE,
     PATH,
     PUBLIC,
+    SHARED_ROUTES,
     FrameRules,
     Need,
     RouteRules,
     granted,
 )
 
-_LOOK = granted(Need(READ, CLUSTER))
-_OPERATE = granted(Need(MANAGE, CLUSTER))
 _READ_TOPIC, _MANAGE_TOPIC = granted(Need(READ, TOPIC, PATH)), granted(Need(MANAGE, TOPIC, PATH))
 _READ_GROUP, _MANAGE_GROUP = granted(Need(READ, GROUP, PATH)), granted(Need(MANAGE, GROUP, PATH))
 _READ_EXCHANGE, _MANAGE_EXCHANGE = granted(Need(READ, EXCHANGE, PATH)), granted(Need(MANAGE, EXCHANGE, PATH))
 
 ROUTES: RouteRules = {
-    ("GET", "/healthz"): PUBLIC,
-    ("GET", "/readyz"): PUBLIC,
-    ("GET", "/openapi.json"): PUBLIC,
+    **SHARED_ROUTES,
     ("GET", "/v1/ca.crl"): PUBLIC,  # certificates name it
-    ("GET", "/metrics"): METRICS,
     ("POST", "/v1/join"): PUBLIC,  # by join tokens, which are used up
     ("POST", "/v1/renew"): NODE,
-    ("GET", "/v1/session"): AUTHENTICATED,
     ("GET", "/v1/login"): PUBLIC,  # how to get a token
-    ("GET", "/v1/whoami"): AUTHENTICATED,
-    ("GET", "/v1/metadata"): AUTHENTICATED,
     ("GET", "/v1/topics"): AUTHENTICATED,
     ("POST", "/v1/topics"): granted(Need(MANAGE, TOPIC, BODY)),
     ("GET", "/v1/topics/{topic}"): _READ_TOPIC,
@@ -63,29 +57,26 @@ ROUTES: RouteRules = {
     ("POST", "/v1/groups/{group}/heartbeat"): granted(Need(READ, GROUP, PATH), Need(READ, TOPIC, ENTRY)),
     ("GET", "/v1/definitions"): AUTHENTICATED,
     ("PUT", "/v1/definitions"): AUTHENTICATED,  # each item is decided by itself
-    ("GET", "/v1/cluster"): _LOOK,
-    ("GET", "/v1/brokers"): _LOOK,
-    ("GET", "/v1/partitions"): _LOOK,
-    ("POST", "/v1/partitions/recover"): _OPERATE,
-    ("POST", "/v1/brokers/{broker}/drain"): _OPERATE,
-    ("POST", "/v1/brokers/{broker}/undrain"): _OPERATE,
-    ("DELETE", "/v1/brokers/{broker}"): _OPERATE,
-    ("GET", "/v1/principals"): _OPERATE,
-    ("POST", "/v1/principals"): _OPERATE,
-    ("GET", "/v1/principals/{principal}"): _OPERATE,
-    ("PATCH", "/v1/principals/{principal}"): _OPERATE,
-    ("DELETE", "/v1/principals/{principal}"): _OPERATE,
-    ("POST", "/v1/principals/{principal}/keys"): _OPERATE,
-    ("DELETE", "/v1/principals/{principal}/keys/{key}"): _OPERATE,
-    ("GET", "/v1/audit"): _OPERATE,
-    ("GET", "/v1/certificates"): _LOOK,
-    ("POST", "/v1/certificates/renew"): _OPERATE,
-    ("POST", "/v1/certificates/rotate"): _OPERATE,
-    ("GET", "/v1/upgrade"): _LOOK,
-    ("POST", "/v1/upgrade/finish"): _OPERATE,
-    ("GET", "/v1/backup"): _OPERATE,  # of every record, keys of principals included
-    ("POST", "/v1/restore"): _OPERATE,
-    ("POST", "/v1/restore/finish"): _OPERATE,
+    ("GET", "/v1/cluster"): LOOK,
+    ("GET", "/v1/brokers"): LOOK,
+    ("GET", "/v1/partitions"): LOOK,
+    ("POST", "/v1/partitions/recover"): OPERATE,
+    ("POST", "/v1/brokers/{broker}/drain"): OPERATE,
+    ("POST", "/v1/brokers/{broker}/undrain"): OPERATE,
+    ("DELETE", "/v1/brokers/{broker}"): OPERATE,
+    ("GET", "/v1/principals"): OPERATE,
+    ("POST", "/v1/principals"): OPERATE,
+    ("GET", "/v1/principals/{principal}"): OPERATE,
+    ("PATCH", "/v1/principals/{principal}"): OPERATE,
+    ("DELETE", "/v1/principals/{principal}"): OPERATE,
+    ("POST", "/v1/principals/{principal}/keys"): OPERATE,
+    ("DELETE", "/v1/principals/{principal}/keys/{key}"): OPERATE,
+    ("POST", "/v1/certificates/rotate"): OPERATE,
+    ("GET", "/v1/upgrade"): LOOK,
+    ("POST", "/v1/upgrade/finish"): OPERATE,
+    ("GET", "/v1/backup"): OPERATE,  # of every record, keys of principals included
+    ("POST", "/v1/restore"): OPERATE,
+    ("POST", "/v1/restore/finish"): OPERATE,
 }
 
 FRAMES: FrameRules = {

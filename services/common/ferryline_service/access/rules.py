@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ferryline.protocol.access import CLUSTER, READ
+from ferryline.protocol.access import CLUSTER, MANAGE, READ
 from ferryline.protocol.errors import Forbidden, NotReady
 from ferryline_service.access.caller import Caller
 
@@ -55,6 +55,22 @@ class RuleMissing(RuntimeError):
 def granted(*needs: Need) -> Rule:
     """Every one of ``needs`` must be granted."""
     return Rule("granted", needs)
+
+
+LOOK = granted(Need(READ, CLUSTER))
+OPERATE = granted(Need(MANAGE, CLUSTER))
+SHARED_ROUTES: RouteRules = {  # of every service
+    ("GET", "/healthz"): PUBLIC,
+    ("GET", "/readyz"): PUBLIC,
+    ("GET", "/openapi.json"): PUBLIC,
+    ("GET", "/metrics"): METRICS,
+    ("GET", "/v1/session"): AUTHENTICATED,
+    ("GET", "/v1/whoami"): AUTHENTICATED,
+    ("GET", "/v1/metadata"): AUTHENTICATED,
+    ("GET", "/v1/audit"): OPERATE,
+    ("GET", "/v1/certificates"): LOOK,
+    ("POST", "/v1/certificates/renew"): OPERATE,
+}
 
 
 def check_kind(rule: Rule, caller: Caller) -> None:
