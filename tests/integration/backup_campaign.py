@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from ferryline.protocol.errors import Conflict, FerrylineError
 from ferryline.protocol.records import decode_batch, split_batches
 from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.groups import GroupTable
+from tests.integration.ledgers import tell
 
 LOG_TOPIC, QUEUE_TOPIC, LETTERS, EXCHANGE = "orders", "jobs", "jobs.dlq", "events"
 LOG_GROUP, QUEUE_GROUP = "billing", "packing"
@@ -469,13 +469,9 @@ def main() -> int:
             options.kill_after = min(options.kill_after, 20_000)  # there is little that is new
         with tempfile.TemporaryDirectory(prefix="ferryline-backup-") as folder:
             result = asyncio.run(run(options, Path(folder)))
-        line = json.dumps({"good": good(result), "seed": options.seed, "incremental": options.incremental, **result})
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        about = {"good": good(result), "seed": options.seed, "incremental": options.incremental}
+        tell({**about, **result}, options.ledger)
         bad += not good(result)
-        if options.ledger:
-            with options.ledger.open("a") as out:
-                out.write(line + "\n")
     return 1 if bad else 0
 
 

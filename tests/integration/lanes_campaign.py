@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import ferryline as fl
 from ferryline.cli.driver import ProcessCluster
 from tests.integration.lanes_worker import GROUP, TOPIC
+from tests.integration.ledgers import tell
 
 FAILOVER_S = 6.0  # after the death of a broker nobody is expected to get anything
 SETTLE_S = 120.0  # for the last record to be acknowledged
@@ -308,11 +308,7 @@ def main() -> int:
     parser.add_argument("--ledger", type=Path, help="append the result to this file")
     options = parser.parse_args()
     result = asyncio.run(run(options))
-    line = json.dumps(result)
-    sys.stdout.write(line + "\n")
-    if options.ledger:
-        with options.ledger.open("a") as out:
-            out.write(line + "\n")
+    tell(result, options.ledger)
     broken = any(result[name] for name in ("order", "again", "apart", "lost", "idle")) or not result["drained"]
     return 1 if broken else 0
 

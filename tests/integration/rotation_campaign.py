@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shutil
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import ferryline as fl
 from ferryline.cli.driver import ProcessCluster
 from ferryline.cli.rotation import STEPS, Rotation
 from ferryline.trust import ssl_context
+from tests.integration.ledgers import tell
 
 TOPIC, QUEUE = "orders", "jobs"
 DRAIN_S = 60.0
@@ -196,13 +196,8 @@ def main() -> int:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="ferryline-rotation-") as folder:
             result = asyncio.run(run(options, Path(folder)))
-        line = json.dumps({"good": good(result), **result})
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        tell({"good": good(result), **result}, options.ledger)
         bad += not good(result)
-        if options.ledger:
-            with options.ledger.open("a") as out:
-                out.write(line + "\n")
     return 1 if bad else 0
 
 

@@ -9,6 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,20 @@ async def _address(process: asyncio.subprocess.Process, beginning: str) -> str:
     raise AssertionError(f"no line begins with {beginning}")
 
 
-async def log_in(person: Person, browser: Chromium, issuer: NpmIssuer, name: str) -> None:
-    process = await person.start("login", "--no-browser")
+@asynccontextmanager
+async def started(person: Person, *args: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A command that runs meanwhile; killed if it has not ended."""
+    process = await person.start(*args)
     try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def log_in(person: Person, browser: Chromium, issuer: NpmIssuer, name: str) -> None:
+    async with started(person, "login", "--no-browser") as process:
         await browser.go(await _address(process, issuer.url))
         await browser.type("login", name)
         await browser.type("password", "whatever it is")
@@ -106,16 +118,11 @@ async def log_in(person: Person, browser: Chromium, issuer: NpmIssuer, name: str
             out, err = await process.communicate()
         assert process.returncode == 0, err
         assert f"logged in as {name}@example.org" in out.decode()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def log_in_elsewhere(person: Person, browser: Chromium, issuer: NpmIssuer, name: str) -> None:
     """With a code, typed on another machine."""
-    process = await person.start("login", "--device")
-    try:
+    async with started(person, "login", "--device") as process:
         await browser.go(await _address(process, f"{issuer.url}/device?"))
         await browser.see("Confirm Device")
         await browser.press("[type=submit][autofocus]")
@@ -128,10 +135,6 @@ async def log_in_elsewhere(person: Person, browser: Chromium, issuer: NpmIssuer,
         async with asyncio.timeout(60):
             _, err = await process.communicate()
         assert process.returncode == 0, err
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 @pytest.fixture

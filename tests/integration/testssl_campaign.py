@@ -40,7 +40,7 @@ async def campaign(root: Path) -> dict[str, Any]:
     await cluster.start()
     try:
         told = {}
-        for name, url in zip((*("coordinator",), *cluster.brokers), cluster.urls, strict=True):
+        for name, url in zip(["coordinator", *cluster.brokers], cluster.urls, strict=True):
             told[name] = await asyncio.to_thread(scan, url, cluster.ca, root)
     finally:
         await cluster.stop()

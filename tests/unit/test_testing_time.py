@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
-import warnings
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -155,9 +153,6 @@ def test_a_test_that_waits_for_nothing_is_told_so() -> None:
 
     with pytest.raises(Stuck, match="without a deadline"):
         asyncio.run(wait_for_ever())
-    with warnings.catch_warnings():  # whoever is stuck closes nothing: here, and not in some later test
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 async def test_a_leap_moves_the_timers_of_processes_only(clock: VirtualTime) -> None:
