@@ -210,27 +210,30 @@ async def test_a_commit_that_arrives_late_changes_nothing_even_without_guards_of
 
 async def test_commits_go_on_while_each_member_in_turn_is_down(etcd: EtcdProcesses, open_store: Open) -> None:
     store = open_store(url="https://a:1")
-    epoch, number, worst = (await store.campaign()).coord_epoch, 0, 0.0
+    await store.campaign()
+    number, worst = 0, 0.0
     for name in etcd.names:
         etcd.kill(name)
-        end = time.monotonic() + 2.0
-        while time.monotonic() < end:
+        began_without, made = time.monotonic(), 0
+        while time.monotonic() < began_without + 2.0 or made < 3:  # a member that led is missed for an election first
+            assert time.monotonic() < began_without + 60, f"{made} commits without {name}"
             began = time.monotonic()
             committed = await store.commit({f"k{number}": b"v"}, [], [(f"k{number}", 0)])
             worst = max(worst, time.monotonic() - began)
             if committed.outcome is not Outcome.OK:  # an election took longer than a commit waits
                 assert committed.outcome in (Outcome.UNKNOWN, Outcome.LOST)
-                epoch = (await store.campaign()).coord_epoch
+                await store.campaign()
                 loaded = await store.load(0)
                 number = max(int(key[1:]) for key in loaded.records)
+            else:
+                made += 1
             number += 1
         etcd.spawn(name)
         await asyncio.to_thread(etcd.wait_ready, name)
-    assert epoch <= 6
     loaded = await store.load(0)
     assert sorted(loaded.records, key=lambda key: int(key[1:]))[:3] == ["k0", "k1", "k2"]
-    assert len(loaded.records) >= number > 5
-    assert worst < 5.0
+    assert len(loaded.records) >= number >= 9
+    assert worst < 30.0, "a commit waits for a few seconds, then it says that its outcome is unknown"
 
 
 async def test_without_a_majority_a_commit_is_unknown_and_primaryship_ends_by_the_clock(
