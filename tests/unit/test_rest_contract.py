@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -115,3 +116,14 @@ async def test_other_methods_are_told_what_the_address_takes_and_head_is_get_wit
     status, body = await here.rest("GET", "/v1/nothing")
     assert (status, body["code"]) == (404, "NOT_FOUND")
     assert re.fullmatch(r"[0-9a-f]{32}", body["request_id"])
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "nonsense"])
+async def test_a_packed_body_gets_the_code_of_one_of_another_type(here: Here, encoding: str) -> None:
+    body = gzip.compress(b'{"name": "e", "type": "fanout"}')
+    status, problem = await here.rest("POST", "/v1/exchanges", body, headers={"Content-Encoding": encoding})
+    assert (status, problem["code"], problem["details"]) == (
+        415, "UNSUPPORTED_MEDIA_TYPE", {"field": "Content-Encoding"},
+    )  # fmt: skip
+    assert "Content-Encoding" in problem["remedy"]
+    assert (await here.rest("GET", "/v1/exchanges"))[1]["exchanges"] == []

@@ -125,7 +125,7 @@ class MethodNotAllowed(InvalidRequest):
 class UnsupportedMediaType(InvalidRequest):
     code = "UNSUPPORTED_MEDIA_TYPE"
     http_status = 415
-    remedy = "Send JSON, with the header Content-Type: application/json."
+    remedy = "Send JSON as it is: with the header Content-Type: application/json, and no Content-Encoding."
 
 
 class Unauthorized(FerrylineError):

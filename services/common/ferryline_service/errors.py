@@ -154,7 +154,7 @@ async def _answer(
     try:
         if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             # Nothing is unpacked before anybody could say how large it gets.
-            raise web.HTTPUnsupportedMediaType(reason="send the body as it is, without Content-Encoding")
+            raise UnsupportedMediaType("Content-Encoding: send the body as it is", field="Content-Encoding")
         return await handler(request)
     except FerrylineError as raised:
         error = raised

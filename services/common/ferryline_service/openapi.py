@@ -27,7 +27,7 @@ _PROBLEMS = {
     409: "Something else stands in the way; it was not done.",
     412: "It was changed since the asker saw it.",
     413: "Too large.",
-    415: "The body is of another type.",
+    415: "The body is of another type, or packed.",
     421: "Another broker leads this; `details.primary_url` is its address.",
     429: "Too much at once; `Retry-After` says when to come again.",
     500: "A mistake of ours; `request_id` names it in the log.",
