@@ -19,7 +19,7 @@ from aiokafka.record.util import calc_crc32c
 
 import ferryline as fl
 from ferryline.protocol import errors
-from ferryline.protocol.records import CODECS, HEADER_BYTES, decode_batch, encode_batch
+from ferryline.protocol.records import CODECS, HEADER_BYTES, encode_batch
 from tests.integration.bad_input import World
 from tests.integration.wire import Rest, Wire
 
