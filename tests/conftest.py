@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.integration.oidc import chromium, oidc
 from tests.polling import POLL_SECONDS, poll, poll_blocking
@@ -30,6 +31,9 @@ PROGRAMS = {  # tests run where these are found
     "redis": "needs redis-server (Debian: redis-server): `make test-all` installs it",
     "oidc": "needs node, chromium and what scripts/install-oidc fetches: `make test-all` installs them",
 }
+# Properties are judged by what they find. How long an example takes is the machine's business, which may be busy.
+settings.register_profile("ferryline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ferryline")
 _COMMANDS = {"redis": "redis-server"}  # where it is not called like the marker
 
 
