@@ -109,7 +109,7 @@ class _Folder:
 class _NoRenewal:
     """Of `Renewal`: certificates do not end here."""
 
-    def start(self, coordinators: list[str]) -> None:
+    def start(self) -> None:
         return
 
     def close(self) -> None:

@@ -415,9 +415,8 @@ class RunningBroker:
         broker = self.broker
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        broker.upkeep.close()
-        broker.stored.close()
-        broker.renewal.close()
+        for work in broker.background():
+            work.close()
         broker.dead_letters.close()
         broker.peers.close()
         broker.node_driver.close()

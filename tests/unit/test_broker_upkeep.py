@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from ferryline.protocol.frames import decode_header
 from ferryline.protocol.messages import FetchEntry, Report
 from ferryline.protocol.metadata import TopicMeta
+from ferryline_broker.background import Background
 from unit.broker_world import BrokerWorld, RawClient, RunningBroker, eventually
 from unit.test_broker_path import read_all
 
@@ -130,3 +133,38 @@ async def test_a_damaged_copy_is_set_aside_and_fetched_again(tmp_path: Path) -> 
         world.coordinator.lead((topic.id, 0), back.id, (first.id, back.id))
         await eventually(lambda: world.primary(topic.id) is back, "it may lead")
         assert await read_all(await world.client(back.url), topic) == [b"%d" % value for value in range(5)]
+
+
+class Counting(Background):
+    turns = 0
+
+    async def _run(self) -> None:
+        while True:
+            self.turns += 1
+            await asyncio.sleep(0)
+
+
+async def test_what_goes_on_beside_the_traffic_ends_when_it_is_closed() -> None:
+    work = Counting()
+    work.close()
+    assert work.turns == 0, "closed before it began: nothing to end"
+    work.start()
+    await eventually(lambda: work.turns > 3, "it goes on by itself")
+    with pytest.raises(AssertionError, match="Counting is running"):
+        work.start()
+    work.close()
+    work.close()
+    seen = work.turns
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert work.turns <= seen + 1
+
+
+async def test_a_broker_that_is_stopped_leaves_none_of_its_tasks_behind(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        tasks = [work._task for work in broker.broker.background()]
+        assert len(tasks) == 3
+        assert all(task is not None and not task.done() for task in tasks)
+        await broker.stop()
+        assert all(task is not None and task.cancelled() for task in tasks)

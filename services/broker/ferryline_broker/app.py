@@ -20,6 +20,7 @@ from ferryline.protocol.messages import LOG_DAMAGED
 from ferryline_broker.access_rules import ROUTES
 from ferryline_broker.appending import Appender
 from ferryline_broker.audit import AuditApi
+from ferryline_broker.background import Background
 from ferryline_broker.clients import FrameRouter
 from ferryline_broker.config import BrokerConfig
 from ferryline_broker.coordinator import CoordinatorLink
@@ -174,7 +175,8 @@ class Broker:
         )
         self.upkeep = Upkeep(config, store, group, partitions, self.node_driver, metrics)
         self.upkeep.on_space = lambda: self._leave_soon("there is space again", EXIT_SPACE)
-        self.renewal = Renewal(http, tls, files, [address.internal, address.external], config.tls_names)
+        urls = [address.internal, address.external]
+        self.renewal = Renewal(http, tls, files, urls, config.tls_names, config.coordinator)
         self.certificates = CertificateApi(tls, self.renewal)
         self.stored = StoredTeller(partitions, view, node, link, access.gate)
 
@@ -261,14 +263,12 @@ class Broker:
         slow = SlowConnections(runner)
         slow.start()
         self.link.start()
-        self.upkeep.start()
-        self.stored.start()
-        self.renewal.start(self.config.coordinator)
+        for work in self.background():
+            work.start()
         self.node_driver.on_serving = self._announce
         ended = await self._until_ended(stop)
-        self.upkeep.close()
-        self.stored.close()
-        self.renewal.close()
+        for work in self.background():
+            work.close()
         self.dead_letters.close()
         self.peers.close()
         slow.close()
@@ -277,6 +277,10 @@ class Broker:
         self.node_driver.close()
         await self.access.close()
         return self._leave(ended)
+
+    def background(self) -> tuple[Background, ...]:
+        """What goes on beside the traffic, from the first connection to the last."""
+        return self.upkeep, self.stored, self.renewal
 
     async def _listen(self, runner: web.AppRunner) -> None:
         await web.SockSite(runner, self.address.listening, ssl_context=self.tls.server).start()

@@ -16,6 +16,7 @@ import msgspec
 from cryptography import x509
 
 from ferryline.protocol.errors import FerrylineError, InternalError
+from ferryline_broker.background import Background
 from ferryline_broker.join import Joined, TlsFolder, certificate_names, signing_request
 from ferryline_service.logs import get_logger
 from ferryline_service.tls import TlsFiles
@@ -27,26 +28,23 @@ _TIMEOUT_S = 10.0
 _log = get_logger()
 
 
-class Renewal:
-    """One task. ``urls``: of this broker, as advertised; ``coordinators`` is asked anew at each try."""
+class Renewal(Background):
+    """``urls``: of this broker, as advertised, ``extra``: other names of it. ``coordinators`` are asked one by one."""
 
     def __init__(
-        self, http: aiohttp.ClientSession, folder: TlsFolder, files: TlsFiles, urls: Sequence[str], extra: Sequence[str]
+        self,
+        http: aiohttp.ClientSession,
+        folder: TlsFolder,
+        files: TlsFiles,
+        urls: Sequence[str],
+        extra: Sequence[str],
+        coordinators: Sequence[str],
     ) -> None:
         self._http = http
         self._folder = folder
         self._files = files
         self._names = certificate_names(urls, extra)
-        self._coordinators: list[str] = []
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self, coordinators: Sequence[str]) -> None:
         self._coordinators = list(coordinators)
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
     async def _run(self) -> None:
         while True:

@@ -8,6 +8,7 @@ import asyncio
 from ferryline.protocol.access import StoredBytes
 from ferryline.protocol.errors import FerrylineError
 from ferryline.protocol.messages import RECORDS, STATE
+from ferryline_broker.background import Background
 from ferryline_broker.coordinator import CoordinatorLink
 from ferryline_broker.core.node import NodeCore
 from ferryline_broker.driver import PartitionDriver
@@ -19,7 +20,7 @@ EVERY_S = 2.0  # how late a quota of stored bytes may be noticed
 _log = get_logger()
 
 
-class StoredTeller:
+class StoredTeller(Background):
     """Tells while access is on, when something has changed; a new coordinator or a new life is told everything."""
 
     def __init__(
@@ -37,14 +38,6 @@ class StoredTeller:
         self._gate = gate
         self._told: StoredBytes | None = None
         self._told_to = 0  # coordinator epoch
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
     async def _run(self) -> None:
         while True:

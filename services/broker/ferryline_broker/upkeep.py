@@ -10,6 +10,7 @@ from time import perf_counter
 
 from ferryline.protocol.errors import StorageFailed, StorageFull
 from ferryline.protocol.messages import RECORDS, STATE
+from ferryline_broker.background import Background
 from ferryline_broker.clock import now_ms, wall_ms
 from ferryline_broker.config import BrokerConfig
 from ferryline_broker.core import events as ev
@@ -35,8 +36,8 @@ _SCRUB_STEP_BYTES = 1024 * 1024
 _SCRUB_VISIT_BYTES = 256 * 1024  # what a look at a log counts for at least: many small ones must not cost more
 
 
-class Upkeep:
-    """One task for all of it. ``disk_full`` follows the free space, with a little distance between on and off.
+class Upkeep(Background):
+    """All of it in one task. ``disk_full`` follows the free space, with a little distance between on and off.
 
     ``on_space`` is called when a replica had to stop for want of space and there is some again: only a new process life
     opens its log once more.
@@ -66,17 +67,9 @@ class Upkeep:
         self._retention_told = False
         self._to_scrub: deque[tuple[ev.Key, int, Scrubber | None]] = deque()  # logs, and how far this round is there
         self._moved: dict[HostedReplica, int] = {}  # -> when it last had anything to save, oldest first
-        self._task: asyncio.Task[None] | None = None
         partitions.on_appended = self._appended
         partitions.on_full = self._ran_full
         self.check_disk()
-
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
     async def _run(self) -> None:
         config = self._config
