@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 POLL_SECONDS = 0.02
+# "At once", where a machine may be slow: far below what would be waited for in vain (requests 30 s, leases 30 s, ...).
+SOON_S = 10.0
 
 
 class Deadline:
@@ -27,7 +29,7 @@ class Deadline:
             pytest.fail(f"not within {self.within_s:g} s: {self.what}" + (f"\n{self.wrong}" if self.wrong else ""))
 
 
-async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = 10.0, what: str = "") -> Any:
+async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = SOON_S, what: str = "") -> Any:
     """Call ``condition`` until it is true, and return its value; an AssertionError counts as false."""
     deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
     while True:
@@ -43,7 +45,7 @@ async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float
         await asyncio.sleep(POLL_SECONDS)
 
 
-def poll_blocking(condition: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
+def poll_blocking(condition: Callable[[], Any], *, within_s: float = SOON_S, what: str = "") -> Any:
     """`poll` for tests without an event loop."""
     deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
     while True:

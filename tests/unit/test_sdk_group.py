@@ -21,7 +21,7 @@ from ferryline.protocol.errors import (
     UnknownMember,
 )
 from ferryline.protocol.messages import GroupAssignment, GroupPartition
-from tests.polling import poll
+from tests.polling import SOON_S, poll
 from unit.sdk_fake_cluster import FakeCluster
 
 
@@ -34,7 +34,7 @@ async def cluster() -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
-    async with fl.connect(cluster.coordinator.url, timeout=3) as client:
+    async with fl.connect(cluster.coordinator.url, timeout=15) as client:
         yield client
 
 
@@ -46,9 +46,9 @@ async def fill(client: fl.Client, count: int, *, topic: str = "orders", partitio
         await producer.flush()
 
 
-async def read(consumer: fl.Consumer[Any], count: int, within_s: float = 5) -> list[Message[Any]]:
+async def read(consumer: fl.Consumer[Any], count: int) -> list[Message[Any]]:
     found: list[Message[Any]] = []
-    async with asyncio.timeout(within_s):
+    async with asyncio.timeout(SOON_S):
         while len(found) < count:
             found += await consumer.pull(max_records=count - len(found), max_wait=0.2)
     return found
@@ -65,10 +65,10 @@ async def test_members_share_the_partitions_and_each_record_goes_to_one(
         client.consumer("orders", group="g") as one,
         client.consumer("orders", group="g") as two,
     ):
-        await poll(lambda: len(one.assignment) == len(two.assignment) == 2, within_s=5)
+        await poll(lambda: len(one.assignment) == len(two.assignment) == 2)
         assert not set(one.assignment) & set(two.assignment)
         seen: list[tuple[int, int]] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while len(set(seen)) < 400:
                 for consumer in (one, two):
                     seen += [(m.partition, m.offset) for m in await consumer.pull(max_wait=0.05)]
@@ -84,7 +84,7 @@ async def test_a_member_that_leaves_hands_over_what_it_committed(cluster: FakeCl
         two = client.consumer("orders", group="g")
         await two.start()
     async with two:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while len(seen) < 200:
                 seen += [(m.partition, m.offset) for m in await two.pull(max_wait=0.1)]
     assert len(seen) == len(set(seen)) == 200
@@ -98,15 +98,15 @@ async def test_auto_commit_never_commits_what_was_just_handed_out(cluster: FakeC
         async for _ in consumer:
             taken += 1
             if taken == 3:
-                await poll(lambda: log.committed.get("g") == (2, ""), within_s=2)
+                await poll(lambda: log.committed.get("g") == (2, ""))
                 await asyncio.sleep(0.1)
                 assert log.committed["g"] == (2, ""), "the third record is still being processed"
                 break
         batch = await consumer.pull(max_records=4)
         assert [message.offset for message in batch] == [3, 4, 5, 6]
-        await poll(lambda: log.committed["g"] == (3, ""), within_s=2)
+        await poll(lambda: log.committed["g"] == (3, ""))
         await consumer.pull(max_records=1)
-        await poll(lambda: log.committed["g"] == (7, ""), within_s=2)
+        await poll(lambda: log.committed["g"] == (7, ""))
     assert log.committed["g"] == (7, "")
 
 
@@ -116,7 +116,7 @@ async def test_a_revoked_partition_is_released_only_after_its_records_are_finish
     await fill(client, 40)
     revoked: list[fl.TopicPartition] = []
     async with client.consumer("orders", group="g", on_revoke=revoked.extend) as one:
-        await poll(lambda: len(one.assignment) == 4, within_s=5)
+        await poll(lambda: len(one.assignment) == 4)
         batch = await read(one, 40)
         ends = {p: 1 + max(m.offset for m in batch if m.partition == p) for p in range(4)}
         async with client.consumer("orders", group="g") as two:
@@ -124,7 +124,7 @@ async def test_a_revoked_partition_is_released_only_after_its_records_are_finish
             assert two.assignment == [], "records of these partitions are still being processed"
             assert revoked == []
             pulling = asyncio.create_task(one.pull(max_wait=3))
-            await poll(lambda: len(two.assignment) == 2, within_s=5)
+            await poll(lambda: len(two.assignment) == 2)
             for _, partition in revoked:
                 log = cluster.logs[cluster.topics["orders"].id, partition]
                 assert log.committed["g"][0] == ends[partition]
@@ -176,7 +176,7 @@ async def test_a_commit_may_go_back_only_after_a_seek(cluster: FakeCluster, clie
     await fill(client, 10, partition=0)
     log = cluster.logs[cluster.topics["orders"].id, 0]
     async with client.consumer("orders", group="g", auto_commit=False) as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
         messages = await read(consumer, 10)
         await consumer.commit()
         assert log.committed["g"] == (10, "")
@@ -196,7 +196,7 @@ async def test_members_keep_their_partitions_while_the_coordinator_is_away(
     cluster: FakeCluster, client: fl.Client
 ) -> None:
     async with client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
         await cluster.coordinator.stop()
         await fill(client, 40)
         assert len(await read(consumer, 40)) == 40
@@ -205,7 +205,7 @@ async def test_members_keep_their_partitions_while_the_coordinator_is_away(
         assert len(consumer.assignment) == 4
         beats = len(cluster.beats)
         await cluster.coordinator.start()
-        await poll(lambda: len(cluster.beats) > beats, within_s=3)
+        await poll(lambda: len(cluster.beats) > beats)
         assert len(consumer.assignment) == 4
 
 
@@ -216,13 +216,13 @@ async def test_heartbeats_go_on_while_the_application_blocks_the_loop_and_the_lo
     monkeypatch.setattr(heartbeats, "STUCK_AFTER_S", 0.5)
     caplog.set_level(logging.WARNING, logger="ferryline")
     async with fl.connect(cluster.coordinator.url) as client, client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
         assert client.heartbeats is not None
         member = client.heartbeats._members[0]
         before = member.sequence
         time.sleep(2.5)  # noqa: ASYNC251  (that is the point)
         assert member.sequence > before
-        await poll(lambda: [r for r in caplog.records if "has not come round" in r.message], within_s=2)
+        await poll(lambda: [r for r in caplog.records if "has not come round" in r.message])
         told = next(record.message for record in caplog.records if "has not come round" in record.message)
         assert "test_sdk_group.py" in told
 
@@ -235,12 +235,12 @@ async def test_heartbeats_end_when_one_record_is_processed_for_too_long(
         await read(consumer, 1)
         assert client.heartbeats is not None
         member = client.heartbeats._members[0]
-        await poll(member.overdue, within_s=3)
+        await poll(member.overdue)
         sent = member.sequence
         await asyncio.sleep(0.2)
         assert member.sequence <= sent + 1
         await read(consumer, 1)
-        await poll(lambda: member.sequence > sent + 2, within_s=3)
+        await poll(lambda: member.sequence > sent + 2)
 
 
 async def test_what_the_coordinator_refuses_for_good_reaches_the_application(
@@ -265,7 +265,7 @@ async def test_a_static_member_goes_without_a_word_and_its_next_life_goes_on(
     cluster: FakeCluster, client: fl.Client
 ) -> None:
     async with client.consumer("orders", group="g", instance_id="worker-1") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
     assert cluster.beats[-1].instance_id == "worker-1"
     assert not any(beat.leave for beat in cluster.beats)
 
@@ -274,7 +274,7 @@ async def test_a_static_member_whose_instance_was_taken_over_ends_with_an_error(
     cluster: FakeCluster, client: fl.Client
 ) -> None:
     async with client.consumer("orders", group="g", instance_id="worker-1") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
         cluster.on_heartbeat = lambda beat: UnknownMember("another process has this instance_id")
         with pytest.raises(UnknownMember):
             await consumer.pull(max_wait=3)
@@ -286,14 +286,14 @@ async def test_a_static_member_whose_instance_was_taken_over_ends_with_an_error(
 
 async def test_a_member_whose_session_ended_joins_anew(cluster: FakeCluster, client: fl.Client) -> None:
     async with client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
         cluster.on_heartbeat = lambda beat: UnknownMember("your session ended")
-        await poll(lambda: consumer.assignment == [], within_s=3)
+        await poll(lambda: consumer.assignment == [])
         cluster.on_heartbeat = None
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
 
 
 async def test_leaving_takes_a_partition_out_of_the_group_at_once(cluster: FakeCluster, client: fl.Client) -> None:
     async with client.consumer("orders", group="g") as consumer:
-        await poll(lambda: len(consumer.assignment) == 4, within_s=5)
+        await poll(lambda: len(consumer.assignment) == 4)
     assert cluster.beats[-1].leave

@@ -24,6 +24,7 @@ from ferryline.protocol.errors import (
     Unroutable,
 )
 from ferryline.protocol.exchanges import DIRECT, FANOUT, HEADERS, TOPIC, binding_to
+from tests.polling import SOON_S
 from unit.sdk_fake_cluster import FakeCluster, Key, Node
 
 YEAR_S = 365 * 86_400
@@ -45,7 +46,7 @@ async def cluster() -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
-    async with fl.connect(cluster.coordinator.url, timeout=5) as client:
+    async with fl.connect(cluster.coordinator.url, timeout=15) as client:
         yield client
 
 
@@ -56,7 +57,7 @@ def stored(cluster: FakeCluster, topic: str) -> list[bytes | None]:
 async def read(client: fl.Client, topic: str, count: int, **options: Any) -> list[Message[Any]]:
     async with client.consumer(topic, start="start", **options) as consumer:
         found: list[Message[Any]] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             async for message in consumer:
                 found.append(message)
                 if len(found) == count:
@@ -115,7 +116,7 @@ async def test_a_new_binding_counts_as_soon_as_the_metadata_says_so(cluster: Fak
         assert await producer.publish("events", b"1", "us.user") == {}
         before = client.watch.change()
         cluster.exchange("events", FANOUT, binding_to(topic="rest"))
-        assert await client.watch.wait_for(before, 5)
+        assert await client.watch.wait_for(before, SOON_S)
         assert list(await producer.publish("events", b"2", "us.user")) == ["rest"]
 
 
@@ -133,7 +134,7 @@ async def test_what_reaches_no_topic_is_counted_or_refused(cluster: FakeCluster,
         assert await producer.publish("events", b"4", "eu.user", mandatory=True)
         cluster.exchange("last", FANOUT, binding_to(topic="rest"))
         cluster.exchange("events", DIRECT, alternate="last")
-        await client.watch.ask(timeout=5)
+        await client.watch.ask(timeout=SOON_S)
         assert list(await producer.publish("events", b"5", "us.user", mandatory=True)) == ["rest"]
     assert stored(cluster, "rest") == [b"5"]
 
@@ -193,7 +194,7 @@ async def test_a_closed_producer_publishes_nothing(client: fl.Client) -> None:
 async def test_of_a_partial_failure_each_topic_is_told(cluster: FakeCluster, client: fl.Client) -> None:
     cluster.create("small", 1, max_record_bytes=10)
     cluster.exchange("both", FANOUT, binding_to(topic="a"), binding_to(topic="small"))
-    await client.watch.ask(timeout=5)
+    await client.watch.ask(timeout=SOON_S)
     async with client.producer(linger=0) as producer:
         with pytest.raises(PartlyPublished) as partly:
             await producer.publish("both", b"x" * 11, key="k")

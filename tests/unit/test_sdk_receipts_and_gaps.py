@@ -22,6 +22,7 @@ from ferryline.proof.receipts import (
 )
 from ferryline.protocol.errors import CorruptBatch
 from ferryline.protocol.records import split_batches, stamp
+from tests.polling import SOON_S
 from unit.sdk_fake_cluster import FakeCluster
 
 # -- what receipts prove -----------------------------------------------------------------------------
@@ -102,7 +103,7 @@ async def cluster() -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
-    async with fl.connect(cluster.coordinator.url, timeout=3) as client:
+    async with fl.connect(cluster.coordinator.url, timeout=15) as client:
         yield client
 
 
@@ -152,7 +153,7 @@ async def test_a_sink_that_fails_costs_lines_and_not_records(client: fl.Client) 
 
 async def test_a_batch_of_unknown_outcome_begins_a_new_chain(cluster: FakeCluster, client: fl.Client) -> None:
     kept: list[Receipt] = []
-    async with client.producer(linger=0, receipts=kept.append, delivery_timeout=0.6, request_timeout=0.3) as producer:
+    async with client.producer(linger=0, receipts=kept.append, delivery_timeout=3, request_timeout=0.3) as producer:
         await producer.send("orders", b"1", partition=0)
         await producer.send("orders", b"2", partition=0)
         for broker in cluster.brokers.values():
@@ -196,7 +197,7 @@ async def test_a_batch_that_is_not_where_it_belongs_is_never_handed_out(
 
 async def read_all(client: fl.Client, seen: list[bytes]) -> None:
     """Read partition 0 until something is wrong."""
-    async with client.consumer("orders", partitions=[0], start="start") as consumer, asyncio.timeout(5):
+    async with client.consumer("orders", partitions=[0], start="start") as consumer, asyncio.timeout(SOON_S):
         while True:
             seen += [message.value for message in await consumer.pull(max_wait=0.2)]
 

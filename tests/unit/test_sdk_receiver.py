@@ -21,9 +21,11 @@ from ferryline.protocol.errors import (
     SerializationFailed,
     UnknownTopic,
 )
-from tests.polling import poll
+from tests.polling import SOON_S, poll
 from unit.sdk_fake_cluster import FakeCluster
 from unit.sdk_fake_queue import FakeQueue
+
+PARKED_S = 4.0  # sooner than a RECEIVE that nothing wakes
 
 
 class Job(msgspec.Struct):
@@ -40,7 +42,7 @@ async def cluster() -> AsyncIterator[FakeCluster]:
 
 @pytest.fixture
 async def client(cluster: FakeCluster) -> AsyncIterator[fl.Client]:
-    async with fl.connect(cluster.coordinator.url, timeout=3) as client:
+    async with fl.connect(cluster.coordinator.url, timeout=15) as client:
         yield client
 
 
@@ -61,9 +63,9 @@ async def fill(client: fl.Client, topic: str, *values: Any, key: str | None = No
         await producer.flush()
 
 
-async def take(receiver: fl.Receiver[Any], count: int, within_s: float = 5) -> list[fl.QueueMessage[Any]]:
+async def take(receiver: fl.Receiver[Any], count: int) -> list[fl.QueueMessage[Any]]:
     found: list[fl.QueueMessage[Any]] = []
-    async with asyncio.timeout(within_s):
+    async with asyncio.timeout(SOON_S):
         while len(found) < count:
             found += await receiver.receive(max_records=count - len(found), max_wait=0.2)
     return found
@@ -186,7 +188,7 @@ async def test_what_comes_later_is_delivered_at_once(client: fl.Client) -> None:
         waiting = asyncio.create_task(anext(receiver))
         await asyncio.sleep(0)
         await fill(client, "jobs", b"now")
-        assert (await asyncio.wait_for(waiting, 1)).value == b"now"
+        assert (await asyncio.wait_for(waiting, PARKED_S)).value == b"now"
 
 
 async def test_no_more_than_prefetch_is_here_unsettled(cluster: FakeCluster, client: fl.Client) -> None:
@@ -211,7 +213,7 @@ async def test_several_tasks_may_read_from_one_receiver(cluster: FakeCluster, cl
     async with client.receiver("jobs", group="g") as receiver:
         tasks = [asyncio.create_task(work(receiver)) for _ in range(10)]
         await fill(client, "jobs", *(b"%d" % number for number in range(100)))
-        await poll(lambda: settled(cluster) == 100, within_s=5)
+        await poll(lambda: settled(cluster) == 100)
     await asyncio.gather(*tasks)
     assert sorted(map(int, seen)) == list(range(100))
 
@@ -230,16 +232,16 @@ async def test_a_reader_that_is_cancelled_in_its_turn_leaves_it_to_another(clien
 
         leasing.buffer.put = put_and_cancel  # type: ignore[method-assign]
         await fill(client, "one", b"1")
-        assert (await asyncio.wait_for(second, 2)).value == b"1"
+        assert (await asyncio.wait_for(second, SOON_S)).value == b"1"
 
 
 async def test_more_than_prefetch_is_given_back_to_those_who_are_idle(cluster: FakeCluster, client: fl.Client) -> None:
     await fill(client, "jobs", *(b"%d" % number for number in range(40)))
     async with client.receiver("jobs", group="g", prefetch=1) as receiver:
         message = await anext(receiver)
-        await poll(lambda: receiver.unsettled == 1, within_s=2, what="the record of the other broker is given back")
+        await poll(lambda: receiver.unsettled == 1, what="the record of the other broker is given back")
         await message.ack()
-        await poll(lambda: receiver.unsettled >= 1, within_s=2)
+        await poll(lambda: receiver.unsettled >= 1)
     assert all(attempts <= 1 for q in cluster.queues.queues.values() for attempts in q.attempts.values())
 
 
@@ -247,10 +249,10 @@ async def test_partitions_that_are_added_are_read_too(cluster: FakeCluster, clie
     async with client.receiver("one", group="g") as receiver:
         assert await receiver.receive(max_wait=0.1) == []
         cluster.grow("one", 3)
-        await poll(lambda: client.routing.route((cluster.topics["one"].id, 2)).broker, within_s=2)
+        await poll(lambda: client.routing.route((cluster.topics["one"].id, 2)).broker)
         async with client.producer(linger=0) as producer:
             await producer.send("one", b"new", partition=2)
-        assert (await asyncio.wait_for(anext(receiver), 1)).partition == 2
+        assert (await asyncio.wait_for(anext(receiver), SOON_S)).partition == 2
 
 
 # -- settling ------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ async def test_a_nack_brings_it_back_after_its_delay_with_the_reason_kept(
         await message.nack(delay=0.3, reason="x" * 300, detail="y" * 5_000)
         entry = cluster.queues.settles[-1][1].entries[0]
         assert (entry.delay_ms, len(entry.reason), len(entry.detail)) == (300, 256, 4_096)
-        again = await asyncio.wait_for(anext(receiver), 3)
+        again = await asyncio.wait_for(anext(receiver), SOON_S)
         assert time.monotonic() - started > 0.28
         assert (again.value, again.delivery_count) == (b"1", 2)
         await again.nack()
@@ -425,7 +427,7 @@ async def test_cancelled_work_is_released_and_its_attempt_does_not_count(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert (await asyncio.wait_for(anext(receiver), 2)).delivery_count == 1
+        assert (await asyncio.wait_for(anext(receiver), SOON_S)).delivery_count == 1
 
 
 async def test_a_long_traceback_keeps_its_end(cluster: FakeCluster, client: fl.Client) -> None:
@@ -513,7 +515,7 @@ async def test_another_ordering_than_the_groups_is_raised_and_again_while_it_is_
     async with client.receiver("one", group="g", ordering="none") as second:
         for _ in range(2):
             with pytest.raises(InvalidArgument, match="ordering"):
-                await asyncio.wait_for(anext(second), 2)
+                await asyncio.wait_for(anext(second), SOON_S)
 
 
 async def test_a_deleted_topic_is_raised_once_what_is_here_is_handed_out(
@@ -521,12 +523,12 @@ async def test_a_deleted_topic_is_raised_once_what_is_here_is_handed_out(
 ) -> None:
     await fill(client, "one", b"1")
     async with client.receiver("one", group="g") as receiver:
-        await poll(lambda: receiver.unsettled == 1, within_s=2)
+        await poll(lambda: receiver.unsettled == 1)
         cluster.delete("one")
-        await poll(lambda: client.routing.topic("one") is None, within_s=2)
+        await poll(lambda: client.routing.topic("one") is None)
         message = await anext(receiver)
         with pytest.raises(UnknownTopic):
-            await asyncio.wait_for(anext(receiver), 2)
+            await asyncio.wait_for(anext(receiver), SOON_S)
         with pytest.raises(UnknownTopic):
             await message.ack()
 
@@ -538,6 +540,6 @@ async def test_a_delivery_that_is_not_what_was_leased_is_raised_and_counts_as_fa
     cluster.queues.garble = True
     async with client.receiver("one", group="g") as receiver:
         with pytest.raises(CorruptBatch, match="one/0"):
-            await asyncio.wait_for(anext(receiver), 2)
+            await asyncio.wait_for(anext(receiver), SOON_S)
         cluster.queues.garble = False
         assert all(message.delivery_count > 1 for message in await take(receiver, 2))

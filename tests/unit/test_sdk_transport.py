@@ -31,7 +31,7 @@ from ferryline.protocol.messages import Done, HelloOk, Offsets, OffsetsAnswer
 from ferryline.transport import Connector, Session, check_url
 from ferryline_coordinator.authority import Authority
 from ferryline_service.tls import server_context
-from tests.polling import poll
+from tests.polling import SOON_S, poll
 from unit.sdk_fake_cluster import FakeCluster
 
 Script = Callable[[web.WebSocketResponse], Awaitable[None]]
@@ -66,8 +66,8 @@ def answer(frame: Any, header: Any, flags: int = FLAG_ANSWER) -> bytes:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Session]:
-    connector = Connector(connect_timeout=1)
+async def connected(url: str, connect_timeout: float = SOON_S) -> AsyncIterator[Session]:
+    connector = Connector(connect_timeout=connect_timeout)
     try:
         session = await connector.open(url)
         try:
@@ -78,7 +78,7 @@ async def connected(url: str) -> AsyncIterator[Session]:
         await connector.close()
 
 
-async def ask(session: Session, timeout: float = 1.0) -> OffsetsAnswer:
+async def ask(session: Session, timeout: float = SOON_S) -> OffsetsAnswer:
     found, _ = await session.request(Kind.OFFSETS, Offsets([]), OffsetsAnswer, timeout=timeout)
     return found
 
@@ -92,7 +92,7 @@ async def silence(ws: web.WebSocketResponse) -> None:
 
 
 async def test_a_refused_connection_is_told_with_its_address(unused_tcp_port: int) -> None:
-    connector = Connector(connect_timeout=1)
+    connector = Connector(connect_timeout=SOON_S)
     with pytest.raises(ConnectionFailed, match=str(unused_tcp_port)) as caught:
         await connector.open(f"http://127.0.0.1:{unused_tcp_port}")
     assert caught.value.definite
@@ -113,12 +113,10 @@ async def test_a_process_that_accepts_and_never_answers_is_given_up_in_time() ->
     connector = Connector(connect_timeout=0.3)
     port = server.sockets[0].getsockname()[1]
     for scheme in ("http", "https"):
-        started = time.monotonic()
-        with pytest.raises(ConnectionFailed, match="within"):
-            await connector.open(f"{scheme}://127.0.0.1:{port}")
-        assert time.monotonic() - started < 1
+        with pytest.raises(ConnectionFailed, match=r"within 0\.3 s"):
+            await asyncio.wait_for(connector.open(f"{scheme}://127.0.0.1:{port}"), SOON_S)
     await connector.close()
-    await poll(lambda: len(ended) == 2, within_s=2)
+    await poll(lambda: len(ended) == 2)
     server.close()
     await server.wait_closed()
 
@@ -126,7 +124,7 @@ async def test_a_process_that_accepts_and_never_answers_is_given_up_in_time() ->
 async def test_a_peer_without_hello_is_given_up_in_time() -> None:
     async with peer(silence, hello=False) as url:
         with pytest.raises(ConnectionFailed):
-            async with connected(url):
+            async with connected(url, connect_timeout=1):
                 pass
 
 
@@ -209,7 +207,9 @@ async def test_answers_find_their_questions_in_any_order() -> None:
         await silence(ws)
 
     async with peer(backwards) as url, connected(url) as session:
-        found = await asyncio.gather(*(session.request(Kind.OFFSETS, Offsets([]), Done, timeout=1) for _ in range(3)))
+        found = await asyncio.gather(
+            *(session.request(Kind.OFFSETS, Offsets([]), Done, timeout=SOON_S) for _ in range(3))
+        )
         assert [done.coord_epoch for done, _ in found] == sorted(done.coord_epoch for done, _ in found)
         assert session.unanswered == 0
 
@@ -225,7 +225,7 @@ async def test_a_request_may_have_several_answers() -> None:
     heard: list[Any] = []
     async with peer(several) as url, connected(url) as session:
         session.ask(Kind.OFFSETS, Offsets([]), (), lambda frame, error: heard.append((frame, error)))
-        await poll(lambda: len(heard) == 3 and session.unanswered == 0, within_s=2)
+        await poll(lambda: len(heard) == 3 and session.unanswered == 0)
         await asyncio.sleep(0.05)
         assert len(heard) == 3
 
@@ -318,8 +318,8 @@ async def test_a_half_open_connection_is_found_by_its_missing_pong(monkeypatch: 
     async with peer(deaf) as url, connected(url) as session:
         started = time.monotonic()
         with pytest.raises(ConnectionLost):
-            await ask(session, timeout=5)
-        assert time.monotonic() - started < 1.5
+            await ask(session, timeout=60)
+        assert time.monotonic() - started < SOON_S
         assert pings
 
 
@@ -351,7 +351,7 @@ async def test_closing_fails_what_is_unanswered_and_never_waits_long() -> None:
         await asyncio.sleep(0.05)
         started = time.monotonic()
         await session.close()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 5, "aiohttp alone waits 10 s for the other side's close"
         with pytest.raises(ClientClosed):
             await waiting
 
@@ -361,7 +361,7 @@ async def test_closing_fails_what_is_unanswered_and_never_waits_long() -> None:
 
 async def test_one_session_to_a_broker_is_shared_and_opened_once() -> None:
     async with FakeCluster(2) as cluster, fl.connect(cluster.coordinator.url) as client:
-        sessions = await asyncio.gather(*(client.connections.session(1, timeout=2) for _ in range(20)))
+        sessions = await asyncio.gather(*(client.connections.session(1, timeout=SOON_S) for _ in range(20)))
         assert len(set(map(id, sessions))) == 1
         assert client.connections.ready(1) is sessions[0]
         assert client.connections.ready(9) is None
@@ -373,23 +373,21 @@ async def test_a_broker_behind_another_address_than_expected_is_not_used() -> No
     async with FakeCluster(2) as cluster, fl.connect(cluster.coordinator.url) as client:
         cluster.brokers[1].endpoint.broker_id = 2
         with pytest.raises(ConnectionFailed, match="expected broker 1, found 2"):
-            await client.connections.session(1, timeout=2)
+            await client.connections.session(1, timeout=SOON_S)
 
 
 async def test_another_cluster_at_the_same_address_is_refused() -> None:
-    async with FakeCluster(1) as cluster, fl.connect(cluster.coordinator.url, timeout=2) as client:
+    async with FakeCluster(1) as cluster, fl.connect(cluster.coordinator.url, timeout=SOON_S) as client:
         for node in (cluster.coordinator, cluster.brokers[1]):
             node.endpoint.cluster_id = "d" * 32
         with pytest.raises(ClusterMismatch):
-            await client.connections.session(1, timeout=2)
+            await client.connections.session(1, timeout=SOON_S)
 
 
 async def test_a_change_of_the_metadata_arrives_at_once() -> None:
     async with FakeCluster(1) as cluster, fl.connect(cluster.coordinator.url) as client:
-        started = time.monotonic()
         cluster.create("new")
-        await poll(lambda: client.routing.topic("new") is not None, within_s=2)
-        assert time.monotonic() - started < 0.5
+        await poll(lambda: client.routing.topic("new") is not None)
 
 
 async def test_environment_names_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
