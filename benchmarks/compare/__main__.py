@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.compare.facts import facts
 from benchmarks.compare.limits import limits
 from benchmarks.compare.plan import SYSTEMS, VARIANTS, Cell, cells, chosen_workloads
+from benchmarks.compare.queue_plan import chosen_queue_workloads, queue_cells
 from benchmarks.compare.render import render, write_all
 from benchmarks.compare.runner import DATA, Comparison, fitting
 from benchmarks.compare.spec import KEY_BYTES
@@ -33,6 +34,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help=f"systems beside ferryline, of {', '.join(SYSTEMS)}; default: all")
     parser.add_argument("--workloads", default="", help="workloads or groups of them; default: all")
     parser.add_argument("--variants", default="", help="rows by the beginning of their names; default: all")
+    parser.add_argument("--only-queues", action="store_true", help="queues with acknowledgements, and tasks, instead")
     parser.add_argument("--main-only", action="store_true", help="without the rows of the central workloads alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget-minutes", type=float, default=25.0, help="counts are scaled so that all fits")
@@ -51,11 +53,13 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
     if unknown := set(only) - set(SYSTEMS):
         raise ValueError(f"{', '.join(sorted(unknown))}: no such system; known: {', '.join(SYSTEMS)}")
     starts = tuple(name for name in options.variants.split(",") if name)
+    names = [name for name in options.workloads.split(",") if name]
+    if options.only_queues:
+        return queue_cells(chosen_queue_workloads(names), {"ferryline", *only}, starts)
     variants = [one for one in VARIANTS if not starts or one.name.startswith(starts)]
     if options.quick or options.main_only:
         variants = [one for one in variants if one.main]
-    workloads = chosen_workloads(name for name in options.workloads.split(",") if name)
-    return cells(workloads, {"ferryline", *only}, variants)
+    return cells(chosen_workloads(names), {"ferryline", *only}, variants)
 
 
 def warm_up_s(options: argparse.Namespace) -> float:
@@ -125,7 +129,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         tell(str(error))
         return 2
-    name = options.name or ("compare-quick" if options.quick else "compare")
+    name = options.name or ("queues" if options.only_queues else "compare") + ("-quick" if options.quick else "")
     report = run(options)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -7,10 +7,16 @@ from typing import Any
 
 from benchmarks.compare.goals import verdicts
 from benchmarks.compare.plan import VARIANTS, WARM_UP_MAX_S, WORKLOADS
+from benchmarks.compare.queue_plan import QUEUE_VARIANTS, TASK_VARIANTS
 from benchmarks.compare.spec import KEY_BYTES
 from benchmarks.compare.stats import LATENCIES, Row, Spread, Table, table
 
+QUEUE_KINDS = ("queue", "queue-drain", "queue-pace", "tasks")
 TITLES = {
+    "queue": "sent, and received meanwhile; from the first send to the last acknowledgement",
+    "queue-drain": "a backlog received and acknowledged, nothing sent meanwhile",
+    "queue-pace": "1,000 records a second, send to a handler in another process",
+    "tasks": "from the first call to the end of the last one; 16 at once, results off where they can be",
     "produce": "all confirmed before the clock stops",
     "consume": "one process, group offsets kept",
     "latency": "one record at a time, send to confirmation",
@@ -23,11 +29,13 @@ TITLES = {
 def render(report: dict[str, Any]) -> str:
     """The whole report."""
     found = table(report["rounds"])
-    lines = [*_head(report), *_not_measured(found), *_acknowledgements(found)]
+    lines = [*_head(report), *_not_measured(found), *_acknowledgements(found), *_settlements(found)]
     for (workload, what), rows in found.items():
         lines += [f"### {workload}: {what} ({TITLES.get(what, '')})", ""]
         lines += _latency_table(rows) if what in LATENCIES else _rate_table(rows)
         lines.append("")
+        if what in QUEUE_KINDS:
+            lines += _parts_table(rows)
     lines += [*_cost_table(found), *_limits(report["limits"], found), *_goals(found)]
     return "\n".join(lines)
 
@@ -86,8 +94,24 @@ def _first(text: str) -> str:
 def _acknowledgements(found: Table) -> list[str]:
     measured = {name for rows in found.values() for name in rows}
     lines = ["| row | copies | what a confirmation means |", "|---|---|---|"]
-    lines += [f"| {one.name} | {one.copies} | {one.ack} |" for one in VARIANTS if one.name in measured]
+    known = {one.name: one for one in (*VARIANTS, *QUEUE_VARIANTS, *TASK_VARIANTS)}
+    lines += [f"| {one.name} | {one.copies} | {one.ack} |" for one in known.values() if one.name in measured]
     return [*lines, ""]
+
+
+def _settlements(found: Table) -> list[str]:
+    """How those who receive acknowledge."""
+    lines: list[str] = []
+    for title, variants, kinds in (
+        ("receivers", QUEUE_VARIANTS, QUEUE_KINDS[:3]),
+        ("tasks", TASK_VARIANTS, QUEUE_KINDS[3:]),
+    ):
+        measured = {name for (_, what), rows in found.items() if what in kinds for name in rows}
+        if measured:
+            lines += [f"| row, {title} | how it acknowledges |", "|---|---|"]
+            lines += [f"| {one.name} | {one.settles} |" for one in variants if one.name in measured]
+            lines.append("")
+    return lines
 
 
 def _span(spread: Spread, form: str) -> str:
@@ -115,6 +139,19 @@ def _latency_table(rows: dict[str, Row]) -> list[str]:
         for one in sorted(rows.values(), key=lambda one: one.latency_ms["p50"].median)
     ]
     return lines
+
+
+def _parts_table(rows: dict[str, Row]) -> list[str]:
+    """Processor time by process."""
+    roles = [name for name in next(iter(rows.values())).parts_us if all(name in one.parts_us for one in rows.values())]
+    lines = [f"| row | {' | '.join(f'{one} us/record' for one in roles)} | servers us/record | all |"]
+    lines.append("|---" * (len(roles) + 3) + "|")
+    lines += [
+        f"| {one.variant} | {' | '.join(f'{one.parts_us[role].median:.1f}' for role in roles)} | "
+        f"{one.server_us.median:.1f} | {one.total_us:.1f} |"
+        for one in sorted(rows.values(), key=lambda one: one.total_us)
+    ]
+    return [*lines, ""]
 
 
 def _cost_table(found: Table) -> list[str]:

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.measure import MeasurementFailed, Work, measure
+from benchmarks.compare.measure import measure
 from benchmarks.compare.peers import Peer
 from benchmarks.compare.peers.catalogue import PEERS
-from benchmarks.compare.plan import WARM_UP_MAX_S, WORKLOADS, Cell
+from benchmarks.compare.plan import WARM_UP_MAX_S, Cell
 from benchmarks.compare.processes import PeerFailed
+from benchmarks.compare.work import MeasurementFailed, Work
 
 # Processor seconds that a server needs at least before its rates stop rising, by what it is written in. More may be
 # needed: a JVM compiles by how often a method ran, and the passes of a short run call the produce path seldom.
@@ -132,7 +133,7 @@ class Comparison:
     def round(self, number: int, scale: float) -> float:
         """Every cell once. Returns the seconds it took."""
         started = time.monotonic()
-        for turn in dict.fromkeys(workload.turn for workload in WORKLOADS):
+        for turn in dict.fromkeys(cell.workload.turn for cell in self.cells):
             names = list(self._peers)
             first = number % max(1, len(names))
             for name in names[first:] + names[:first]:

@@ -23,7 +23,7 @@ class Spec:
     """
 
     client: str
-    role: str  # produce, latency, read, pace
+    role: str  # produce, latency, read, pace, receive, submit
     topic: str
     servers: str
     ca: str = ""
@@ -38,6 +38,8 @@ class Spec:
     rate: float = 0.0
     stamps: bool = False
     passes: int = 1  # how often everything is read, each time by a new group
+    one_by_one: bool = True  # what a receiver takes is acknowledged record by record; otherwise a batch at once
+    marks: str = ""  # the file in which a task marks that it ran
     throughput: bool = True  # settings for throughput; otherwise for latency: nothing lingers
     timeout_s: float = 120.0
 

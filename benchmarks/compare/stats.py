@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-LATENCIES = ("latency", "end-to-end")  # what is judged by milliseconds, not by records a second
+LATENCIES = ("latency", "end-to-end", "queue-pace")  # what is judged by milliseconds, not by records a second
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Row:
     client_rss: float
     errors: int
     latency_ms: Mapping[str, Spread] = field(default_factory=dict)
+    parts_us: Mapping[str, Spread] = field(default_factory=dict)  # of client_us, by role
 
     @property
     def total_us(self) -> float:
@@ -57,7 +58,7 @@ def row(workload: str, what: str, variant: str, rounds: Sequence[Mapping[str, An
     def per_record(name: str) -> list[float]:
         return [one[name] / max(1, one["records"]) * 1e6 for one in rounds]
 
-    shares = rounds[0].get("latency_ms", {})
+    shares, parts = rounds[0].get("latency_ms", {}), rounds[0].get("parts_cpu_s", {})
     return Row(
         workload=workload,
         what=what,
@@ -73,6 +74,10 @@ def row(workload: str, what: str, variant: str, rounds: Sequence[Mapping[str, An
         client_rss=statistics.median(one["client_rss"] for one in rounds),
         errors=sum(one["errors"] for one in rounds),
         latency_ms={name: Spread.of([one["latency_ms"][name] for one in rounds]) for name in shares},
+        parts_us={
+            name: Spread.of([one["parts_cpu_s"][name] / max(1, one["records"]) * 1e6 for one in rounds])
+            for name in parts
+        },
     )
 
 

@@ -7,7 +7,6 @@ Outcome). The clock runs from that line, or from the first records for a reader,
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 import threading
 import time
@@ -15,42 +14,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-import psutil
+from benchmarks.compare.child import READY, Clock, tell, wait_for_go
 from benchmarks.compare.clients import Adapter, adapter
-from benchmarks.compare.spec import Outcome, Spec, group_of, latencies, sent_ns
+from benchmarks.compare.queue_roles import receive, submit
+from benchmarks.compare.spec import Outcome, Spec, group_of, sent_ns
 
 WARM_ONE_AT_A_TIME = 50
 UNCOUNTED_MAX = 0.5  # of the records may come before the clock starts
-READY, STOP = "READY", "STOP"
-
-
-def cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def tell(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def wait_for_go() -> None:
-    if not sys.stdin.readline():
-        raise SystemExit("the comparison is gone")
-
-
-class Clock:
-    """Wall and processor time of this process since it was made."""
-
-    def __init__(self) -> None:
-        self._cpu = cpu_s()
-        self.started_ns = time.monotonic_ns()
-
-    def outcome(self, records: int, size: int, errors: int, times_ns: list[int] | None = None) -> Outcome:
-        ended = time.monotonic_ns()
-        used = cpu_s() - self._cpu
-        memory = psutil.Process().memory_info().rss
-        return Outcome(self.started_ns, ended, records, size, used, memory, errors, latencies(times_ns or []))
 
 
 async def produce(spec: Spec) -> Outcome:
@@ -232,6 +202,8 @@ ROLES: dict[str, Callable[[Spec], Coroutine[Any, Any, Outcome]]] = {
     "latency": latency,
     "pace": pace,
     "read": read,
+    "receive": receive,
+    "submit": submit,
 }
 
 

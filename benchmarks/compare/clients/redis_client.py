@@ -72,18 +72,18 @@ class Redis(Adapter):
         size = 0
         entries = self._entries()
         for _, fields in entries:
-            size += len(_field(fields, 0)) + len(_field(fields, 1))
+            size += len(field_of(fields, 0)) + len(field_of(fields, 1))
         return len(entries), size
 
     async def read_values(self) -> list[bytes]:
-        return [_field(fields, 1) for _, fields in self._entries()]
+        return [field_of(fields, 1) for _, fields in self._entries()]
 
     async def close(self) -> None:
         await self._async.aclose()
         self._redis.close()
 
 
-def _field(fields: object, which: int) -> bytes:
+def field_of(fields: object, which: int) -> bytes:
     """Key or value of an entry, whichever form this version of redis-py gives it."""
     if isinstance(fields, dict):
         return bytes(fields[(b"k", b"v")[which]])

@@ -25,6 +25,8 @@ class Variant:
     topic: Mapping[str, str] = field(default_factory=dict)  # settings of the topic, in the words of the server
     main: bool = False  # takes part in every workload, not only in the central ones
     durable: bool = True  # a usual durable setting: counts when the best peer is looked for
+    one_by_one: bool = True  # a receiver acknowledges record by record; otherwise a batch at once
+    settles: str = ""  # what that acknowledgement means, or what becomes of a task
     slow: bool = False  # its client is slower by an order of magnitude: fewer records, or a round takes minutes
 
 

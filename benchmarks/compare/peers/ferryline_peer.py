@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.compare.peers import Peer, Variant
 from benchmarks.compare.processes import PeerFailed
 
 import ferryline as fl
+from ferryline.app.queue import RESULTS
 from ferryline.cli.drill import healed
 from ferryline.cli.processes import LocalCluster, missing_services
+from ferryline.protocol.errors import UnknownTopic
 
 FENCE_MS = 600_000  # a turn of the others lasts minutes, and a paused broker is not a dead one
 READY_S = 60.0
@@ -58,6 +61,8 @@ class FerrylinePeer(Peer):
         async def forget() -> None:
             async with fl.connect(self.servers, ca=self.ca) as client:
                 await client.admin.delete_topic(topic)
+                with suppress(UnknownTopic):
+                    await client.admin.delete_topic(topic + RESULTS)  # of tasks
 
         asyncio.run(forget())
 

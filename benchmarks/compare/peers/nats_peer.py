@@ -94,7 +94,8 @@ class NatsPeer(Peer):
                     )
                     made = True
                 for group in groups:
-                    config = ConsumerConfig(durable_name=group, ack_policy=AckPolicy.ALL, max_ack_pending=-1)
+                    policy = AckPolicy(variant.topic.get("ack_policy", "all"))
+                    config = ConsumerConfig(durable_name=group, ack_policy=policy, max_ack_pending=-1)
                     await stream.add_consumer(topic, config)
                 found = (await stream.stream_info(topic)).cluster
                 copies = found.replicas or [] if found else []

@@ -52,7 +52,7 @@ class RedisPeer(Peer):
 
     def delete(self, topic: str, partitions: int) -> None:
         with self._client() as client:
-            client.unlink(topic)
+            client.flushall(asynchronous=True)  # task queues keep more than one key
 
 
 class RedisAlways(RedisPeer):

@@ -1,0 +1,90 @@
+"""What is measured of queues and tasks (`make bench-compare ARGS=--only-queues`): rows, workloads, counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from benchmarks.compare.peers import Variant
+from benchmarks.compare.plan import VARIANTS, Cell, Workload
+
+_LOG = {one.name: one for one in VARIANTS}
+_PER_RECORD = "each record by itself, "
+_OURS = _PER_RECORD + "each answered: committed, {} on both copies; they travel together"
+_AMQP = _PER_RECORD + "no answer; prefetch 500"
+_XACK = _PER_RECORD + "each answered, {}; 500 XACKs travel in a pipeline"
+
+
+def _queue(like: str, settles: str, **changes: object) -> Variant:
+    return replace(_LOG[like], settles=settles, **changes)  # type: ignore[arg-type]
+
+
+QUEUE_VARIANTS: tuple[Variant, ...] = (
+    _queue("ferryline r2 fsync", _OURS.format("flushed")),
+    _queue("ferryline r2 replicated", _OURS.format("in the page cache")),
+    _queue("rabbitmq 3 aio-pika", _AMQP),
+    _queue("rabbitmq 3 pika", _AMQP),
+    _queue(
+        "nats r3",
+        _PER_RECORD + "explicit, no answer; pulled 500 at a time, pushed at a fixed rate",
+        topic={"ack_policy": "explicit"},
+    ),
+    _queue("redis always", _XACK.format("flushed")),
+    _queue("redis everysec", _XACK.format("in memory")),
+    _queue(
+        "redis always",
+        "**one XACK for a batch** of up to 500, answered, flushed",
+        name="redis always, batch XACK",
+        one_by_one=False,
+    ),
+)
+
+
+def _tasks(name: str, peer: str, client: str, settles: str, *, late: bool = True, pool: str = "") -> Variant:
+    like = _LOG["redis always" if peer == "redis-always" else "redis everysec"]
+    topic = {"pool": pool, "acks_late": "1" if late else ""}
+    return replace(like, name=name, client=client, settles=settles, topic=topic, slow=True)
+
+
+_EARLY, _LATE = "acknowledged before it runs: lost with its worker", "acknowledged after it ran"
+TASK_VARIANTS: tuple[Variant, ...] = (
+    replace(
+        _LOG["ferryline r2 fsync"],
+        settles="acknowledged after it ran, when its result is stored; each committed and flushed on both copies",
+    ),
+    _tasks("celery", "redis-everysec", "celery", _EARLY, late=False, pool="prefork"),
+    _tasks("celery acks_late", "redis-everysec", "celery", _LATE, pool="prefork"),
+    _tasks("celery threads", "redis-everysec", "celery", _EARLY, late=False, pool="threads"),
+    _tasks("celery acks_late, always", "redis-always", "celery", _LATE, pool="prefork"),
+    _tasks("dramatiq", "redis-everysec", "dramatiq", _LATE),
+    _tasks("dramatiq, always", "redis-always", "dramatiq", _LATE),
+)
+
+QUEUE_WORKLOADS: tuple[Workload, ...] = (
+    Workload("queue", "queue", 80_000, slow=0.15, turn="queue"),
+    Workload("queue-drain", "queue-drain", 80_000, slow=0.15, turn="queue"),
+    Workload("queue-pace", "queue-pace", 4_000, rate=1_000.0, slow=1.0, turn="queue-pace", scales=False),
+    Workload("tasks", "tasks", 20_000, readers=0, slow=0.2, turn="tasks"),
+)
+
+
+def chosen_queue_workloads(names: Iterable[str]) -> list[Workload]:
+    """The workloads of these names; all for none. Raises ValueError."""
+    wanted, known = set(names), {one.name for one in QUEUE_WORKLOADS}
+    if unknown := wanted - known:
+        raise ValueError(f"{', '.join(sorted(unknown))} is no workload; known: {', '.join(sorted(known))}")
+    return [one for one in QUEUE_WORKLOADS if not wanted or one.name in wanted]
+
+
+def queue_cells(workloads: Iterable[Workload], systems: Iterable[str], starts: tuple[str, ...] = ()) -> list[Cell]:
+    """Every row of these systems whose name begins with one of ``starts``. How a batch is acknowledged changes nothing
+    at a fixed rate."""
+    wanted = set(systems)
+    return [
+        Cell(workload, variant)
+        for workload in workloads
+        for variant in (TASK_VARIANTS if workload.kind == "tasks" else QUEUE_VARIANTS)
+        if variant.system in wanted
+        and (not starts or variant.name.startswith(starts))
+        and (variant.one_by_one or workload.kind != "queue-pace")
+    ]
