@@ -7,6 +7,7 @@ import base64
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -16,7 +17,9 @@ from ferryline.protocol.frames import Frame, Kind, decode_frame, encode_frame, m
 from ferryline.protocol.messages import Done, Hello
 from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.session import ServerSession, SessionEndpoint
+from ferryline_service.tls import node_client_context
 from tests.polling import poll
+from tests.unit.broker_world import TestCa
 
 HELLO = encode_frame(Kind.HELLO, 1, Hello(client="raw"))
 
@@ -167,3 +170,46 @@ async def test_what_looks_like_a_frame_inside_an_early_frame_is_not_taken_for_on
         writer.write(begun[-inside:] + plain(asking(3)))
         assert await answers(reader, 3) == [1, 2, 3]
         writer.close()
+
+
+@pytest.mark.parametrize("gone", ["transport", "protocol"])
+async def test_who_goes_before_the_upgrade_is_no_error_of_ours(tmp_path: Path, gone: str) -> None:
+    """TLS forgets the protocol of a connection that has ended a pass of the loop before aiohttp forgets the transport:
+    a request whose turn came in between was an internal error (`ferryline chaos`, coordinators on etcd)."""
+    endpoint = SessionEndpoint(
+        server="broker", cluster_id="c", on_frame=lambda session, frame: None, metrics=ServiceMetrics("broker")
+    )
+    arrived, raised = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def late(request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        transport = request.transport
+        assert transport is not None
+
+        def connected() -> bool:
+            return request.transport is not None and (gone == "transport" or transport.get_protocol() is not None)
+
+        while connected():  # noqa: ASYNC110 - the very pass of the loop in which it happens
+            await asyncio.sleep(0)
+        try:
+            return await endpoint.handle(request)
+        except Exception as error:
+            raised.set_result((error, request.transport))
+            raise
+
+    app = web.Application()
+    app.router.add_get("/v1/session", late)
+    runner, tls = web.AppRunner(app), TestCa(tmp_path, "c").files(tmp_path / "tls", None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls.server).start()
+    try:
+        port, context = runner.addresses[0][1], node_client_context(tls.ca)
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="127.0.0.1")
+        writer.write(upgrade())
+        await asyncio.wait_for(arrived.wait(), 30)
+        writer.transport.abort()
+        error, transport = await asyncio.wait_for(raised, 30)
+        assert isinstance(error, ConnectionResetError), error
+        assert (transport is None) == (gone == "transport")
+    finally:
+        await runner.cleanup()

@@ -132,8 +132,7 @@ class SessionEndpoint:
             raise MalformedRequest("this address takes WebSocket upgrades only")
         self._pending += 1
         try:
-            transport = cast(asyncio.Transport, request.transport)
-            receiver = Receiver(transport, ws, size_max=FRAME_BYTES_MAX - 1, server=True)
+            receiver = Receiver(_transport(request), ws, size_max=FRAME_BYTES_MAX - 1, server=True)
             await ws.prepare(request)
             receiver.upgraded()
             session = await self._greet(request, ws, receiver)
@@ -224,3 +223,11 @@ class SessionEndpoint:
         if self.sessions:
             ending = [session.close(WSCloseCode.GOING_AWAY, "stopping") for session in list(self.sessions)]
             await asyncio.wait([asyncio.ensure_future(closing) for closing in ending], timeout=2.0)
+
+
+def _transport(request: web.Request) -> asyncio.Transport:
+    """What the session stands on. Raises ConnectionResetError: whoever asked for it went before it was made."""
+    transport = cast("asyncio.Transport | None", request.transport)
+    if transport is None or transport.get_protocol() is None:  # TLS forgets the protocol before aiohttp the transport
+        raise ConnectionResetError("the connection of the session has ended")
+    return transport
