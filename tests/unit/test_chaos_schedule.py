@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from ferryline.cli.chaos.schedule import (
+    ACTIVE,
+    ALL_ETCD,
     ANY,
     CLIENT,
     COORDINATOR,
     DAMAGE,
     DEFAULT_FAULTS,
     DRAIN,
+    ETCD_MEMBERS,
     FAULTS,
+    NEED_ETCD,
     QUIET,
     SHAPES,
     Plan,
@@ -19,13 +25,21 @@ from ferryline.cli.chaos.schedule import (
 )
 
 BROKERS = ["broker-1", "broker-2", "broker-3"]
+COORDINATORS = [COORDINATOR, "coordinator-2", "coordinator-3"]
+ALONE = tuple(fault for fault in FAULTS if fault not in NEED_ETCD)  # what one coordinator without etcd can stand
 # Faults that leave nothing behind: a broken connection is made anew, a restarted broker is up again, flipped bits are
 # for the product to mend.
 OVER_AT_ONCE = {"half-open", "reset", "restart", "flip"}
 
 
-def plan(seed: int, *, seconds: float = 600.0, faults: tuple[str, ...] = tuple(FAULTS), every_s: float = 2.0) -> Plan:
+def plan(seed: int, *, seconds: float = 600.0, faults: tuple[str, ...] = ALONE, every_s: float = 2.0) -> Plan:
     return make_plan(seed, brokers=BROKERS, faults=faults, seconds=seconds, every_s=every_s)
+
+
+def on_etcd(seed: int, *, seconds: float = 600.0) -> Plan:
+    return make_plan(
+        seed, brokers=BROKERS, faults=tuple(FAULTS), seconds=seconds, every_s=2.0, coordinators=len(COORDINATORS)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -34,9 +48,10 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_another(seed: int) -
     assert plan(seed).phases != plan(seed + 1).phases
 
 
+@pytest.mark.parametrize("make", [plan, on_etcd])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_step_is_undone_and_the_end_is_a_drain(seed: int) -> None:
-    made = plan(seed)
+def test_every_step_is_undone_and_the_end_is_a_drain(seed: int, make: Callable[[int], Plan]) -> None:
+    made = make(seed)
     assert made.phases[-1].name == DRAIN
     assert [phase.name for phase in made.phases].count(DRAIN) == 1
     for phase in made.phases:
@@ -63,10 +78,28 @@ def test_steps_name_only_nodes_that_exist(seed: int) -> None:
             assert step.target != step.other
 
 
-def test_a_long_plan_has_every_shape_and_about_a_quarter_of_quiet_phases() -> None:
-    made = plan(1, seconds=1_800)
+@pytest.mark.parametrize("seed", range(20))
+def test_with_several_coordinators_steps_name_the_active_one_and_members_of_etcd(seed: int) -> None:
+    steps = [step for phase in on_etcd(seed, seconds=1_800).phases for step in phase.steps]
+    nodes = {*BROKERS, *COORDINATORS, ACTIVE, *ETCD_MEMBERS}
+    for step in steps:
+        assert step.target in nodes | {CLIENT, ANY, ALL_ETCD}
+        assert step.other in nodes | {CLIENT, ANY, "", "write", "sync"}
+        assert step.target != step.other
+        assert step.target != ALL_ETCD or step.kind == "etcd"
+    struck = {step.target for step in steps if step.kind == "coordinator"}
+    assert ACTIVE in struck
+    assert {step.target for step in steps if step.kind == "etcd"} <= {*ETCD_MEMBERS, ALL_ETCD}
+    assert any(ACTIVE in (step.target, step.other) for step in steps if step.kind in ("cut", "one-way"))
+
+
+@pytest.mark.parametrize("make", [plan, on_etcd])
+def test_a_long_plan_has_every_shape_and_about_a_quarter_of_quiet_phases(make: Callable[..., Plan]) -> None:
+    made = make(1, seconds=1_800)
     names = [phase.name for phase in made.phases]
-    assert set(names) >= {*SHAPES, *(f"{fault} alone" for fault in FAULTS), QUIET, DRAIN}
+    possible = {name for name, (needs, _) in SHAPES.items() if set(needs) <= set(made.faults)}
+    assert possible == set(SHAPES) or made.coordinators == 1
+    assert set(names) >= {*possible, *(f"{fault} alone" for fault in made.faults), QUIET, DRAIN}
     assert 0.15 < names.count(QUIET) / len(names) < 0.4
     assert 1_800 <= made.seconds < 1_830
 
@@ -103,7 +136,7 @@ def test_no_faults_is_a_plan_too() -> None:
     assert made.phases[-1].name == DRAIN
 
 
-@pytest.mark.parametrize(("faults", "brokers"), [(["flood"], BROKERS), (["kill"], ["broker-1"])])
+@pytest.mark.parametrize(("faults", "brokers"), [(["flood"], BROKERS), (["kill"], ["broker-1"]), (["etcd"], BROKERS)])
 def test_what_cannot_be_planned_is_refused(faults: list[str], brokers: list[str]) -> None:
-    with pytest.raises(ValueError, match="faults"):
+    with pytest.raises(ValueError, match=r"faults|several coordinators"):
         make_plan(1, brokers=brokers, faults=faults, seconds=10)

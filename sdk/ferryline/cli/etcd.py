@@ -64,6 +64,7 @@ class LocalEtcd:
         names = [f"{PREFIX}{number}" for number in range(1, members + 1)]
         initial = ",".join(f"{name}=https://127.0.0.1:{port}" for name, port in zip(names, peers, strict=True))
         self.endpoints = [f"https://127.0.0.1:{port}" for port in clients]
+        self.peers = peers  # ports at which members reach each other
         self.services: dict[str, Service] = {}
         for name, client, peer in zip(names, clients, peers, strict=True):
             command = [program, "--name", name, "--data-dir", str(root / name / "data")]

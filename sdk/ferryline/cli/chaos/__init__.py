@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ferryline.cli.chaos.schedule import DEFAULT_FAULTS, FAULTS, Plan, make_plan
+from ferryline.cli.chaos.schedule import DEFAULT_FAULTS, FAULTS, NEED_ETCD, Plan, make_plan
 from ferryline.cli.failures import FAILED, Failed
 from ferryline.cli.invocation import of
 from ferryline.cli.output import Output, say
@@ -52,6 +52,7 @@ def app(
     seed: Annotated[int | None, typer.Option(help="Repeat the faults of an earlier run.")] = None,
     faults: Annotated[str, typer.Option(help="Comma separated; all, or see below.")] = ",".join(DEFAULT_FAULTS),
     brokers: Annotated[int, typer.Option(help="How many brokers.", min=2, max=9)] = 3,
+    coordinators: Annotated[int, typer.Option(help="How many; several are on etcd, three members.", min=1, max=5)] = 1,
     rate: Annotated[float, typer.Option(help="Records a second, all producers together.", min=1)] = 3_000.0,
     value_bytes: Annotated[int, typer.Option(help="Size of a record's value.", min=10, max=1_000_000)] = 100,
     partitions: Annotated[int, typer.Option(help="Partitions of each topic.", min=1, max=100)] = 4,
@@ -77,14 +78,17 @@ def app(
     Exit status 1 if an acknowledged record was lost, doubled or out of order anywhere, or if the cluster did not come
     back by itself. The history and the logs of such a run are kept, and the command that repeats its faults is shown.
 
-    Faults: kill, coordinator, restart, pause, cut, one-way, delay, half-open, reset, move; and, less gently, power
-    (what was not synced is gone), disk-full, disk-error, flip (bits of files), truncate, clock.
+    Faults: kill, coordinator, restart, pause, cut, one-way, delay, half-open, reset, move; with several coordinators
+    etcd (its members die); and, less gently, power (what was not synced is gone), disk-full, disk-error, flip (bits of
+    files), truncate, clock.
 
     Examples:
 
       ferryline chaos --minutes 1
 
       ferryline chaos --minutes 10 --seed 7 --faults kill,pause,cut --brokers 5
+
+      ferryline chaos --coordinators 3 --minutes 3
 
       ferryline chaos --faults all --rate 20000 --keep /var/tmp/chaos --ledger runs.jsonl
 
@@ -97,7 +101,7 @@ def app(
 
         output.one(ledgers.total(ledgers.read(total)), title=str(total))
         return
-    plan = _plan(seed, faults, brokers, minutes, every, sabotage)
+    plan = _plan(seed, faults, (brokers, coordinators), minutes, every, sabotage)
     if show_plan:
         _show_plan(plan, output)
         return
@@ -122,9 +126,16 @@ def app(
         raise Failed("a promise was broken", FAILED, remedy=_remedy(plan, minutes, every, load, root, sabotage))
 
 
-def _plan(seed: int | None, faults: str, brokers: int, minutes: float, every: float, sabotage: Sabotage | None) -> Plan:
-    """Raises UsageError."""
+def _plan(
+    seed: int | None, faults: str, nodes: tuple[int, int], minutes: float, every: float, sabotage: Sabotage | None
+) -> Plan:
+    """``nodes``: how many brokers and coordinators. Raises UsageError."""
+    brokers, coordinators = nodes
     chosen = list(FAULTS) if faults == "all" else [name.strip() for name in faults.split(",") if name.strip()]
+    if faults == "all" and coordinators == 1:
+        chosen = [name for name in chosen if name not in NEED_ETCD]
+    if chosen == list(DEFAULT_FAULTS) and coordinators > 1:
+        chosen += sorted(NEED_ETCD)
     needed, first = SHOWN_BY[sabotage] if sabotage is not None else ((), ())
     try:
         return make_plan(
@@ -134,6 +145,7 @@ def _plan(seed: int | None, faults: str, brokers: int, minutes: float, every: fl
             seconds=minutes * 60,
             every_s=every,
             first=first,
+            coordinators=coordinators,
         )
     except ValueError as error:
         raise UsageError(f"faults: {error}") from None
@@ -178,6 +190,7 @@ def _report(account: Account, plan: Plan, output: Output) -> None:
 
 def _remedy(plan: Plan, minutes: float, every: float, load: Load, root: Path, sabotage: Sabotage | None) -> str:
     again = f"ferryline chaos --seed {plan.seed} --minutes {minutes:g} --brokers {len(plan.brokers)} --every {every:g}"
+    again += f" --coordinators {plan.coordinators}" if plan.coordinators > 1 else ""
     again += f" --faults {','.join(plan.faults)} --rate {load.rate:g} --partitions {load.partitions}"
     again += f" --value-bytes {load.value_bytes}" + (f" --sabotage {sabotage.value}" if sabotage else "")
     return f"History, logs and data: {root}\nThe same faults again: {again}"

@@ -4,66 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import random
 import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ferryline.cli.chaos.harm import flip, segments_of
+from ferryline.cli.chaos.machines import POLL_S, STOP_S, SWITCHES, Machines
 from ferryline.cli.chaos.network import Network
-from ferryline.cli.chaos.proxy import Link, Rule
-from ferryline.cli.chaos.schedule import ANY, CLIENT, COORDINATOR, NEED_LOSSY, Step
-from ferryline.cli.chaos.steps import Steps
+from ferryline.cli.chaos.proxy import Rule
+from ferryline.cli.chaos.schedule import ACTIVE, ALL_ETCD, ANY, CLIENT, COORDINATOR, NEED_LOSSY, Step
+from ferryline.cli.chaos.wiring import active_among, wire
 from ferryline.cli.driver import ProcessCluster
-from ferryline.cli.processes import READY_TIMEOUT_S, ProcessFailed, free_port
+from ferryline.cli.processes import READY_TIMEOUT_S, ProcessFailed
 from ferryline.protocol.errors import FerrylineError
 
-if TYPE_CHECKING:
-    from ferryline.client import Client
-    from ferryline.protocol.metadata import PartitionMeta
-
-SWITCHES = "faults.json"  # in the folder of each broker, which is its working directory
 DISK = frozenset({"disk-full", "disk-error", "clock"})
 SCRUB_BYTES_PER_S = 64 * 1024 * 1024
 ROOM = ("--disk-reserve-bytes", "1048576", "--disk-reserve-percent", "0")  # this disk holds other things, too
 ADMIN_S = 5.0
 SPACE_AGAIN = 75  # status of a broker that had to stop replicas for want of space: it is to be started again
-STOP_S = 25.0  # it may be stopped by a SIGSTOP for a part of this
-FLIPS = 6  # files at a time
-HEARD_S = 3.0  # after a fault of a disk, until what we know of the cluster tells of it
-_POLL_S = 0.05
 
 
-class ProcessBed(Steps):
+class ProcessBed(Machines):
     """Child processes and the proxy between them. `begin` and `end` of a step are called once each, in this order."""
 
-    def __init__(self, root: Path, *, brokers: int, faults: Iterable[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        brokers: int,
+        faults: Iterable[str],
+        env: dict[str, str] | None = None,
+        coordinators: int = 1,
+    ) -> None:
         chosen = set(faults)
         found = {"FERRYLINE_ALLOW_SABOTAGE": "1", **(env or {})}
         if chosen & DISK or chosen & NEED_LOSSY:
             found["FERRYLINE_TEST_FAULTS"] = SWITCHES
         if chosen & NEED_LOSSY:
             found["FERRYLINE_TEST_LOSSY_STORAGE"] = "1"
-        self.cluster = ProcessCluster(
+        cluster = ProcessCluster(
             root,
             brokers=brokers,
             env=found,
             broker_args=[*ROOM, "--scrub-bytes-per-s", str(SCRUB_BYTES_PER_S)],
+            coordinators=coordinators,
+            store="sqlite" if coordinators == 1 else "etcd",
         )
+        super().__init__(cluster)
         self.network = Network()
-        self.counts: Counter[str] = Counter()
         self.surprises: list[str] = []  # processes that ended without being asked to
-        self.admin: Client | None = None
-        self._leaving: dict[str, float] = {}  # brokers whose disk was made to fail: they are right to end until then
         self._paused: Counter[str] = Counter()
-        self._harmed = ""  # the broker whose disk or files were touched last: no other one before it is whole again
-        self._harmed_until = 0.0  # and not before everybody has heard what became of it
         self._draining: set[int] = set()
+        self._meant: dict[int, Step] = {}  # steps that go on, with the names of those they were done to
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -84,26 +80,13 @@ class ProcessBed(Steps):
     async def start(self) -> None:
         """Start the proxy, then the cluster behind it. Raises ProcessFailed."""
         local = self.cluster.local
-        taken = {service.port for service in local.services.values()}
-        links = [Link(COORDINATOR, free_port(taken), local.coordinator.port)]
-        local.coordinator.args += ["--advertise", f"https://127.0.0.1:{links[0].port}"]
-        for name in local.brokers:
-            service = local.services[name]
-            inner, outer = (
-                Link(name, free_port(taken), service.port),
-                Link(name, free_port(taken), service.port, CLIENT),
-            )
-            links += [inner, outer]
-            at = service.args.index("--coordinator") + 1
-            service.args[at] = f"https://127.0.0.1:{links[0].port}"
-            service.args += ["--advertise-internal", f"https://127.0.0.1:{inner.port}"]
-            service.args += ["--advertise-external", f"https://127.0.0.1:{outer.port}"]
-        await self.network.start(links)
-        await self._start_one(COORDINATOR)
-        for name in self.local_brokers:
-            await self._spawn(name)
-        for name in self.local_brokers:
-            await self._ready(name, READY_TIMEOUT_S)
+        local.prepare()
+        await self.network.start(wire(local))
+        for stage in local.stages:
+            for name in stage:
+                await self._spawn(name)
+            for name in stage:
+                await self._ready(name, READY_TIMEOUT_S)
         self._watch = asyncio.create_task(self._watch_processes())
 
     async def close(self) -> None:
@@ -120,17 +103,13 @@ class ProcessBed(Steps):
         pids = {one: service.pid for one, service in local.services.items() if service.running}
         await self.network.pids({**pids, CLIENT: os.getpid()})
 
-    async def _start_one(self, name: str) -> None:
-        await self._spawn(name)
-        await self._ready(name, READY_TIMEOUT_S)
-
     async def _ready(self, name: str, within_s: float) -> None:
         end = time.monotonic() + within_s
         while not self.cluster.local.is_ready(name):
             if time.monotonic() > end:
                 tail = self.cluster.local.services[name].log_tail()
                 raise ProcessFailed(f"{name} was not ready within {within_s:g} s\n{tail}")
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
 
     async def _watch_processes(self) -> None:
         """A process that ends by itself is a finding, unless its disk was made to fail; it is started again, as any
@@ -148,6 +127,26 @@ class ProcessBed(Steps):
 
     # -- steps ---------------------------------------------------------------------------------------
 
+    async def begin(self, step: Step) -> None:
+        """As `Steps`. Who is active is looked up now, and what was begun with one coordinator ends with it."""
+        meant = step
+        if ACTIVE in (step.target, step.other):
+            active = await self._active()
+            other = active if step.other == ACTIVE else step.other
+            meant = replace(step, target=active if step.target == ACTIVE else step.target, other=other)
+        self._meant[id(step)] = meant
+        await super().begin(meant)
+
+    async def end(self, step: Step) -> None:
+        await super().end(self._meant.pop(id(step), step))
+
+    async def _active(self) -> str:
+        """The active coordinator; another one that runs while none is."""
+        local = self.cluster.local
+        running = [name for name in local.coordinators if local.services[name].running]
+        ports = [(name, local.services[name].port) for name in running]
+        return await asyncio.to_thread(active_among, ports, local.ca) or next(iter(running), COORDINATOR)
+
     async def _kill(self, name: str, kind: str) -> None:
         if self.cluster.local.services[name].running:
             await self.cluster.kill(name)
@@ -155,9 +154,6 @@ class ProcessBed(Steps):
 
     async def _begin_kill(self, step: Step) -> None:
         await self._kill(step.target, "kill")
-
-    async def _end_kill(self, step: Step) -> None:
-        await self._spawn(step.target)
 
     async def _begin_kill_start(self, step: Step) -> None:
         await self._kill(step.target, "kill")
@@ -168,9 +164,21 @@ class ProcessBed(Steps):
         await self._spawn(step.target)
 
     async def _begin_coordinator(self, step: Step) -> None:
-        await self._kill(COORDINATOR, "coordinator")
+        await self._kill(step.target, "coordinator")
 
-    _end_coordinator = _end_kill
+    _end_coordinator = Machines._end_kill
+
+    def _members(self, step: Step) -> list[str]:
+        return self.cluster.local.stages[0] if step.target == ALL_ETCD else [step.target]
+
+    async def _begin_etcd(self, step: Step) -> None:
+        self.counts["all of etcd"] += step.target == ALL_ETCD
+        for name in self._members(step):
+            await self._kill(name, "etcd")
+
+    async def _end_etcd(self, step: Step) -> None:
+        for name in self._members(step):
+            await self._spawn(name)
 
     async def _begin_power(self, step: Step) -> None:
         names = self.local_brokers if step.target == ANY else [step.target]
@@ -201,7 +209,7 @@ class ProcessBed(Steps):
                 process.kill()
                 process.wait()
                 break
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
         await self._spawn(step.target)
 
     async def _begin_pause(self, step: Step) -> None:
@@ -241,94 +249,6 @@ class ProcessBed(Steps):
         await self.network.reset(step.target, step.other)
         self.counts["reset"] += 1
 
-    # -- disks, clocks, files ------------------------------------------------------------------------
-
-    def _switch(self, name: str, **switches: object) -> None:
-        path = self.cluster.local.services[name].folder / SWITCHES
-        held = json.loads(path.read_bytes()) if path.exists() else {}
-        temp = path.with_suffix(".new")
-        temp.write_text(json.dumps({**held, **switches}))
-        temp.rename(path)
-
-    async def _begin_disk_full(self, step: Step) -> None:
-        """Harms nothing that is on it: it may come over every broker at once."""
-        await self._fail_disk(step, write="ENOSPC")
-
-    async def _begin_disk_error(self, step: Step) -> None:
-        if self._may_be_harmed(step.target, step.for_s):
-            await self._fail_disk(step, **{step.other: "EIO"})
-
-    async def _fail_disk(self, step: Step, **switches: str) -> None:
-        self._leaving[step.target] = time.monotonic() + step.for_s + STOP_S
-        await asyncio.to_thread(self._switch, step.target, **switches)
-        self.counts[step.kind] += 1
-
-    async def _end_disk_error(self, step: Step) -> None:
-        await asyncio.to_thread(self._switch, step.target, write="", sync="")
-        if not self.cluster.local.services[step.target].running:
-            await self._spawn(step.target)
-        self._leaving[step.target] = time.monotonic() + STOP_S  # it hands over before it ends
-
-    _end_disk_full = _end_disk_error  # the broker sees by itself that there is space again
-
-    async def _begin_clock(self, step: Step) -> None:
-        self._switch(step.target, wall_ms=step.amount)
-        self.counts["clock"] += 1
-
-    async def _end_clock(self, step: Step) -> None:
-        await asyncio.to_thread(self._switch, step.target, wall_ms=0)
-
-    def _parts_of(self, name: str) -> list[PartitionMeta]:
-        client, broker = self.admin, self.cluster.broker_id(name)
-        parts = client.routing.cluster.partitions.values() if client is not None else []
-        return [part for part in parts if broker in part.replicas]
-
-    def _may_be_harmed(self, name: str, for_s: float) -> bool:
-        """Whether each partition on this broker is in sync on another one, too, whose disk is as it should be.
-
-        A copy on a disk that failed counts for nothing until it was fetched again: one disk after the other.
-        """
-        if self._harmed and self._harmed != name:
-            before = self.cluster.broker_id(self._harmed)
-            heard = time.monotonic() > self._harmed_until
-            if not heard or not all(before in part.isr for part in self._parts_of(self._harmed)):
-                return False
-        broker, mine = self.cluster.broker_id(name), self._parts_of(name)
-        if not mine or not all(set(part.isr) - {broker} for part in mine):
-            return False
-        self._harmed, self._harmed_until = name, time.monotonic() + for_s + HEARD_S
-        return True
-
-    async def _begin_flip(self, step: Step) -> None:
-        draw = random.Random(step.amount)
-        segments = segments_of(self.cluster.local.data_dir(step.target))
-        if not segments or not self._may_be_harmed(step.target, step.for_s):
-            return
-        for path in draw.sample(segments, min(FLIPS, len(segments))):
-            flip(path, draw)
-            self.counts["flip"] += 1
-
-    async def _begin_truncate(self, step: Step) -> None:
-        draw = random.Random(step.amount)
-        if not self._may_be_harmed(step.target, step.for_s):
-            return
-        await self._kill(step.target, "kill")
-        end = time.monotonic() + 5.0
-        while self._counted_on(step.target):  # it could lead again before anybody has seen what it lost
-            if time.monotonic() > end:
-                return
-            await asyncio.sleep(_POLL_S)
-        segments = segments_of(self.cluster.local.data_dir(step.target))
-        for path in draw.sample(segments, min(FLIPS, len(segments))):
-            os.truncate(path, draw.randrange(path.stat().st_size))
-            self.counts["truncate"] += 1
-
-    _end_truncate = _end_kill
-
-    def _counted_on(self, name: str) -> bool:
-        broker = self.cluster.broker_id(name)
-        return any(broker in part.isr or broker in part.elr for part in self._parts_of(name))
-
     # -- moves ---------------------------------------------------------------------------------------
 
     async def _begin_move(self, step: Step) -> None:
@@ -359,20 +279,21 @@ class ProcessBed(Steps):
         """Mend whatever is broken, start what does not run. Raises ProcessFailed when something does not come back."""
         await self.network.clear()
         self._paused.clear()
-        for name in [COORDINATOR, *self.local_brokers]:
-            if name != COORDINATOR and (self.cluster.local.services[name].folder / SWITCHES).exists():
+        names = list(self.cluster.local.services)
+        for name in names:
+            if name in self.local_brokers and (self.cluster.local.services[name].folder / SWITCHES).exists():
                 self._switch(name, write="", sync="", wall_ms=0)
             await self.cluster.resume(name)
             if not self.cluster.local.services[name].running:
                 await self._spawn(name)
-        for name in [COORDINATOR, *self.local_brokers]:
+        for name in names:
             await self._ready(name, within_s)
         end = time.monotonic() + within_s
         for broker in sorted(self._draining):
             while not await self._take_back(broker, ADMIN_S):
                 if time.monotonic() > end:
                     raise ProcessFailed(f"broker {broker} could not be taken back")
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(POLL_S)
 
     def logs(self) -> dict[str, bytes]:
         """What each service wrote to stderr."""

@@ -87,6 +87,7 @@ class Account:
     longest_gap_s: float
     longest_gap_in: str  # the phase in which it ended
     elections: int
+    takeovers: int  # by another coordinator, or by the same one in a new term
     faults: dict[str, int]
     verdict: Verdict | None
     trouble: list[str] = field(default_factory=list)  # anomalies that no history shows
@@ -141,6 +142,7 @@ class Campaign:
         self._trouble: list[str] = []
         self._copies_read = 0
         self._elections = 0
+        self._takeovers = 0
         self._receipts = 0
         self._recorder: Recorder
         self._traffic: Traffic
@@ -163,6 +165,7 @@ class Campaign:
                     )
                 if not await self._whole(admin, topics, load.heal_s):
                     raise ProcessFailed("the cluster was not whole before anything was done to it")
+                epoch = admin.routing.cluster.coord_epoch
                 self._traffic = Traffic(
                     self._connect,
                     self._recorder,
@@ -183,6 +186,7 @@ class Campaign:
                     await self._traffic.stop()
                     ticker.cancel()
                     self._bed.admin = None
+                self._takeovers = admin.routing.cluster.coord_epoch - epoch
                 self._elections = sum(part.epoch for part in admin.routing.cluster.partitions.values())
             await self._read_copies(topics)
         self._phase = ("judging", len(self.plan.phases))
@@ -302,6 +306,7 @@ class Campaign:
             round(recorder.longest_gap_us / 1e6, 2),
             self._gap[1],
             self._elections,
+            self._takeovers,
             dict(sorted(self._bed.counts.items())),
             verdict,
             [*self._trouble, *self._bed.surprises],

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-NUMBERS = ("seconds", "acked", "refused", "unknown", "polled", "copies_read", "receipts", "elections", "anomalies")
+NUMBERS = ("seconds", "acked", "refused", "unknown", "polled", "copies_read", "receipts", "elections")
+NUMBERS += ("takeovers", "anomalies")
 
 
 def commit_of(folder: Path) -> str:

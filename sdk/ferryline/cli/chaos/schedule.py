@@ -13,15 +13,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 COORDINATOR = "coordinator"
+ACTIVE = "active"  # of several coordinators the one that is active when the step begins
 CLIENT = "client"
 ANY = "*"
 DRAIN = "drain"
 QUIET = "quiet"
+ETCD_MEMBERS = ("etcd-1", "etcd-2", "etcd-3")
+ALL_ETCD = "all of etcd"
 
 # fault -> what it does; the names of --faults
 FAULTS: dict[str, str] = {
     "kill": "kill -9 of a broker, started again after 0.1 to 6 s",
     "coordinator": "kill -9 of the coordinator, started again after 0.1 to 6 s",
+    "etcd": "kill -9 of a member of etcd or of all three, with several coordinators only",
     "restart": "SIGTERM of a broker, started again at once",
     "pause": "SIGSTOP of a broker or the coordinator for 1 to 8 s",
     "cut": "nothing passes between two nodes, or between a node and all others",
@@ -38,6 +42,7 @@ FAULTS: dict[str, str] = {
     "move": "a broker is drained and taken back: its replicas move away and home",
 }
 DEFAULT_FAULTS = ("kill", "coordinator", "restart", "pause", "cut", "one-way", "delay", "half-open", "reset", "move")
+NEED_ETCD = frozenset({"etcd"})
 NEED_LOSSY = frozenset({"power"})
 DAMAGE = frozenset({"flip", "truncate"})
 PHASE_S = (10.0, 20.0)
@@ -78,6 +83,7 @@ class Plan:
     brokers: tuple[str, ...]
     faults: tuple[str, ...]
     phases: tuple[Phase, ...] = field(default=())
+    coordinators: int = 1  # more than one: on etcd
 
     @property
     def seconds(self) -> float:
@@ -90,14 +96,16 @@ class Plan:
 class _Drawing:
     """Draws steps. ``damaged`` is the one broker whose files may be harmed: the other copies stay whole."""
 
-    def __init__(self, seed: int, brokers: Sequence[str], faults: Sequence[str]) -> None:
+    def __init__(self, seed: int, brokers: Sequence[str], faults: Sequence[str], coordinators: int) -> None:
         self.random = random.Random(seed)
         self.brokers = list(brokers)
+        self.coordinators = [COORDINATOR, *(f"{COORDINATOR}-{number}" for number in range(2, coordinators + 1))]
         self.faults = list(faults)
         self.damaged = self.random.choice(self.brokers)
         self.makers: dict[str, Callable[[float], Step]] = {
             "kill": lambda at: Step(at, "kill", self.broker(), self.short(0.1, 6.0)),
-            "coordinator": lambda at: Step(at, "coordinator", COORDINATOR, self.short(0.1, 6.0)),
+            "coordinator": lambda at: Step(at, "coordinator", self.coordinator(), self.short(0.1, 6.0)),
+            "etcd": lambda at: Step(at, "etcd", self.members(), self.short(0.1, 6.0)),
             "restart": lambda at: Step(at, "restart", self.broker()),
             "pause": lambda at: Step(at, "pause", self.node(one_in=5), self.short(1.0, 8.0)),
             "cut": self._cut,
@@ -121,17 +129,35 @@ class _Drawing:
         return self.random.choice(self.brokers)
 
     def node(self, one_in: int) -> str:
-        return COORDINATOR if not self.random.randrange(one_in) else self.broker()
+        if self.random.randrange(one_in):
+            return self.broker()
+        return self.random.choice([self.coordinator(), *ETCD_MEMBERS]) if self.several else COORDINATOR
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several coordinators, and etcd."""
+        return len(self.coordinators) > 1
+
+    def coordinator(self) -> str:
+        """Of several mostly the active one: the others have nothing to lose."""
+        return self.random.choice([ACTIVE] * 4 + self.coordinators) if self.several else COORDINATOR
+
+    def members(self) -> str:
+        """One member of etcd, or all of them one time in four."""
+        return ALL_ETCD if not self.random.randrange(4) else self.random.choice(ETCD_MEMBERS)
 
     def victims(self) -> str:
         """One broker, or all of them one time in three."""
         return ANY if not self.random.randrange(3) else self.broker()
 
     def pair(self) -> tuple[str, str]:
-        """Two nodes: a broker, and another one, the coordinator, the clients or everybody."""
+        """Two nodes: a broker, and another one, the coordinator, the clients or everybody; of several coordinators
+        also the active one, or a member of etcd, and everybody."""
+        if self.several and not self.random.randrange(3):
+            return self.random.choice([ACTIVE, ACTIVE, ACTIVE, *ETCD_MEMBERS]), ANY
         one = self.broker()
         others = [name for name in self.brokers if name != one]
-        return one, self.random.choice([*others, *others, COORDINATOR, CLIENT, ANY])
+        return one, self.random.choice([*others, *others, self.coordinator(), CLIENT, ANY])
 
     def _at_once(self, kind: str, at: float) -> Step:
         one, other = self.pair()
@@ -227,7 +253,9 @@ def _kill_at_isr_change(draw: _Drawing, seconds: float, every_s: float) -> list[
     """A broker is silent for about as long as it takes to be fenced; then a second one or the coordinator dies."""
     one, two = draw.random.sample(draw.brokers, 2)
     silent = "pause" if draw.has("pause") else "cut"
-    second = (two, "kill") if draw.random.randrange(2) or not draw.has("coordinator") else (COORDINATOR, "coordinator")
+    second = (two, "kill")
+    if not draw.random.randrange(2) and draw.has("coordinator"):
+        second = (draw.coordinator(), "coordinator")
     return [
         Step(0.2, silent, one, draw.short(3.0, 5.0), ANY if silent == "cut" else ""),
         Step(draw.short(2.5, 4.5), second[1], second[0], draw.short(0.3, 2.0)),
@@ -246,6 +274,22 @@ def _together(draw: _Drawing, seconds: float, every_s: float) -> list[Step]:
     return [draw.of(draw.random.choice(kinds), at) for at in draw.moments(seconds, every_s / 2)] if kinds else []
 
 
+def _take_over_and_kill(draw: _Drawing, seconds: float, every_s: float) -> list[Step]:
+    """The active coordinator dies, or is silent for longer than its lease; before another one leads, a broker dies."""
+    silent = draw.random.randrange(2)
+    first = Step(0.2, "pause", ACTIVE, draw.short(6.5, 9.0)) if silent else Step(0.2, "coordinator", ACTIVE, 3.0)
+    return [first, Step(draw.short(0.3, 5.0 if silent else 1.2), "kill", draw.broker(), draw.short(0.5, 3.0))]
+
+
+def _take_over_without_etcd(draw: _Drawing, seconds: float, every_s: float) -> list[Step]:
+    """The active coordinator dies while a member of etcd is down, or all of etcd dies and then a broker."""
+    if draw.random.randrange(2):
+        member = draw.random.choice(ETCD_MEMBERS)
+        return [Step(0.2, "etcd", member, 6.0), Step(draw.short(0.3, 2.0), "coordinator", ACTIVE, 4.0)]
+    away = draw.short(3.0, 7.0)
+    return [Step(0.2, "etcd", ALL_ETCD, away), Step(draw.short(0.3, away), "kill", draw.broker(), draw.short(0.5, 3.0))]
+
+
 # name -> (faults it needs, shape); beside these there is one shape for each fault alone
 SHAPES: dict[str, tuple[tuple[str, ...], Callable[[_Drawing, float, float], list[Step]]]] = {
     "cut and kill": (("cut", "kill"), _cut_and_kill),
@@ -254,6 +298,8 @@ SHAPES: dict[str, tuple[tuple[str, ...], Callable[[_Drawing, float, float], list
     "rolling kill": (("kill",), _rolling_kill),
     "kill during start": (("kill",), _kill_in_start),
     "kill at a change of the in-sync set": (("kill",), _kill_at_isr_change),
+    "take-over and kill": (("etcd", "coordinator", "pause", "kill"), _take_over_and_kill),
+    "take-over without etcd": (("etcd", "coordinator", "kill"), _take_over_without_etcd),
     "moves and faults": (("move",), _moves_and),
     "all together": ((), _together),
 }
@@ -267,18 +313,21 @@ def make_plan(
     seconds: float,
     every_s: float = 4.0,
     first: Sequence[str] = (),
+    coordinators: int = 1,
 ) -> Plan:
     """A plan of about ``seconds``, in which a fault begins about every ``every_s`` in phases that are not quiet.
 
     ``first`` names shapes to begin with; the others come in turns of a random order, so that a long run has them all.
-    Raises ValueError for a fault that is unknown or needs more brokers.
+    Raises ValueError for a fault that is unknown or needs more brokers or coordinators.
     """
     unknown = sorted(set(faults) - set(FAULTS))
     if unknown:
         raise ValueError(f"unknown faults: {', '.join(unknown)}; known: {', '.join(FAULTS)}")
     if len(brokers) < 2 and set(faults) & {"cut", "one-way", "move", "kill"}:
         raise ValueError("these faults need at least two brokers")
-    draw = _Drawing(seed, brokers, faults)
+    if coordinators == 1 and set(faults) & NEED_ETCD:
+        raise ValueError("etcd needs several coordinators")
+    draw = _Drawing(seed, brokers, faults, coordinators)
     shapes = {f"{kind} alone": _alone(kind) for kind in faults}
     shapes.update({name: shape for name, (needs, shape) in SHAPES.items() if draw.has(*needs) and len(brokers) > 1})
     if not faults:
@@ -297,7 +346,7 @@ def make_plan(
             steps = shapes[name](draw, length, every_s)
             phases.append(Phase(name, length, tuple(sorted(steps, key=lambda step: step.at_s))))
         left -= length
-    return Plan(seed, tuple(brokers), tuple(faults), (*phases, Phase(DRAIN, 0.0)))
+    return Plan(seed, tuple(brokers), tuple(faults), (*phases, Phase(DRAIN, 0.0)), coordinators)
 
 
 def _alone_none(draw: _Drawing, seconds: float, every_s: float) -> list[Step]:

@@ -13,6 +13,7 @@ from ferryline.cli.chaos.campaign import Account, Campaign, Load, Now, Tell
 from ferryline.cli.chaos.containers import POSSIBLE, DockerBed
 from ferryline.cli.chaos.ledger import append, commit_of
 from ferryline.cli.connection import run as run_coroutine
+from ferryline.cli.etcd import REMEDY, etcd_program
 from ferryline.cli.failures import USAGE, Failed
 from ferryline.cli.output import stderr, warn
 from ferryline.cli.processes import missing_services
@@ -28,6 +29,8 @@ def run(
     if driver == "process" and (missing := missing_services()):
         told = f"{' and '.join(missing)}: not installed"
         raise Failed(told, code="NOT_INSTALLED", remedy="Install: pip install 'ferryline[server]'")
+    if plan.coordinators > 1 and etcd_program() is None:
+        raise Failed("etcd: not installed", code="NOT_INSTALLED", remedy=REMEDY)
     with _Progress(quiet) as tell:
         return run_coroutine(_run(plan, load, root, driver, project, sabotage, tell))
 
@@ -39,7 +42,8 @@ async def _run(
     if driver == "docker":
         return await _run_containers(plan, load, history, project, tell)
     env = {"FERRYLINE_SABOTAGE": sabotage.value} if sabotage is not None else {}
-    bed = ProcessBed(root, brokers=len(plan.brokers), faults=plan.faults, env=env)
+    brokers, coordinators = len(plan.brokers), plan.coordinators
+    bed = ProcessBed(root, brokers=brokers, faults=plan.faults, env=env, coordinators=coordinators)
     async with running(bed):
         return await Campaign(plan, load, bed, history, tell).run()
 
@@ -49,6 +53,8 @@ async def _run_containers(plan: Plan, load: Load, history: Path, project: str, t
     if impossible:
         told = f"the docker driver cannot do {', '.join(impossible)}"
         raise Failed(told, USAGE, remedy=f"Choose among: --faults {','.join(sorted(POSSIBLE))}")
+    if plan.coordinators > 1:
+        raise Failed("the docker driver knows one coordinator", USAGE, remedy="Leave --coordinators out")
     bed = DockerBed(project)
     found = bed.find()
     if tuple(found) != plan.brokers:
@@ -63,6 +69,7 @@ def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabo
         "commit": commit_of(Path(__file__).parent),
         "seed": plan.seed,
         "brokers": len(plan.brokers),
+        "coordinators": plan.coordinators,
         "driver": driver,
         "rate": load.rate,
         "seconds": account.seconds,
@@ -74,6 +81,7 @@ def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabo
         "copies_read": account.copies_read,
         "receipts": account.receipts,
         "elections": account.elections,
+        "takeovers": account.takeovers,
         "longest_gap_s": account.longest_gap_s,
         "longest_gap_in": account.longest_gap_in,
         "anomalies": account.anomalies,
