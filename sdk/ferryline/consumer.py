@@ -16,7 +16,7 @@ from ferryline.fetcher import Fetcher
 from ferryline.message import Message, TopicPartition
 from ferryline.options import ConsumerOptions, OnPartitions, Where, check_where
 from ferryline.partition import Partition
-from ferryline.positions import committed, look_up
+from ferryline.positions import behind, committed, look_up
 from ferryline.protocol.errors import (
     ClientClosed,
     FerrylineError,
@@ -290,16 +290,12 @@ class Consumer(Generic[T]):
         return offset
 
     async def lag(self, *, timeout: float | None = None) -> dict[TopicPartition, int]:
-        """Records between the position and the high watermark, by partition."""
-        fetcher = self._running()
-        found = await look_up(self._client, dict.fromkeys(fetcher.partitions, "end"), timeout or self._client.timeout)
-        return {
-            TopicPartition(partition.source.topic, partition.source.partition): max(
-                0, found[key].offset - partition.position
-            )
-            for key, partition in fetcher.partitions.items()
-            if key in found
-        }
+        """Committed records from the position on, by partition: 0 where everything is read."""
+        partitions = dict(self._running().partitions)
+        positions = {key: partition.position for key, partition in partitions.items()}
+        found = await behind(self._client, positions, timeout or self._client.timeout)
+        sources = {key: partition.source for key, partition in partitions.items()}
+        return {TopicPartition(sources[key].topic, sources[key].partition): count for key, count in found.items()}
 
     async def committed(self, partition: Position, *, timeout: float | None = None) -> int | None:
         """What the group has committed in a partition; None: nothing yet."""

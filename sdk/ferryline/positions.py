@@ -50,6 +50,22 @@ async def committed(client: Client, group: str, keys: list[Key], timeout: float)
     return _all_good(await ask_primaries(client, Kind.COMMITTED, keys, header, CommittedAnswer, timeout=timeout))
 
 
+async def behind(client: Client, positions: Mapping[Key, int], timeout: float) -> dict[Key, int]:
+    """How many committed records there are from each position on. Raises the first error."""
+
+    def header(asked: list[Key]) -> Offsets:
+        return Offsets([OffsetsEntry(*key, "end", counted_from=positions[key]) for key in asked])
+
+    outcomes = await ask_primaries(client, Kind.OFFSETS, positions, header, OffsetsAnswer, timeout=timeout)
+    found: dict[Key, OffsetsResult] = _all_good(outcomes)
+    return {key: one.records if one.records >= 0 else max(0, one.offset - positions[key]) for key, one in found.items()}
+
+
+def lag_of(result: CommittedResult) -> int:
+    """How many committed records the group has not read."""
+    return result.lag if result.lag >= 0 else result.high_watermark - max(result.offset, result.log_start)
+
+
 async def commit_alone(
     client: Client, group: str, offsets: Mapping[Key, tuple[int, bool]], metadata: str, timeout: float
 ) -> dict[Key, CommittedResult | FerrylineError]:

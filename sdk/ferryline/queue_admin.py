@@ -54,11 +54,7 @@ class QueuePart(msgspec.Struct, frozen=True):
     paused: bool = False
     ordering: str = ""
     members: dict[str, int] = {}
-
-    @property
-    def unsettled(self) -> int:
-        """Records that are not done yet, whatever their state."""
-        return max(0, self.high_watermark - self.start - self.settled_above_start)
+    unsettled: int = 0  # not done yet, whatever their state
 
 
 class StoredRecord(msgspec.Struct, frozen=True):

@@ -67,6 +67,10 @@ class Log:
     committed: dict[str, tuple[int, str]] = field(default_factory=dict)
     generations: dict[str, int] = field(default_factory=dict)
 
+    def records_from(self, offset: int) -> int:
+        headers = [read_header(batch) for batch in self.batches]
+        return sum(one.record_count for one in headers if not one.is_control and one.base_offset >= offset)
+
 
 class Node:
     """One process of the fake cluster: an HTTP server with sessions."""
@@ -206,7 +210,9 @@ class Node:
             offset = {"start": log.start, "end": log.end, "latest": log.end}.get(entry.at, -1)
             if entry.at == "time":
                 offset = self.cluster.offset_at(log, entry.timestamp_ms)
-            results.append(OffsetsResult(*key, offset, log.start, log.end))
+            counts = entry.counted_from >= 0 and self.cluster.counts_records
+            records = log.records_from(entry.counted_from) if counts else -1
+            results.append(OffsetsResult(*key, offset, log.start, log.end, None, records))
         session.answer(frame.kind, frame.correlation, OffsetsAnswer(results))
 
     def claim(self, session: ServerSession, frame: Frame) -> None:
@@ -276,6 +282,7 @@ class FakeCluster:
         self.logs: dict[Key, Log] = {}
         self.queues = FakeQueues(self)
         self.revision = 0
+        self.counts_records = True  # False: a release that does not
         self.changed = asyncio.Event()
         self.appended = asyncio.Event()
         self.ack_delay_s = 0.0

@@ -155,7 +155,7 @@ def test_a_scrape_of_many_partitions_shows_topics_and_every_series_once() -> Non
         part.topic, part.partition = f"t{number % 2}", number
         part.role = "primary" if number % 3 else "secondary"
         part.high_watermark, part.log_bytes, part.in_sync, part.replicas = 10, 100, 2 - (number == 4), 2
-        part.groups = {"g": 4} if number == 1 else {}
+        part.groups, part.lags = ({"g": 4}, {"g": 6}) if number == 1 else ({}, {})
         part.secondary_lags = {2: number}
         many.append(part)
     for count in (SERIES_MAX, SERIES_MAX + 1):

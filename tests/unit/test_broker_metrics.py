@@ -6,7 +6,15 @@ import time
 from pathlib import Path
 
 from ferryline.protocol.frames import Kind
-from ferryline.protocol.messages import Commit, CommitEntry, CommittedAnswer, ProduceEntry
+from ferryline.protocol.messages import (
+    Commit,
+    CommitEntry,
+    CommittedAnswer,
+    Offsets,
+    OffsetsAnswer,
+    OffsetsEntry,
+    ProduceEntry,
+)
 from ferryline.protocol.queue_messages import ACK, NACK, REJECT
 from ferryline.protocol.records import encode_batch
 from ferryline_broker.core.epochs import EpochIndex
@@ -14,6 +22,7 @@ from ferryline_broker.metrics import BrokerMetrics, PartitionGauges
 from ferryline_broker.traffic import GROUPS_MAX, LIVE_MS, MEMBERS_MAX, OTHERS, GroupCounts, Topics
 from unit.broker_world import BrokerWorld, RawClient, RunningBroker, eventually
 from unit.test_broker_queue import Receiver, produce
+from unit.test_broker_rest import Curl
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -70,7 +79,7 @@ def test_partitions_of_topics_that_are_not_shown_are_summed_with_their_groups() 
     for number, name in enumerate(("a", "b", "c")):
         part = PartitionGauges()
         part.topic, part.role, part.high_watermark, part.in_sync, part.replicas = name, "primary", 10, 2, 2
-        part.groups = {"g": number}
+        part.groups, part.lags = {"g": number}, {"g": 10 - number}
         part.summed_ages_s = {"g": float(number)}
         part.queues = {"q": {"unsettled": 4}}
         part.queue_ages_s = {"q": 7.0}
@@ -176,11 +185,15 @@ async def test_a_dead_letter_is_counted_and_seen_where_it_lies_with_its_origin(t
 
 def test_beginnings_of_epochs_are_not_taken_for_records() -> None:
     epochs = EpochIndex([(1, 0), (2, 10), (5, 11)])
-    assert epochs.marks(0, 30) == 3
-    assert epochs.marks(0, 11) == 2
-    assert EpochIndex().marks(0, 0) == 0
+    assert epochs.marks(0, 30) == [0, 10, 11]
+    assert epochs.marks(0, 11) == [0, 10]
+    assert epochs.marks(10, 11) == [10]
+    assert epochs.marks(1, 10) == epochs.marks(12, 30) == EpochIndex().marks(0, 0) == []
     epochs.advance(4, 30)
-    assert epochs.marks(4, 30) == 2, "the first epoch goes on at 4, with a record"
+    assert epochs.marks(4, 30) == [10, 11], "the first epoch goes on at 4, with a record"
+    assert epochs.marks(4, 4) == []
+    epochs.advance(10, 30)
+    assert epochs.marks(10, 30) == [10, 11], "retention stopped exactly where an epoch begins"
 
 
 # -- ages -------------------------------------------------------------------------------------------
@@ -227,6 +240,50 @@ async def test_the_lag_of_a_log_group_is_told_in_records_and_seconds(tmp_path: P
         assert value(metrics, "ferryline_group_lag_seconds", **labels) >= 0
         assert value(metrics, "ferryline_commit_seconds_count") >= 1
         assert value(metrics, "ferryline_disk_total_bytes") > value(metrics, "ferryline_disk_free_bytes") > 0
+
+
+async def test_whoever_has_read_everything_is_not_behind_after_new_epochs(tmp_path: Path) -> None:
+    """Each primaryship begins with a mark in the log, which is no record: a group that sleeps has no lag by it."""
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("jobs", [(broker.id,)])
+        letters = await world.topic("jobs.dlq", [(broker.id,)])
+        client = await world.client(broker.url)
+        for where in (topic, letters):
+            await produce(client, where, (None, "a"), (None, "b"))
+        await commit(client, topic.id, 3)
+        receiver = Receiver(client, letters, group="dead-letters")
+        got = await receiver.receive()
+        assert got is not None
+        assert (await receiver.settle(got[0], ACK)).error is None
+        metrics, labels = broker.broker.metrics, {"topic": "jobs", "partition": "0"}
+
+        def shown() -> list[float]:
+            return [
+                value(metrics, "ferryline_group_lag_records", group="g", **labels),
+                value(metrics, "ferryline_dead_letter_records", topic="jobs.dlq", partition="0", origin="jobs"),
+                value(metrics, "ferryline_queued_records", **labels),
+            ]
+
+        assert shown() == [0, 0, 2]
+        for epochs in (2, 3):
+            for where in (topic, letters):
+                core = broker.broker.partitions.replicas[where.id, 0].core
+                end = core.high_watermark[0]
+                world.coordinator.lead((where.id, 0), broker.id, (broker.id,))
+                await eventually(lambda core=core, end=end: core.high_watermark[0] == end + 1, "a new mark")
+            assert shown() == [0, 0, 2], epochs
+        curl = Curl(world, broker)
+        _, told = await curl.get("/v1/groups/g/offsets?topic=jobs")
+        assert [(one["offset"], one["high_watermark"], one["lag"]) for one in told["offsets"]] == [(3, 5, 0)]
+        ask = Offsets([OffsetsEntry(topic.id, 0, "end", counted_from=at) for at in (-1, 0, 2, 3, 5, 99)])
+        answer = await client.call(Kind.OFFSETS, ask, OffsetsAnswer)
+        assert [(one.offset, one.records) for one in answer.results] == [
+            (5, -1), (5, 2), (5, 1), (5, 0), (5, 0), (5, 0),
+        ]  # fmt: skip
+        await produce(client, topic, (None, "c"))
+        await produce(client, letters, (None, "c"))
+        assert shown() == [1, 1, 3], "and what comes behind the marks counts"
 
 
 async def commit(client: RawClient, topic_id: str, offset: int) -> None:

@@ -11,7 +11,7 @@ import ferryline as fl
 from ferryline.dead_letters import Choice, DeadLetter, why_not
 from ferryline.message import Headers
 from ferryline.protocol.metadata import RetryPolicy, TopicConfig, TopicMeta
-from ferryline.queue_admin import Queue, QueuePart, StoredRecord
+from ferryline.queue_admin import Queue, StoredRecord
 
 STORY: list[tuple[str, bytes | None]] = [
     ("fl-origin-topic", b"orders"),
@@ -111,12 +111,6 @@ def test_what_is_sent_back_has_the_headers_of_the_record_and_an_id_of_its_place(
 )
 def test_a_choice_takes_what_all_of_it_says(choice: Choice, taken: bool) -> None:
     assert choice.takes(letter(*STORY)) is taken
-
-
-def test_a_part_counts_what_is_not_settled() -> None:
-    part = QueuePart(0, start=10, high_watermark=30, settled_above_start=5)
-    assert part.unsettled == 15
-    assert QueuePart(0, start=10, high_watermark=9).unsettled == 0
 
 
 @pytest.mark.parametrize(

@@ -101,27 +101,23 @@ def _topics(known: dict[str, Any]) -> list[str]:
 
 async def _positions(client: Client, group: str, topic: str, known: dict[str, Any]) -> list[dict[str, Any]]:
     """Where the group stands in each partition of a topic."""
+    from ferryline.positions import committed, lag_of
+
     meta = await client.learn_topic(topic)
     owners = _owners(known, topic)
-    rows: list[dict[str, Any]] = []
-    count = range(meta.config.partitions)
-    async with client.consumer(topic, group=group, partitions=count, auto_commit=False) as consumer:
-        consumer.pause()
-        lag = await consumer.lag()
-        for place in consumer.assignment:
-            committed = await consumer.committed(place)
-            position = consumer.position(place)
-            rows.append(
-                {
-                    "topic": topic,
-                    "partition": place.partition,
-                    "committed": committed,
-                    "end": position + lag.get(place, 0),
-                    "lag": lag.get(place, 0),
-                    "member": owners.get(place.partition),
-                }
-            )
-    return rows
+    keys = [(meta.id, partition) for partition in range(meta.config.partitions)]
+    found = await committed(client, group, keys, client.timeout)
+    return [
+        {
+            "topic": topic,
+            "partition": key[1],
+            "committed": found[key].offset if found[key].offset >= 0 else None,
+            "end": found[key].high_watermark,
+            "lag": lag_of(found[key]),
+            "member": owners.get(key[1]),
+        }
+        for key in keys
+    ]
 
 
 def _owners(known: dict[str, Any], topic: str) -> dict[int, str]:

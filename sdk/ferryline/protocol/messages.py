@@ -132,6 +132,7 @@ class OffsetsEntry(Message):
     partition: int
     at: str  # "start", "end" (high watermark), "latest" (linearizable end), "time"
     timestamp_ms: int = 0  # for "time": first offset whose timestamp is not below; high watermark if none
+    counted_from: int = -1  # for "end": how many records are there from this offset on? -1: nobody asks
 
 
 class Offsets(Message):
@@ -139,12 +140,15 @@ class Offsets(Message):
 
 
 class OffsetsResult(Message):
+    """``records``: committed ones from ``counted_from`` on; -1: not asked for, or by a broker that does not know."""
+
     topic_id: str
     partition: int
     offset: int = -1
     log_start: int = -1
     high_watermark: int = -1
     error: ErrorInfo | None = None
+    records: int = -1
 
 
 class OffsetsAnswer(Message):
@@ -170,7 +174,11 @@ class Claim(Message):
 
 
 class CommittedResult(Message):
-    """``offset`` is -1 when the group has committed nothing here yet. ``generation`` of the last claim, 0 none."""
+    """``offset`` is -1 when the group has committed nothing here yet. ``generation`` of the last claim, 0 none.
+
+    ``lag``: committed records that the group has not read; -1 from a broker that does not tell. The difference of two
+    offsets would be more after a fail-over: where an epoch begins stands a mark, which is no record.
+    """
 
     topic_id: str
     partition: int
@@ -181,6 +189,7 @@ class CommittedResult(Message):
     log_start: int = -1
     high_watermark: int = -1
     error: ErrorInfo | None = None
+    lag: int = -1
 
 
 class CommittedAnswer(Message):

@@ -89,6 +89,7 @@ class GroupRequest:
                     state.metadata,
                     core.log_start[RECORDS],
                     core.high_watermark[RECORDS],
+                    lag=hosted.records_from(state.offset),
                 ),
             )
         else:

@@ -141,6 +141,13 @@ class HostedReplica:
                     logs[log] = msgspec.structs.replace(logs[log], size=len(part))
         return msgspec.structs.replace(data, logs=(logs[RECORDS], logs[STATE])), parts
 
+    def records_from(self, offset: int) -> int:
+        """Committed records that are retained at ``offset`` and above: those that somebody who stands there has not
+        read. Where an epoch begins there is no record, so whoever has read everything is not behind."""
+        core = self.core
+        low, high = max(offset, core.log_start[RECORDS]), core.high_watermark[RECORDS]
+        return high - low - len(core.replica.epochs[RECORDS].marks(low, high)) if low < high else 0
+
     # -- metrics ------------------------------------------------------------------------------------
 
     def gauges(self) -> PartitionGauges:
@@ -148,7 +155,7 @@ class HostedReplica:
         shown.topic, shown.partition = self.topic_name, self.key[1]
         shown.role = "stopped" if self.broken else core.role
         shown.log_start, shown.high_watermark = core.log_start[RECORDS], core.high_watermark[RECORDS]
-        shown.marks = core.replica.epochs[RECORDS].marks(shown.log_start, shown.high_watermark)
+        shown.marks = len(core.replica.epochs[RECORDS].marks(shown.log_start, shown.high_watermark))
         shown.log_bytes = self.logs[RECORDS].size_bytes + self.logs[STATE].size_bytes
         shown.in_sync = len(core.isr)
         shown.replicas = len(core.part.replicas) if core.part is not None else 0
@@ -157,6 +164,7 @@ class HostedReplica:
             shown.secondary_lags = core.primary.sync.lags()
             if core.primary.groups is not None:
                 shown.groups = {group: state.offset for group, state in core.primary.groups.items()}
+                shown.lags = {group: self.records_from(offset) for group, offset in shown.groups.items()}
             if core.primary.queues is not None:
                 shown.queues = core.primary.queues.counts()
                 shown.holders = core.primary.queues.holders()

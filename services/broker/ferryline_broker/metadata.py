@@ -15,7 +15,7 @@ from ferryline.protocol.errors import (
     Throttled,
 )
 from ferryline.protocol.frames import Frame, Kind, decode_header
-from ferryline.protocol.limits import FRAME_ENTRIES_MAX, WAIT_MS_MAX, check_range
+from ferryline.protocol.limits import FRAME_ENTRIES_MAX, OFFSET_MAX, WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS, Offsets, OffsetsAnswer, OffsetsEntry, OffsetsResult
 from ferryline.protocol.metadata import MetadataAnswer, MetadataRequest
 from ferryline_broker.access_rules import topic_check
@@ -149,9 +149,10 @@ class OffsetsRequest:
             self._session.answer(Kind.OFFSETS, self._correlation, OffsetsAnswer(results))
 
 
-def offsets_result(hosted: HostedReplica, offset: int) -> OffsetsResult:
+def offsets_result(hosted: HostedReplica, offset: int, counted_from: int = -1) -> OffsetsResult:
     core = hosted.core
-    return OffsetsResult(*hosted.key, offset, core.log_start[RECORDS], core.high_watermark[RECORDS])
+    records = hosted.records_from(counted_from) if counted_from >= 0 else -1
+    return OffsetsResult(*hosted.key, offset, core.log_start[RECORDS], core.high_watermark[RECORDS], None, records)
 
 
 class OffsetsHandler:
@@ -189,7 +190,8 @@ class OffsetsHandler:
         if entry.at == "start":
             request.put(index, offsets_result(hosted, core.log_start[RECORDS]))
         elif entry.at == "end":
-            request.put(index, offsets_result(hosted, core.high_watermark[RECORDS]))
+            check_range(entry.counted_from, "counted_from", -1, OFFSET_MAX)
+            request.put(index, offsets_result(hosted, core.high_watermark[RECORDS], entry.counted_from))
         elif entry.at == "latest":
             request.hosted[index] = hosted
             self._driver.feed(hosted, BarrierAsked(self._driver.token(request, index, hosted), _BARRIER_MS))

@@ -23,6 +23,7 @@ class PartitionGauges:
         "high_watermark",
         "holders",
         "in_sync",
+        "lags",
         "letters",
         "log_bytes",
         "log_start",
@@ -36,7 +37,6 @@ class PartitionGauges:
         "role",
         "secondary_lags",
         "summed_ages_s",
-        "summed_lags",
         "topic",
     )
 
@@ -51,19 +51,13 @@ class PartitionGauges:
         self.producers = 0
         self.secondary_lags: dict[int, int] = {}
         self.groups: dict[str, int] = {}  # committed offset, -1 none
-        self.summed_lags: dict[str, int] | None = None  # of several partitions
+        self.lags: dict[str, int] = {}  # group -> records that it has not committed
         self.summed_ages_s: dict[str, float] = {}  # group -> age of the first record that it has not committed
         self.queues: dict[str, dict[str, int]] = {}  # group -> state -> records
         self.holders: dict[str, set[str]] = {}  # group -> members that have leases here
         self.queue_ages_s: dict[str, float] = {}  # group -> age of the first record that is not settled
         self.origin: str | None = None  # the topic whose dead letters these are; "": of several
         self.letters = 0  # dead letters that wait for somebody
-
-    def group_lags(self) -> dict[str, int]:
-        """Records that each group has not committed."""
-        if self.summed_lags is not None:
-            return self.summed_lags
-        return {group: self.high_watermark - max(at, self.log_start) for group, at in self.groups.items()}
 
 
 def families(parts: list[PartitionGauges], label: Callable[[str], str]) -> Iterator[Metric]:
@@ -123,7 +117,7 @@ def _rows(parts: list[PartitionGauges]) -> Iterator[Metric]:
 
 def _groups(parts: list[PartitionGauges]) -> Iterator[Metric]:
     labels = ["group", *_LABELS]
-    lag = GaugeMetricFamily("ferryline_group_lag_records", "High watermark minus committed offset", labels=labels)
+    lag = GaugeMetricFamily("ferryline_group_lag_records", "Committed records that a group has not read", labels=labels)
     lag_age = GaugeMetricFamily(
         "ferryline_group_lag_seconds", "Age of the first record that a group has not committed", labels=labels
     )
@@ -137,7 +131,7 @@ def _groups(parts: list[PartitionGauges]) -> Iterator[Metric]:
     )
     for part in parts:
         where = [part.topic, str(part.partition)]
-        for group, behind in part.group_lags().items():
+        for group, behind in part.lags.items():
             lag.add_metric([group, *where], behind)
         for group, age in part.summed_ages_s.items():
             lag_age.add_metric([group, *where], age)
@@ -159,12 +153,10 @@ def by_topic(parts: list[PartitionGauges], label: Callable[[str], str] = str) ->
         if row is None:
             row = rows[topic, part.role] = PartitionGauges()
             row.topic, row.role, row.partition = topic, part.role, part.role
-            row.in_sync, row.summed_lags, row.origin = part.in_sync, {}, part.origin
+            row.in_sync, row.origin = part.in_sync, part.origin
         _add(row, part)
     for row in rows.values():
-        lags = row.summed_lags
-        assert lags is not None
-        row.summed_lags = _bounded(lags, int.__add__)
+        row.lags = _bounded(row.lags, int.__add__)
         row.summed_ages_s = _bounded(row.summed_ages_s, max)
         row.queue_ages_s = _bounded(row.queue_ages_s, max)
         row.queues = _bounded(row.queues, _sums)
@@ -199,10 +191,8 @@ def _add(row: PartitionGauges, part: PartitionGauges) -> None:
         row.origin = part.origin if row.origin is None else ""
     for broker, behind in part.secondary_lags.items():
         row.secondary_lags[broker] = max(row.secondary_lags.get(broker, 0), behind)
-    lags = row.summed_lags
-    assert lags is not None
-    for group, lag in part.group_lags().items():
-        lags[group] = lags.get(group, 0) + lag
+    for group, lag in part.lags.items():
+        row.lags[group] = row.lags.get(group, 0) + lag
     for mine, theirs in ((row.summed_ages_s, part.summed_ages_s), (row.queue_ages_s, part.queue_ages_s)):
         for group, age in theirs.items():
             mine[group] = max(mine.get(group, 0.0), age)

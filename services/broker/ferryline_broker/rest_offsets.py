@@ -235,7 +235,7 @@ class OffsetsApi:
             "generation": one.generation,
             "log_start": one.log_start,
             "high_watermark": one.high_watermark,
-            "lag": one.high_watermark - max(one.offset, one.log_start),
+            "lag": one.lag if one.lag >= 0 else one.high_watermark - max(one.offset, one.log_start),
         }
 
     def _error(self, key: Key, error: FerrylineError) -> dict[str, Any]:

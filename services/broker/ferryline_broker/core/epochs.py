@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 
@@ -74,11 +74,13 @@ class EpochIndex:
             self._starts[gone] = log_start
         del self._starts[:gone], self._epochs[:gone]
 
-    def marks(self, log_start: int, below: int) -> int:
-        """How many epochs begin in [log_start, below), each with a control record. What retention left of an epoch
-        begins with a record of its own."""
-        cut = bool(self._starts) and 0 < log_start == self._starts[0]
-        return bisect_right(self._starts, below - 1) - cut
+    def marks(self, low: int, below: int) -> list[int]:
+        """Where epochs begin in [low, below), each with a control record. What retention left of an epoch begins with a
+        record of its own."""
+        first = bisect_left(self._starts, low)
+        if first == 0 and self._starts and self._starts[0] > 0 and self.before in (-1, self._epochs[0]):
+            first = 1
+        return self._starts[first : bisect_left(self._starts, below)]
 
     def items(self) -> list[tuple[int, int]]:
         """(epoch, start offset) pairs in log order."""

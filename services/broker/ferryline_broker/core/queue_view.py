@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ferryline_broker.core.queue import Queue
 
+EpochMarks = Callable[[int, int], list[int]]  # `EpochIndex.marks` of the records
 
-def stats(queue: Queue, high_watermark: int) -> dict[str, Any]:
+
+def stats(queue: Queue, high_watermark: int, marks: EpochMarks) -> dict[str, Any]:
     """What there is of a queue in one partition, by state and by member."""
     table, window = queue.table, queue.window
     members: dict[str, int] = {}
@@ -21,16 +24,17 @@ def stats(queue: Queue, high_watermark: int) -> dict[str, Any]:
         "scanned": window.scanned,
         "settled_above_start": table.settled.total,
         "members": members,
-        **counts(queue, high_watermark),
+        **counts(queue, high_watermark, marks),
     }
 
 
-def counts(queue: Queue, high_watermark: int) -> dict[str, int]:
-    """Records by state. ``unsettled`` counts offsets that hold no record (control batches) until they are seen."""
+def counts(queue: Queue, high_watermark: int, marks: EpochMarks) -> dict[str, int]:
+    """Records by state. ``marks`` says where epochs begin: no record is there, and the queue need not have seen it."""
     table, window = queue.table, queue.window
     stories = table.stories.values()
+    empty = sum(not table.is_settled(offset) for offset in marks(table.start, high_watermark))
     return {
-        "unsettled": max(0, high_watermark - table.start - table.settled.total),
+        "unsettled": max(0, high_watermark - table.start - table.settled.total - empty),
         "ready": len(window.ready),
         "waiting": window.waiting,
         "delayed": len(window.scheduled) + len(window.backing_off),
@@ -65,11 +69,30 @@ def explain(queue: Queue, offset: int, high_watermark: int, now_ms: int) -> dict
         state, detail = queue.window.place(offset)
     told["state"] = state
     if state == "waiting":
-        told["behind"] = detail
+        if detail >= 0:
+            told["behind"] = detail
+            told["behind_state"] = explain(queue, detail, high_watermark, now_ms)["state"]
     elif state == "delayed":
         told["due_in_ms"] = max(0, detail - now_ms)
-    if state in ("available", "waiting") and table.paused:
+    if state in ("available", "waiting", "delayed", "not in window") and table.paused:
         told["paused"] = True
     if state == "available" and not queue.hungry:
-        told["why"] = "no receiver asks for records"
+        told["why"] = _nobody_asks(queue)
+    elif state == "not in window":
+        told["why"] = _not_looked_at(queue)
     return told
+
+
+def _nobody_asks(queue: Queue) -> str:
+    leases = queue.table.leases.values()
+    if not leases:
+        return "no receiver asks for records"
+    records, receivers = len(queue.table.holder), len({lease.member for lease in leases})
+    return f"no receiver asks for records: {receivers} have {records} that are not settled, and no room for more"
+
+
+def _not_looked_at(queue: Queue) -> str:
+    window = queue.window
+    if len(window.ready) >= queue.config.heads or window.waiting >= queue.config.waiting:
+        return f"{len(window.ready)} records before it are available and {window.waiting} wait behind others"
+    return "it was not looked at yet: no receiver has asked for records since it came"

@@ -166,7 +166,10 @@ class Queues:
         entry: StateEntry
         match event.op:
             case "stats":
-                return Outcome(answer=AnswerQueue(event.token, stats(queue, high)), at_once=True)
+                return Outcome(
+                    answer=AnswerQueue(event.token, stats(queue, high, self._replica.epochs[RECORDS].marks)),
+                    at_once=True,
+                )
             case "explain":
                 told = explain(queue, event.offset, high, now_ms)
                 return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
@@ -339,8 +342,8 @@ class Queues:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Records of each queue by state, for metrics."""
-        high = self._replica.high_watermark[RECORDS]
-        return {group: counts(queue, high) for group, queue in sorted(self._queues.items())}
+        high, marks = self._replica.high_watermark[RECORDS], self._replica.epochs[RECORDS].marks
+        return {group: counts(queue, high, marks) for group, queue in sorted(self._queues.items())}
 
     def starts(self) -> dict[str, int]:
         """The first offset that each queue has not settled."""
