@@ -18,7 +18,7 @@ from ferryline_coordinator.store.etcd_client import EtcdClient
 from ferryline_coordinator.store.etcd_requests import Values
 from ferryline_coordinator.store.vault import EtcdVault, Seal
 
-READY_S = 20.0
+READY_S = 60.0
 SECRET = b"a secret that all coordinators share"
 
 

@@ -15,6 +15,7 @@ from ferryline.protocol.metadata import RetryPolicy, TopicMeta
 from ferryline.protocol.queue_messages import Receive
 from ferryline.protocol.records import encode_batch
 from ferryline_broker.receipts import Named, named_by
+from tests.polling import SOON_S
 from unit.broker_world import BrokerWorld, RawClient, RunningBroker, eventually
 from unit.test_broker_rest import Curl
 
@@ -95,7 +96,7 @@ async def test_a_long_poll_ends_with_the_record_or_with_its_time_or_with_the_bro
     parked = asyncio.ensure_future(queue.ask("receive", wait_ms=60_000))
     await eventually(lambda: handler._parked, "it is parked")
     stopping = asyncio.ensure_future(broker.stop())
-    status, problem = await asyncio.wait_for(parked, 5)
+    status, problem = await asyncio.wait_for(parked, SOON_S)
     assert (status, problem["code"]) == (503, "PRIMARY_NOT_AVAILABLE")
     assert await stopping == 0
 

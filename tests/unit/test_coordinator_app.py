@@ -368,8 +368,8 @@ async def test_a_broker_whose_session_ends_and_port_is_closed_is_fenced_at_once(
     assert not state.brokers[1].meta.fenced
     started = asyncio.get_running_loop().time()
     await broker.close()
-    await eventually(lambda: here.coordinator.driver.state.brokers[1].meta.fenced, within_s=2)
-    assert asyncio.get_running_loop().time() - started < 1.5
+    await eventually(lambda: here.coordinator.driver.state.brokers[1].meta.fenced)
+    assert asyncio.get_running_loop().time() - started < 2.9, "silence alone would take three seconds"
 
 
 async def test_a_coordinator_that_stops_doubts_nobody(here: Here) -> None:

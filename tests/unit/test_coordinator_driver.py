@@ -18,6 +18,7 @@ from ferryline_coordinator.core.coordinator import CoreBroken
 from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.store.interface import Committed, StoreUnusable
 from ferryline_coordinator.store.memory import MemoryDisk, MemoryStore
+from tests.polling import SOON_S
 
 Eventually = Callable[..., Awaitable[Any]]
 
@@ -212,7 +213,7 @@ async def test_deadlines_of_the_core_are_kept(fixture: Fixture) -> None:
     request = MetadataRequest(answer.cluster_id, answer.coord_epoch, answer.revision, 80)
     started = asyncio.get_running_loop().time()
     nothing = await fixture.driver.ask(lambda reply: ev.MetadataAsked(reply, request))
-    assert 0.07 <= asyncio.get_running_loop().time() - started < 2
+    assert 0.07 <= asyncio.get_running_loop().time() - started < SOON_S
     assert nothing.revision == answer.revision
 
 
@@ -222,7 +223,7 @@ async def test_a_stop_answers_parked_polls(fixture: Fixture) -> None:
     parked = asyncio.create_task(fixture.driver.ask(lambda reply: ev.MetadataAsked(reply, request)))
     await asyncio.sleep(0)
     fixture.driver.answer_parked()
-    assert (await asyncio.wait_for(parked, 2)).revision == answer.revision
+    assert (await asyncio.wait_for(parked, SOON_S)).revision == answer.revision
 
 
 async def test_a_cancelled_wait_is_forgotten(fixture: Fixture) -> None:

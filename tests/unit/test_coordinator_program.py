@@ -17,6 +17,7 @@ import pytest
 
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.config import CoordinatorConfig
+from tests.polling import SOON_S
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ async def test_the_program_says_when_it_is_ready_and_stops_cleanly_with_polls_pa
     process = await program("--data-dir", str(tmp_path / "d"), "--port", "0")
     try:
         assert process.stdout is not None
-        line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
         assert line.startswith("READY ")
         ready = json.loads(line.removeprefix("READY "))
         assert (ready["service"], ready["pid"]) == ("coordinator", process.pid)
@@ -56,9 +57,10 @@ async def test_the_program_says_when_it_is_ready_and_stops_cleanly_with_polls_pa
                 _get(http, f"{ready['url']}/v1/metadata?since={revision}&wait_ms=60000", trust)
             )
             await asyncio.sleep(0.2)
+            await _get(http, f"{ready['url']}/v1/metadata", trust)  # asked later, so that the other one is parked
             process.send_signal(signal.SIGTERM)
-            assert (await asyncio.wait_for(parked, 3))["revision"] == revision
-            assert await asyncio.wait_for(process.wait(), 5) == 0
+            assert (await asyncio.wait_for(parked, SOON_S))["revision"] == revision
+            assert await asyncio.wait_for(process.wait(), SOON_S) == 0
     finally:
         if process.returncode is None:
             process.kill()
@@ -132,7 +134,7 @@ async def test_a_key_that_the_program_made_opens_what_the_access_file_says_and_s
     process = await program("--data-dir", str(tmp_path / "d"), "--port", "0", "--access", str(access))
     try:
         assert process.stdout is not None
-        ready = json.loads((await asyncio.wait_for(process.stdout.readline(), 20)).decode().removeprefix("READY "))
+        ready = json.loads((await asyncio.wait_for(process.stdout.readline(), 60)).decode().removeprefix("READY "))
         trust = ssl.create_default_context(cafile=str(tmp_path / "d" / "tls" / "ca.crt"))
 
         async def revision() -> int:

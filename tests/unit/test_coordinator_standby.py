@@ -21,6 +21,7 @@ from ferryline_coordinator.driver import Driver
 from ferryline_coordinator.store.interface import Primaryship, StoreUnusable
 from ferryline_coordinator.store.memory import MemoryStore
 from ferryline_coordinator.store.vault import Seal, read_secret
+from tests.polling import SOON_S
 
 Eventually = Callable[..., Awaitable[Any]]
 
@@ -84,7 +85,7 @@ async def world() -> AsyncIterator[World]:
     made.store.turn.set()
     await made.driver.start()
     yield made
-    await asyncio.wait_for(made.driver.close(), 2)
+    await asyncio.wait_for(made.driver.close(), SOON_S)
 
 
 async def test_nothing_is_answered_once_the_lease_may_have_ended_even_before_anybody_noticed(world: World) -> None:
@@ -111,7 +112,7 @@ async def test_an_end_of_primaryship_is_one_step_down_and_whoever_waits_is_told(
     world.store.valid = False
     world.store.over.set()
     with pytest.raises(CoordinatorUnavailable):
-        await asyncio.wait_for(parked, 2)
+        await asyncio.wait_for(parked, SOON_S)
     assert (world.outside.terms, world.driver.terms_lost) == (1, 1)
     with pytest.raises(CoordinatorLoading):
         await world.metadata()
@@ -128,7 +129,7 @@ async def test_a_store_that_fails_in_an_unforeseen_way_ends_the_process(world: W
 
     world.store.commit = broken  # type: ignore[method-assign]
     world.driver.post(ev.CoordinatorsKnown(("https://a:1",)))
-    failure = await asyncio.wait_for(asyncio.shield(world.driver.failed), 2)
+    failure = await asyncio.wait_for(asyncio.shield(world.driver.failed), SOON_S)
     assert isinstance(failure, KeyError)
     assert not world.driver.serving
 
@@ -138,7 +139,7 @@ async def test_a_standby_that_waits_for_its_turn_can_be_closed() -> None:
     world.driver.begin()
     await asyncio.sleep(0)
     assert not world.driver.serving
-    await asyncio.wait_for(world.driver.close(), 2)
+    await asyncio.wait_for(world.driver.close(), SOON_S)
     assert not world.driver.failed.done()
 
 
@@ -149,7 +150,7 @@ async def test_everybody_learns_of_other_coordinators_once(world: World) -> None
     await asyncio.sleep(0)
     urls = ("https://a:1", "https://b:1")
     world.driver.post(ev.CoordinatorsKnown(urls))
-    told = await asyncio.wait_for(parked, 2)
+    told = await asyncio.wait_for(parked, SOON_S)
     assert (told.revision, told.coordinators) == (before.revision + 1, list(urls))
     world.driver.post(ev.CoordinatorsKnown(urls))
     await world.driver.settled()

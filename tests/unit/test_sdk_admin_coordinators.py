@@ -12,6 +12,7 @@ from aiohttp import web
 import ferryline as fl
 from ferryline.protocol.errors import CoordinatorStandby, RequestTimedOut
 from ferryline.protocol.metadata import MetadataAnswer
+from tests.polling import SOON_S
 
 Serve = Callable[[str, str], Awaitable[str]]
 
@@ -47,7 +48,7 @@ async def serve() -> AsyncIterator[Serve]:
 
 def known(urls: list[str]) -> fl.Client:
     """A client that has its first picture of the cluster: these coordinators have no sessions."""
-    client = fl.connect(urls, timeout=5)
+    client = fl.connect(urls, timeout=60)
     client.watch.take(MetadataAnswer("c", 1, 1, True))
     return client
 
@@ -69,7 +70,7 @@ async def test_without_an_active_one_a_change_ends_in_time_and_was_surely_not_ma
         began = time.monotonic()
         with pytest.raises((CoordinatorStandby, RequestTimedOut)):
             await client.admin.delete_group("g", timeout=0.5)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < SOON_S
     finally:
         await client.close()
 
@@ -81,7 +82,7 @@ async def test_a_silent_coordinator_costs_its_time_once(serve: Serve) -> None:
         with pytest.raises(RequestTimedOut):
             await client.admin.delete_group("g", timeout=0.5)
         began = time.monotonic()
-        await client.admin.delete_group("g", timeout=5)
-        assert time.monotonic() - began < 0.5
+        await client.admin.delete_group("g", timeout=30)
+        assert time.monotonic() - began < 5, "asking the silent one again costs ten seconds"
     finally:
         await client.close()

@@ -15,7 +15,7 @@ from ferryline_service.metrics import ServiceMetrics
 from ferryline_service.slow_connections import SlowConnections
 from tests.polling import poll
 
-PATIENCE_S = 0.2
+PATIENCE_S = 0.5  # an honest request of these tests begins sooner, on a busy machine too
 ANSWER = b"x" * 40_000_000  # more than the buffers of two sockets
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -107,12 +107,10 @@ async def test_a_byte_now_and_then_does_not_help() -> None:
 
 async def test_a_connection_that_is_kept_alive_may_rest_longer() -> None:
     async with serving(request_s=PATIENCE_S, idle_s=60) as server:
-        resting, busy = await server.connect(), await server.connect()
-        for _, writer in (resting, busy):
-            writer.write(b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
-        for reader, _ in (resting, busy):
-            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(2)
+        resting = await server.connect()
+        resting[1].write(b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        assert b"200 OK" in await resting[0].readuntil(b"\r\n\r\n")
+        await resting[0].readexactly(2)
         silent, _ = await server.connect()
         assert await ended(silent), "meanwhile this one was ended"
         resting[1].write(b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")

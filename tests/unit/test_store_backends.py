@@ -17,6 +17,7 @@ import pytest
 from ferryline_coordinator.store.interface import Committed, Loaded, MetaStore, Outcome, StoreUnusable
 from ferryline_coordinator.store.memory import Crashed, FaultyStore, MemoryDisk, MemoryStore
 from ferryline_coordinator.store.sqlite import SqliteStore
+from tests.polling import SOON_S
 from unit.store_etcd import EtcdProcesses
 
 Reopen = Callable[[], Awaitable[MetaStore]]
@@ -169,7 +170,7 @@ async def test_watch_returns_when_primaryship_is_given_up(reopen: Reopen) -> Non
     await store.resign()
     if isinstance(store, MemoryStore):
         await MemoryStore(store.disk).campaign()
-    await asyncio.wait_for(watching, 2)
+    await asyncio.wait_for(watching, SOON_S)
 
 
 @pytest.mark.parametrize("count", [130, 2500])

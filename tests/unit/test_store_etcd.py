@@ -16,9 +16,11 @@ from ferryline_coordinator.store.etcd import EtcdStore
 from ferryline_coordinator.store.etcd_client import EtcdClient, EtcdUnavailable, text
 from ferryline_coordinator.store.etcd_requests import after
 from ferryline_coordinator.store.interface import Outcome, StoreUnusable
+from tests.polling import SOON_S, poll
 from unit.store_etcd import EtcdProcesses
 
 pytestmark = pytest.mark.etcd
+ELECTED_S = 60.0  # etcd itself may need several elections on a machine that is busy
 Open = Callable[..., EtcdStore]
 
 
@@ -50,7 +52,7 @@ async def below(client: EtcdClient, key: str) -> int:
 
 async def deposed(store: EtcdStore) -> EtcdStore:
     """Take primaryship from whoever has it, as a standby does that finds the process gone."""
-    await asyncio.wait_for(store.campaign(), 5)
+    await asyncio.wait_for(store.campaign(), ELECTED_S)
     return store
 
 
@@ -62,7 +64,7 @@ async def gone(_: str) -> bool:
 
 
 async def test_a_deposed_coordinator_commits_nothing_although_its_lease_goes_on(open_store: Open) -> None:
-    zombie = open_store(url="https://a:1")
+    zombie = open_store(url="https://a:1", ttl_s=60)
     await zombie.campaign()
     assert (await zombie.commit({"a": b"1"}, [])).outcome is Outcome.OK
     successor = await deposed(open_store(url="https://b:1", refuses=gone))
@@ -77,25 +79,28 @@ async def test_a_deposed_coordinator_commits_nothing_although_its_lease_goes_on(
 
 
 async def test_a_deposed_coordinator_hears_of_it_at_once(open_store: Open) -> None:
-    first = open_store(url="https://a:1")
+    first = open_store(url="https://a:1", ttl_s=60)
     await first.campaign()
     watching = asyncio.create_task(first.watch())
     await deposed(open_store(url="https://b:1", refuses=gone))
-    await asyncio.wait_for(watching, 1)
+    await asyncio.wait_for(watching, SOON_S)
 
 
 async def test_a_resignation_lets_the_next_one_begin_at_once_under_a_higher_epoch(open_store: Open) -> None:
-    first, second, third = (open_store(url=f"https://{name}:1") for name in "abc")
+    first, second, third = (open_store(url=f"https://{name}:1", ttl_s=60) for name in "abc")
     epoch = (await first.campaign()).coord_epoch
     waiting = [asyncio.create_task(store.campaign()) for store in (second, third)]
+    await poll(lambda: second.active() == third.active() == "https://a:1")
+
+    async def everybody() -> bool:
+        return set(await first.members() or ()) == {"https://a:1", "https://b:1", "https://c:1"}
+
+    await poll(everybody)
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in waiting)
-    assert second.active() == third.active() == "https://a:1"
-    assert set(await first.members() or ()) == {"https://a:1", "https://b:1", "https://c:1"}
-    began = time.monotonic()
     await first.resign()
-    done, pending = await asyncio.wait(waiting, timeout=3, return_when=asyncio.FIRST_COMPLETED)
-    assert time.monotonic() - began < 2.5, "well before the lease would have ended"
+    done, pending = await asyncio.wait(waiting, timeout=ELECTED_S, return_when=asyncio.FIRST_COMPLETED)
+    assert done, "well before the lease would have ended"
     assert [task.result().coord_epoch for task in done] == [epoch + 1]
     assert len(pending) == 1, "one is active at a time"
     for task in pending:
@@ -114,16 +119,16 @@ async def test_nobody_wins_before_the_silent_one_has_stopped_to_believe_in_itsel
         if silent.holds():
             last_held = time.monotonic()
         await asyncio.sleep(0.005)
-        assert time.monotonic() - last_held < 10
+        assert time.monotonic() - last_held < ELECTED_S
     assert not silent.holds()
     assert time.monotonic() - last_held > 0.2, "there is room between the two for clocks that differ"
     assert (await silent.commit({"a": b"zombie"}, [])).outcome is Outcome.LOST
 
 
 async def test_an_unreachable_standby_does_not_depose_again_and_again(open_store: Open) -> None:
-    first = open_store(url="https://a:1", refuses=gone)
+    first = open_store(url="https://a:1", ttl_s=60, refuses=gone)
     await first.campaign()
-    second = await deposed(open_store(url="https://b:1", refuses=gone))
+    second = await deposed(open_store(url="https://b:1", ttl_s=60, refuses=gone))
     third = await deposed(first)
     assert (first.deposed, second.deposed) == (1, 1)
     with pytest.raises(TimeoutError):
@@ -249,14 +254,15 @@ async def test_without_a_majority_a_commit_is_unknown_and_primaryship_ends_by_th
         began = time.monotonic()
         committed = await store.commit({"a": b"2"}, [])
         assert committed.outcome is Outcome.UNKNOWN
-        assert time.monotonic() - began < 5
-        await asyncio.wait_for(watching, 3)
+        assert time.monotonic() - began < ELECTED_S
+        await asyncio.wait_for(watching, ELECTED_S)
         assert not store.holds()
         assert (await store.commit({"a": b"3"}, [])).outcome is Outcome.LOST
     finally:
         for name in etcd.names[:2]:
             etcd.service(name).send_signal(18)
-    primaryship = await asyncio.wait_for(store.campaign(), 20)
+    await asyncio.to_thread(etcd.settle)
+    primaryship = await asyncio.wait_for(store.campaign(), ELECTED_S)
     assert primaryship.coord_epoch == 2
     assert (await store.load(primaryship.revision)).records["a"][0] in (b"1", b"2")
     assert (await store.commit({"a": b"4"}, [])).outcome is Outcome.OK

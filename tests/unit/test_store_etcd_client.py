@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from ferryline_coordinator.store import etcd_lease
+from ferryline_coordinator.store import etcd_client, etcd_lease
 from ferryline_coordinator.store.etcd_client import EtcdClient, EtcdRefused, EtcdUnavailable
 from ferryline_coordinator.store.etcd_lease import SAFE_PART, Lease
 from ferryline_coordinator.store.etcd_requests import Values
 from ferryline_coordinator.store.interface import StoreUnusable
+from tests.polling import SOON_S
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 Serve = Callable[[Handler], Awaitable[str]]
@@ -64,8 +65,10 @@ async def connect() -> AsyncIterator[Callable[..., EtcdClient]]:
 
 
 async def test_a_dead_a_silent_and_a_leaderless_member_are_passed_over(
-    serve: Serve, connect: Callable[..., EtcdClient], free_port: Callable[[], int]
+    serve: Serve, connect: Callable[..., EtcdClient], free_port: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(etcd_client, "ATTEMPT_S", 2.0)  # time enough for the one that answers
+
     async def silent(_: web.Request) -> web.Response:
         await asyncio.sleep(30)
         return good()
@@ -79,12 +82,12 @@ async def test_a_dead_a_silent_and_a_leaderless_member_are_passed_over(
     dead = f"http://127.0.0.1:{free_port()}"
     client = connect(dead, await serve(silent), await serve(leaderless), await serve(healthy))
     unanswered: list[str] = []
-    answer = await client.call("kv/range", {}, within_s=5, unanswered=unanswered)
+    answer = await client.call("kv/range", {}, within_s=30, unanswered=unanswered)
     assert answer["count"] == "5"
     assert len(unanswered) == 3, "each of them may have applied it, for all we know"
-    began = time.monotonic()
-    await client.call("kv/range", {}, within_s=5)
-    assert time.monotonic() - began < 0.5, "it stays with the one that answers"
+    again: list[str] = []
+    await client.call("kv/range", {}, within_s=30, unanswered=again)
+    assert again == [], "it stays with the one that answers"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ async def test_what_is_no_answer_is_unavailable_after_the_time_given(
     began = time.monotonic()
     with pytest.raises(EtcdUnavailable):
         await client.call("kv/txn", {}, within_s=0.3)
-    assert 0.2 < time.monotonic() - began < 2
+    assert 0.2 < time.monotonic() - began < SOON_S
 
 
 @pytest.mark.parametrize(
@@ -154,10 +157,10 @@ async def test_two_etcd_clusters_behind_one_list_of_endpoints_are_noticed(
         return good(cluster=2)
 
     client = connect(await serve(one), await serve(other))
-    await client.call("kv/range", {}, within_s=2)
+    await client.call("kv/range", {}, within_s=SOON_S)
     down = True
     with pytest.raises(StoreUnusable, match="belongs to etcd cluster 2"):
-        await client.call("kv/range", {}, within_s=2)
+        await client.call("kv/range", {}, within_s=SOON_S)
 
 
 async def test_a_token_is_got_with_the_password_and_again_when_it_has_ended(
@@ -178,11 +181,11 @@ async def test_a_token_is_got_with_the_password_and_again_when_it_has_ended(
         return good(count="1")
 
     client = connect(await serve(handler), user="coordinator", password="secret")
-    assert (await client.call("kv/range", {}, within_s=2))["count"] == "1"
-    assert (await client.call("kv/range", {}, within_s=2))["count"] == "1"
+    assert (await client.call("kv/range", {}, within_s=SOON_S))["count"] == "1"
+    assert (await client.call("kv/range", {}, within_s=SOON_S))["count"] == "1"
     assert given == 1
     valid = "gone"
-    assert (await client.call("kv/range", {}, within_s=2))["count"] == "1"
+    assert (await client.call("kv/range", {}, within_s=SOON_S))["count"] == "1"
     assert given == 2
 
 
@@ -215,14 +218,14 @@ async def test_a_lease_is_trusted_from_when_its_keep_alive_was_sent_and_not_a_mo
     await lease.grant()
     assert lease.id == 99
     assert lease.left_s() == pytest.approx(5.0 * SAFE_PART - 1.0)
-    await eventually(lambda: kept == 1, within_s=5)
-    await eventually(lambda: lease.left_s() == pytest.approx(5.0 * SAFE_PART - 0.25), within_s=2)
+    await eventually(lambda: kept == 1)
+    await eventually(lambda: lease.left_s() == pytest.approx(5.0 * SAFE_PART - 0.25))
     answered = False
     clock.now += 5.0 * SAFE_PART - 0.26
     assert lease.holds()
     clock.now += 0.02
     assert not lease.holds(), "by the clock alone, whether the loop has come round or not"
-    await asyncio.wait_for(lease.ended.wait(), 5)
+    await asyncio.wait_for(lease.ended.wait(), SOON_S)
     assert lease.id == 0
     await lease.stop()
 
@@ -239,7 +242,7 @@ async def test_a_lease_that_etcd_does_not_know_any_more_has_ended(
 
     lease = Lease(connect(await serve(handler)), 5.0)
     await lease.grant()
-    await asyncio.wait_for(lease.ended.wait(), 2)
+    await asyncio.wait_for(lease.ended.wait(), SOON_S)
     assert not lease.holds()
     await lease.stop()
 
