@@ -206,6 +206,17 @@ class Http:
         return await self.ask("POST", f"/v1/topics/{topic.name}/records", {"records": records})
 
 
+async def test_a_request_that_is_forbidden_costs_as_much_as_one_that_is_not(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        http = Http(world, broker, requests=1)
+        answers = [
+            await http.ask("GET", "/v1/certificates") for _ in range(3)
+        ]  # a second of the rate, one more, and none
+        assert [answer["code"] for _, answer in answers] == ["FORBIDDEN", "FORBIDDEN", "QUOTA_EXCEEDED"]
+        assert answers[-1][1]["details"]["quota"] == "requests"
+
+
 async def test_an_append_over_the_quota_is_refused_before_anything_is_stored(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         broker = await world.broker()

@@ -177,8 +177,8 @@ class Gate:
                 return await handler(request)
             caller = request[CALLER] = await self.authenticate(request)
             if not caller.service:
+                self.quotas.request(caller)  # first: who may not do it pays, too, or could ask without end
                 await _apply(rule, request, caller)
-                self.quotas.request(caller)
             return await handler(request)
 
         return middleware
