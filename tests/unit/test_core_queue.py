@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.metadata import RetryPolicy
@@ -47,7 +48,7 @@ class QueuePair(Pair):
     def ask(self, broker: int, kind: Any, **fields: Any) -> Any:
         """The answer to a queue event, or None if it is not known yet."""
         self.token += 1
-        self.tell(broker, kind(self.token, "g", **fields))
+        self.tell(broker, kind(self.token, fields.pop("group", "g"), **fields))
         return self.answer_to(self.token)
 
     def answer_to(self, token: int) -> Any:
@@ -55,8 +56,9 @@ class QueuePair(Pair):
         assert len(found) < 2, found
         return found[0] if found else None
 
-    def lease(self, broker: int, member: str = "m", limit: int = 100) -> Any:
+    def lease(self, broker: int, member: str = "m", limit: int = 100, group: str = "g") -> Any:
         fields: dict[str, Any] = {"ordering": "key", "start": "start", "lease_ms": 10_000, "bytes_max": 2**20}
+        fields["group"] = group
         answer = self.ask(broker, qe.LeaseAsked, member=member, records_max=limit, **fields)
         if isinstance(answer, qe.AnswerLease) and not answer.offsets:  # the window has been read by now
             answer = self.ask(broker, qe.LeaseAsked, member=member, records_max=limit, **fields)
@@ -182,6 +184,39 @@ def test_a_snapshot_bounds_what_the_next_primary_reads() -> None:
     ]
     assert before["leased"] > 0
     assert pair.settle(2, lease, ACK, lease.offsets[-1]).stale == [[]], "its receipt is still good"
+
+
+def test_beginnings_of_epochs_are_not_counted_among_what_is_left() -> None:
+    pair = QueuePair()
+    pair.put(1, "k", "l")
+    leased = pair.lease(1, limit=1)
+    pair.settle(1, leased, ACK)
+
+    def left(broker: int) -> list[int]:
+        asked = [pair.ask(broker, qe.QueueAsked, op="purge", dry_run=True), pair.ask(broker, qe.QueueAsked, op="stats")]
+        return [asked[0].details["purged"], asked[1].details["unsettled"]]
+
+    assert left(1) == [1, 1]
+    for primary, epoch in ((2, 2), (1, 3)):
+        pair.fail_over(primary, epoch)
+        assert left(primary) == [1, 1], "nobody has received since, so nobody has looked at the new marks"
+    last = pair.lease(1)
+    pair.settle(1, last, ACK)
+    assert left(1) == [0, 0]
+
+
+def test_a_partition_has_so_many_queue_groups_and_no_more_over_a_fail_over_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ferryline_broker.core.queues.QUEUES_MAX", 3)
+    pair = QueuePair()
+    pair.put(1, "k")
+    for group in ("a", "b", "c"):
+        assert pair.lease(1, group=group).offsets
+    pair.fail_over(2, 2)
+    refused = pair.lease(2, group="d")
+    assert (refused.code, "delete one first" in refused.message) == ("THROTTLED", True)
+    assert isinstance(pair.lease(2, group="a"), qe.AnswerLease), "those that there are go on"
+    assert isinstance(pair.ask(2, qe.QueueAsked, group="b", op="delete"), qe.AnswerQueue)
+    assert pair.lease(2, group="d").offsets, "and one that is gone makes room"
 
 
 def test_the_retry_policy_of_the_topic_counts() -> None:

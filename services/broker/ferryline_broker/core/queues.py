@@ -112,7 +112,7 @@ class Queues:
         queue = self.queue(event.group, now_ms)
         if queue is None:
             if len(self._tables.queues) >= QUEUES_MAX:
-                message = f"group: {QUEUES_MAX} queue groups read this partition already"
+                message = f"group: {QUEUES_MAX} queue groups read this partition already; delete one first"
                 return Outcome(refused=Refused("THROTTLED", message))
             replica = self._replica
             start = replica.high_watermark[RECORDS] if event.start == "end" else replica.log_start[RECORDS]
@@ -162,14 +162,11 @@ class Queues:
         queue = self.queue(event.group, now_ms)
         if queue is None:
             return Outcome(refused=Refused("UNKNOWN_GROUP", f"no queue group {event.group!r} has received here"))
-        high = self._replica.high_watermark[RECORDS]
+        high, marks = self._replica.high_watermark[RECORDS], self._replica.epochs[RECORDS].marks
         entry: StateEntry
         match event.op:
             case "stats":
-                return Outcome(
-                    answer=AnswerQueue(event.token, stats(queue, high, self._replica.epochs[RECORDS].marks)),
-                    at_once=True,
-                )
+                return Outcome(answer=AnswerQueue(event.token, stats(queue, high, marks)), at_once=True)
             case "explain":
                 told = explain(queue, event.offset, high, now_ms)
                 return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
@@ -184,7 +181,7 @@ class Queues:
                 told = {"offsets": queue.redrive(chosen, now_ms)}
                 return self._outcome(queue, AnswerQueue(event.token, told), now_ms)
             case "purge":
-                told = {"purged": high - queue.table.start - queue.table.settled.total, "below": high}
+                told = {"purged": counts(queue, high, marks)["unsettled"], "below": high}
                 if event.dry_run:
                     return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
                 entry = Purged(event.group, high, self._epoch_before(high))
