@@ -304,7 +304,9 @@ def test_queues_and_dead_letters_are_looked_at_and_sent_back(ferryline: Run, clu
     waits = as_json(ferryline("explain", f"lost/0/{left['offset']}", "-o", "json"))
     assert waits["groups"]["media"]["state"] == "available"
     assert "not there" in ferryline("explain", "lost/0/999").stdout
-    assert "is not a place" in ferryline("explain", "lost/0", status=2).stderr
+    assert "not in the retained log since" in ferryline("explain", "lost/0", "-t", "lost", status=3).stderr
+    assert "UNKNOWN_MESSAGE" in ferryline("explain", "nobody", "--since=-1h", status=3).stderr
+    assert ferryline("explain", "nobody", "--since", "soon", status=2)
     assert "UNKNOWN_PARTITION" in ferryline("explain", "lost/7/0", status=3).stderr
     assert "say which" in ferryline("dlq", "redrive", "lost", status=2).stderr
     assert "2 would be redriven" in ferryline("dlq", "redrive", "lost", "--all", "--dry-run").stdout

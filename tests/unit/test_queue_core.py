@@ -243,8 +243,9 @@ def test_a_parked_lane_stands_until_it_is_redriven_in_place() -> None:
     world.settle(REJECT, 0, reason="poison")
     world.settle(ACK, 2)
     assert world.lease() == []
-    assert stats(world.queue, 4)["parked"] == 1
-    assert explain(world.queue, 1, 4, world.now) == {"offset": 1, "attempts": 0, "state": "waiting", "behind": 0}
+    assert stats(world.queue, 4, lambda first, end: [])["parked"] == 1
+    waits = {"offset": 1, "attempts": 0, "state": "waiting", "behind": 0, "behind_state": "parked"}
+    assert explain(world.queue, 1, 4, world.now) == waits
     assert world.queue.redrive(lambda offset: True, world.now) == [0]
     assert world.lease() == [0]
     world.settle(ACK, 0)
@@ -301,6 +302,13 @@ def test_a_delayed_record_joins_its_lane_when_it_is_due() -> None:
     assert world.lease() == [1]
 
 
+def test_what_was_not_looked_at_yet_says_so() -> None:
+    world = World("a")
+    world.records.append(Scanned(1, b"b"))
+    told = explain(world.queue, 1, 2, world.now)
+    assert (told["state"], told["why"][:24]) == ("not in window", "it was not looked at yet")
+
+
 def test_what_expired_is_never_delivered_and_frees_its_lane() -> None:
     world = World()
     world.add("a", expires_ms=world.now + 100)
@@ -343,7 +351,7 @@ def test_a_new_primary_knows_what_was_leased_acked_and_parked(by_snapshot: bool)
     assert other.lease() == [6]
     other.tick(LEASE_MS - 2_000)
     assert other.lease() == [1, 3, 5]
-    assert stats(other.queue, 7)["parked"] == 1
+    assert stats(other.queue, 7, lambda first, end: [])["parked"] == 1
 
 
 def test_lanes_are_not_opened_before_everything_with_a_past_is_seen_again() -> None:

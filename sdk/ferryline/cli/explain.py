@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from ferryline.cli.failures import NOT_FOUND, Failed
 from ferryline.cli.invocation import of
+from ferryline.cli.offsets import parse_time_ms
 from ferryline.cli.quantities import show_time
 from ferryline.cli.queue import last_line, shown
 from ferryline.cli.settings import UsageError
@@ -25,68 +27,115 @@ LETTERS_MAX = 100_000  # dead letters that are looked through for a copy
 
 def app(
     ctx: typer.Context,
-    place: Annotated[str, typer.Argument(metavar="TOPIC/PARTITION/OFFSET")],
+    what: Annotated[
+        str, typer.Argument(metavar="TOPIC/PARTITION/OFFSET|ID", help="A place, or an id of the sender's.")
+    ],
     group: Annotated[
         list[str] | None, typer.Option("--group", "-g", help="Only these queue groups; repeatable.")
     ] = None,
+    topic: Annotated[
+        list[str] | None, typer.Option("--topic", "-t", help="Look for the id in these topics only; repeatable.")
+    ] = None,
+    since: Annotated[
+        str, typer.Option(metavar="TIME", help="Look for the id from then on only: -1h, or an ISO time.")
+    ] = "",
 ) -> None:
     """Where a record is, for everybody who reads it: committed, on which brokers, and what each group makes of it.
 
     For a queue group: available, leased (to whom, which attempt, what went wrong before), waiting behind another record
     of its key, delayed, parked, on its way to the dead letters, or settled; and why nobody gets it. For a consumer
-    group: whether it has committed past it. Its copy among the dead letters is looked for, too.
+    group: whether it has committed past it. Its copy among the dead letters is looked for, too. A record that was
+    sent with an id is found by that: the topics are read for it, all of them unless some are named.
 
-    Example: ferryline explain orders/3/1047
+    Examples:
+
+      ferryline explain orders/3/1047
+
+      ferryline explain invoice-2026-17 --topic orders --since=-2h
     """
     from ferryline.cli.connection import connected, run
 
-    found = _PLACE.match(place)
-    if not found:
-        raise UsageError(f"{place!r} is not a place like orders/3/1047")
-    topic, partition, offset = found.group(1), int(found.group(2)), int(found.group(3))
+    found = None if topic else _PLACE.match(what)
+    since_ms = parse_time_ms(since, int(time.time() * 1000)) if since else 0
+    if not what:
+        raise UsageError("say which record: TOPIC/PARTITION/OFFSET, or the id that it was sent with")
     invocation = of(ctx)
 
-    async def act() -> dict[str, Any]:
+    async def act() -> list[dict[str, Any]]:
         async with connected(invocation.settings) as client:
-            return await explain(client, topic, partition, offset, group)
+            if found:
+                place = found.group(1), int(found.group(2)), int(found.group(3))
+                return [await explain(client, *place, group)]
+            return await explain_id(client, what, topic or [], since_ms, group)
 
     told = run(act())
     if not invocation.output.for_people:
-        invocation.output.one(told)
+        if found:
+            invocation.output.one(told[0])
+        else:
+            invocation.output.rows(told)
         return
-    readers = told.pop("groups")
-    invocation.output.one(told)
-    typer.echo()
-    invocation.output.rows(
-        ({"group": name, "state": one["state"], "because": sentence(one)} for name, one in readers.items()),
-        empty="nobody reads this topic",
-    )
+    for number, one in enumerate(told):
+        if number:
+            typer.echo()
+        readers = one.pop("groups")
+        invocation.output.one(one)
+        typer.echo()
+        invocation.output.rows(
+            ({"group": name, "state": told["state"], "because": sentence(told)} for name, told in readers.items()),
+            empty="nobody reads this topic",
+        )
+
+
+async def explain_id(
+    client: Client, identity: str, topics: list[str], since_ms: int, groups: list[str] | None
+) -> list[dict[str, Any]]:
+    """Everything about each record with this id. Raises Failed when there is none, saying since when there is none."""
+    from ferryline.cli.lookup import find, not_found
+
+    named = topics or sorted(meta.name for meta in client.routing.cluster.topics.values())
+    found = await find(client, identity, named, since_ms)
+    if not found.places:
+        told = not_found(identity, named, found.since_ms)
+        text = f"{identity!r} is {told['record']}"
+        raise Failed(text, NOT_FOUND, code="UNKNOWN_MESSAGE", remedy="a place is written TOPIC/PARTITION/OFFSET")
+    return [await explain(client, *place, groups) for place in found.places]
 
 
 async def explain(client: Client, topic: str, partition: int, offset: int, groups: list[str] | None) -> dict[str, Any]:
     """Everything that the cluster can say about one record. Raises Failed when there is no such place."""
+    from ferryline.cli.lookup import complete_since, moment
     from ferryline.positions import look_up
+    from ferryline.protocol.metadata import NO_BROKER
 
     meta = await client.learn_topic(topic)
     if partition >= meta.config.partitions:
         raise Failed(f"{topic} has partitions 0..{meta.config.partitions - 1}", NOT_FOUND, code="UNKNOWN_PARTITION")
     key = (meta.id, partition)
-    ends = (await look_up(client, {key: "end"}, client.timeout))[key]
     told: dict[str, Any] = {"place": f"{topic}/{partition}/{offset}", "record": "retained"}
+    part = client.routing.cluster.partition(*key)
+    if part is not None:
+        told |= {"primary": part.primary or None, "in_sync": list(part.isr), "replicas": list(part.replicas)}
+    if part is not None and part.primary == NO_BROKER:
+        holders = ", ".join(f"broker {broker}" for broker in part.isr or part.elr or part.replicas)
+        told["record"] = f"not known: the partition has no primary; what is committed is on {holders}"
+        return told | {"groups": {}}
+    ends = (await look_up(client, {key: "end"}, client.timeout))[key]
+    message = None
     if offset >= ends.high_watermark:
         told["record"] = f"not there: the committed end is {ends.high_watermark}"
     elif offset < ends.log_start:
-        told["record"] = f"not retained any more: the log starts at {ends.log_start}"
+        since = moment(await complete_since(client, meta, partition))
+        told["record"] = f"not in the retained log since {since}: it begins at offset {ends.log_start}"
     else:
         message = await _read(client, topic, partition, offset)
         if message is None:
             told["record"] = "not a record: a mark of the broker's own"
         else:
             told |= _described(message)
-    part = client.routing.cluster.partition(*key)
-    if part is not None:
-        told |= {"primary": part.primary or None, "in_sync": list(part.isr), "replicas": list(part.replicas)}
     told["groups"] = await _readers(client, meta, partition, offset, groups)
+    if message is not None:
+        told |= await _by_its_headers(client, message)
     copy = await _copy(client, meta, partition, offset, told.get("produced_ms"))
     if copy:
         told["dead_letter"] = copy
@@ -107,6 +156,18 @@ def _described(message: Message[bytes]) -> dict[str, Any]:
         "bytes": len(message.raw or b""),
         "headers": {name: shown(value) for name, value in message.headers.pairs},
     }
+
+
+async def _by_its_headers(client: Client, message: Message[bytes]) -> dict[str, Any]:
+    """Why a queue may have settled it without a receiver: what its sender asked for."""
+    from ferryline.cli.lookup import expired, repetition_of
+
+    told: dict[str, Any] = {}
+    if at := expired(message, int(time.time() * 1000)):
+        told["expired"] = f"{at}: queues deliver it no more"
+    if first := await repetition_of(client, message):
+        told["repeats"] = f"{first}, which has the same id: queues deliver one of the two"
+    return told
 
 
 async def _readers(
@@ -175,7 +236,8 @@ def sentence(told: dict[str, Any]) -> str:
         parts.append(f"with {told['member']} for {show_time(told['leased_for_ms'])}")
         parts.append(f"lease ends in {show_time(max(0, told['lease_ends_in_ms']))}")
     if "behind" in told:
-        parts.append(f"behind offset {told['behind']} of its key")
+        front = {"delayed": "backs off"}.get(told["behind_state"], f"is {told['behind_state']}")
+        parts.append(f"behind offset {told['behind']} of its key, which {front}")
     if "due_in_ms" in told:
         parts.append(f"due in {show_time(told['due_in_ms'])}")
     if "committed" in told:

@@ -64,6 +64,7 @@ _TOLD: dict[str, Schema] = {
     "leased_for_ms": WHOLE,
     "lease_ends_in_ms": WHOLE,
     "behind": COUNT,
+    "behind_state": TEXT,
     "due_in_ms": COUNT,
     "paused": FLAG,
     "why": TEXT,
