@@ -12,7 +12,7 @@ from ferryline.cli.chaos.campaign import broken, judge
 from ferryline.cli.chaos.harm import flip
 from ferryline.cli.chaos.ledger import append, commit_of, read, total
 from ferryline.cli.chaos.record import FAIL, INFO, OK, Recorder, now_us, number_of, payload
-from ferryline.cli.chaos.traffic import key_for, topics_for
+from ferryline.cli.chaos.traffic import keys_for, queue_topic, topics_for
 from ferryline.protocol.partitioner import partition_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,9 +58,11 @@ def test_payloads_carry_their_number() -> None:
 
 
 def test_keys_belong_to_the_partition_they_are_made_for() -> None:
-    for topic in topics_for(3, 8):
+    for topic in [*topics_for(3, 8), queue_topic(3)]:
         for place in topic.places:
-            assert partition_of(key_for(2, place, topic.partitions), topic.partitions) == place[1]
+            keys = keys_for(2, place, topic.partitions, topic.keys)
+            assert len(set(keys)) == topic.keys
+            assert {partition_of(key, topic.partitions) for key in keys} == {place[1]}
 
 
 def test_two_brokers_have_no_topic_with_three_copies() -> None:

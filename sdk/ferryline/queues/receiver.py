@@ -11,6 +11,7 @@ from ferryline.heartbeats import Hosted, thread_of
 from ferryline.options import check_seconds
 from ferryline.protocol.errors import ClientClosed, DeadlineExceeded, FerrylineError
 from ferryline.protocol.limits import check_range
+from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import ORDER_KEY
 from ferryline.queues.leasing import Leasing
 from ferryline.queues.message import QueueMessage
@@ -91,7 +92,7 @@ class Receiver(Generic[T]):
             return
         await self._client.start()
         meta = await self._client.learn_topic(self._options.topic)
-        leasing = self._leasing = Leasing(self._client, self._options, meta)
+        leasing = self._leasing = self._lease(meta)
         self._client.closables.append(self)
         leasing.start()
         renewer = Renewer(self._client, self._options, leasing.member, leasing.table, leasing.lost)
@@ -100,6 +101,10 @@ class Receiver(Generic[T]):
         except BaseException:
             await self.close()
             raise
+
+    def _lease(self, meta: TopicMeta) -> Leasing:
+        """What holds the leases; `ferryline chaos` has one that writes down what passes."""
+        return Leasing(self._client, self._options, meta)
 
     async def close(self, timeout: float | None = None) -> None:
         """Give back what was not handed out, let the work in hand end, settle, and free what is left.

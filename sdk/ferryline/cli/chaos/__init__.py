@@ -30,12 +30,16 @@ class Sabotage(StrEnum):
 
     replicate = "ack-before-replicate"
     flush = "ack-before-flush"
+    lanes = "no-lanes"
+    acks = "forget-acks"
 
 
 # Faults without which the damage of a sabotage cannot show, and the phases that show it first.
 SHOWN_BY = {
     Sabotage.replicate: (("kill", "pause"), ("kill the one that went on",)),
     Sabotage.flush: (("power",), ("power alone",)),
+    Sabotage.lanes: ((), ()),  # these two of queues show without any
+    Sabotage.acks: ((), ()),
 }
 
 
@@ -71,12 +75,14 @@ def app(
     """Break a cluster under load and prove that nothing acknowledged is lost.
 
     Starts a coordinator and brokers in a temporary folder, over TLS, with a proxy between all of them. Producers,
-    consumers in a group and readers on their own run all the time, and write down what they sent and saw. The seed
-    decides what is done to the cluster: kill -9, stopped processes, cut and slow networks, failing disks. In the end
-    all is mended, the rest is read, every copy of every partition is read from its beginning, and a checker judges.
+    consumers in a group, readers on their own and receivers of a queue run all the time, and write down what they sent
+    and saw. The seed decides what is done to the cluster: kill -9, stopped processes, cut and slow networks, failing
+    disks. In the end all is mended, the rest is read, every copy of every partition is read from its beginning, and
+    checkers judge.
 
-    Exit status 1 if an acknowledged record was lost, doubled or out of order anywhere, or if the cluster did not come
-    back by itself. The history and the logs of such a run are kept, and the command that repeats its faults is shown.
+    Exit status 1 if an acknowledged record was lost, doubled or out of order anywhere, if a queue broke a promise, or
+    if the cluster did not come back by itself. The history and the logs of such a run are kept, and the command that
+    repeats its faults is shown.
 
     Faults: kill, coordinator, restart, pause, cut, one-way, delay, half-open, reset, move; with several coordinators
     etcd (its members die); and, less gently, power (what was not synced is gone), disk-full, disk-error, flip (bits of
@@ -174,6 +180,7 @@ def _report(account: Account, plan: Plan, output: Output) -> None:
         "read from copies": account.copies_read,
         "receipts honoured": account.receipts,
         "faults": account.faults,
+        "queue": account.queue,
         "longest gap": f"{account.longest_gap_s:.2f} s without any acknowledgement ({account.longest_gap_in})",
         "anomalies": account.anomalies,
         "seed": str(plan.seed),

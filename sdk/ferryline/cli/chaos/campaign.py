@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ferryline.cli.chaos.audit import Audit, repair
 from ferryline.cli.chaos.copies import CopyReader
+from ferryline.cli.chaos.queueing import RETRY, Queueing
 from ferryline.cli.chaos.record import Recorder, now_us
 from ferryline.cli.chaos.schedule import DAMAGE, DRAIN, Phase, Plan, Step
-from ferryline.cli.chaos.traffic import Topic, Traffic, topics_for
+from ferryline.cli.chaos.traffic import Topic, Traffic, queue_topic, topics_for
 from ferryline.cli.processes import ProcessFailed
 from ferryline.proof.checker import check
 from ferryline.proof.findings import Verdict
@@ -93,6 +94,7 @@ class Account:
     trouble: list[str] = field(default_factory=list)  # anomalies that no history shows
     send_errors: dict[str, int] = field(default_factory=dict)
     read_errors: dict[str, int] = field(default_factory=dict)
+    queue: dict[str, int] = field(default_factory=dict)  # what receivers were given, and what they said of it
 
     @property
     def anomalies(self) -> int:
@@ -146,6 +148,7 @@ class Campaign:
         self._receipts = 0
         self._recorder: Recorder
         self._traffic: Traffic
+        self._queue: Queueing
 
     def _connect(self) -> Client:
         import ferryline as fl
@@ -155,13 +158,18 @@ class Campaign:
     async def run(self) -> Account:
         """Break the cluster by the plan and judge. Raises what the client raises if the cluster is of no use at all."""
         load, started = self._load, time.monotonic()
-        topics = topics_for(len(self.plan.brokers), load.partitions)
+        queue = queue_topic(len(self.plan.brokers))
+        topics = [*topics_for(len(self.plan.brokers), load.partitions), queue]
         with Recorder(self._history) as self._recorder:
             async with self._connect() as admin:
                 self._bed.admin = admin
                 for topic in topics:
                     await admin.admin.create_topic(
-                        topic.name, partitions=topic.partitions, replication=topic.replication, min_isr=topic.min_isr
+                        topic.name,
+                        partitions=topic.partitions,
+                        replication=topic.replication,
+                        min_isr=topic.min_isr,
+                        retry=RETRY if topic is queue else None,
                     )
                 if not await self._whole(admin, topics, load.heal_s):
                     raise ProcessFailed("the cluster was not whole before anything was done to it")
@@ -176,13 +184,18 @@ class Campaign:
                     members=load.members,
                     delivery_s=load.delivery_s,
                 )
+                path = self._history.with_name("queue.jsonl")
+                self._queue = Queueing(self._connect, queue.name, queue.partitions, self.plan.seed, path)
+                self._traffic.on_stored = self._queue.stored
                 ticker = asyncio.create_task(self._tick())
                 try:
                     await self._traffic.start()
+                    await self._queue.start()
                     for number, phase in enumerate(self.plan.phases, 1):
                         self._phase = (phase.name, number)
                         await self._run_phase(phase, admin, topics)
                 finally:
+                    await self._queue.stop()
                     await self._traffic.stop()
                     ticker.cancel()
                     self._bed.admin = None
@@ -193,6 +206,7 @@ class Campaign:
         self._show()
         self._look_at_logs()
         verdict = await asyncio.to_thread(judge, self._history)
+        self._trouble += await asyncio.to_thread(self._queue.judge)
         return self._account(verdict, time.monotonic() - started)
 
     # -- breaking ------------------------------------------------------------------------------------
@@ -244,6 +258,8 @@ class Campaign:
             self._trouble.append(f"a producer ended: {error!r}")
         if not await self._traffic.drained(self._load.heal_s):
             self._trouble.append(f"the group is still {self._traffic.behind():,} records behind")
+        if left := await self._queue.drained(admin, self._load.heal_s):
+            self._trouble.append(left)
 
     async def _read_copies(self, topics: Sequence[Topic]) -> None:
         self._phase = ("reading every copy", len(self.plan.phases))
@@ -253,6 +269,7 @@ class Campaign:
             within_s = 20.0 if self._trouble else self._load.heal_s + self._recorder.acked / 20_000
             if DAMAGE & set(self.plan.faults) and not self._trouble:
                 await self._find_harm(client, topics)
+            await self._queue.read_letters(client)
             reader = CopyReader(client, self._recorder, within_s)
             await reader.read_all(topics, self._traffic.highest)
             self._copies_read = reader.records
@@ -311,7 +328,8 @@ class Campaign:
             verdict,
             [*self._trouble, *self._bed.surprises],
             dict(self._traffic.send_errors),
-            dict(self._traffic.read_errors),
+            {**self._traffic.read_errors, **{f"queue {code}": n for code, n in self._queue.errors.items()}},
+            dict(sorted(self._queue.counts.items())),
         )
 
     # -- progress ------------------------------------------------------------------------------------

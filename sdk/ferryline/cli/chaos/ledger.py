@@ -42,6 +42,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def total(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Runs, their sums and the sum of each fault. Runs under sabotage prove the proof, not the product: left out."""
     faults: Counter[str] = Counter()
+    queue: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     runs = failed = 0
     commits: set[str] = set()
@@ -52,8 +53,11 @@ def total(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         failed += not entry["good"]
         commits.add(str(entry.get("commit", "")))
         faults.update(entry["faults"])
+        queue.update(entry.get("queue", {}))
         sums.update({name: entry.get(name, 0) for name in NUMBERS})
     found: dict[str, Any] = {"runs": runs, "failed": failed, "commits": len(commits)}
     found.update({name: round(sums[name]) for name in NUMBERS})
     found["faults"] = dict(sorted(faults.items()))
+    if queue:
+        found["queue"] = dict(sorted(queue.items()))
     return found

@@ -82,6 +82,7 @@ def note(path: Path, plan: Plan, load: Load, account: Account, driver: str, sabo
         "receipts": account.receipts,
         "elections": account.elections,
         "takeovers": account.takeovers,
+        "queue": account.queue,
         "longest_gap_s": account.longest_gap_s,
         "longest_gap_in": account.longest_gap_in,
         "anomalies": account.anomalies,

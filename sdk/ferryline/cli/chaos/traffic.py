@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ferryline.cli.chaos.record import FAIL, INFO, OK, Place, Recorder, now_us, number_of, payload
@@ -31,6 +32,10 @@ CHUNK_MAX = 500
 IN_FLIGHT = 3  # chunks of one lane
 DELIVERY_S = 30.0
 RETRY_S = 0.2
+QUEUE_TOPIC = "chaos-queue"
+QUEUE_KEYS = 16  # of one producer in one partition
+QUEUE_RATE = 100.0  # at most: each record of it is a frame or more of its own
+QUEUE_SHARE = 0.2  # of the rate, at most
 CLAIM_US = 15_000_000  # a claim is answered or given up within this
 
 
@@ -42,6 +47,7 @@ class Topic:
     partitions: int
     replication: int
     min_isr: int
+    keys: int = 1  # of one producer in one partition
 
     @property
     def places(self) -> list[Place]:
@@ -56,13 +62,44 @@ def topics_for(brokers: int, partitions: int) -> list[Topic]:
     return found
 
 
-def key_for(producer: int, place: Place, partitions: int) -> bytes:
-    """A key of this producer that belongs to this partition."""
-    return next(
-        key
-        for key in (b"p%d-%d" % (producer, number) for number in range(1_000_000))
-        if partition_of(key, partitions) == place[1]
-    )
+def queue_topic(brokers: int) -> Topic:
+    """One that is read as a queue, too."""
+    return Topic(QUEUE_TOPIC, 2, min(2, brokers), 1, QUEUE_KEYS)
+
+
+def keys_for(producer: int, place: Place, partitions: int, count: int = 1) -> list[bytes]:
+    """Keys of this producer that belong to this partition."""
+    keys = (b"p%d-%d" % (producer, number) for number in range(1_000_000))
+    return list(islice((key for key in keys if partition_of(key, partitions) == place[1]), count))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How one lane sends: ``chunk`` records every ``interval`` seconds."""
+
+    chunk: int
+    interval: float
+
+
+def pace_of(rate: float, lanes: int) -> Pace:
+    """``rate`` records a second, shared by so many lanes."""
+    interval = max(1 / CHUNKS_PER_S, lanes / rate)
+    chunk = max(1, min(CHUNK_MAX, round(rate * interval / lanes)))
+    return Pace(chunk, chunk * lanes / rate)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one producer sends to one partition, with its keys in turns."""
+
+    proc: str
+    place: Place
+    keys: list[bytes]
+    pace: Pace
+
+    def key(self, number: int) -> bytes:
+        """Of the record with this number."""
+        return self.keys[number % len(self.keys)]
 
 
 class Traffic:
@@ -93,10 +130,11 @@ class Traffic:
         self._delivery_s = delivery_s
         self._producers, self._members = producers, members
         self._padding = b"." * max(0, value_bytes - 10)
-        lanes = producers * sum(topic.partitions for topic in topics)
-        self._interval = max(1 / CHUNKS_PER_S, lanes / rate)
-        self._chunk = max(1, min(CHUNK_MAX, round(rate * self._interval / lanes)))
-        self._interval = self._chunk * lanes / rate
+        self.on_stored: Callable[[Place, int, bytes, int], None] | None = None  # offset, key, since when, where keyed
+        slow = sum(topic.partitions for topic in topics if topic.keys > 1)
+        queued = min(QUEUE_RATE, rate * QUEUE_SHARE) if slow else 0.0
+        plain = pace_of(rate - queued, producers * (sum(topic.partitions for topic in topics) - slow))
+        self._paces = {topic.name: pace_of(queued, producers * slow) if topic.keys > 1 else plain for topic in topics}
         self._stop = asyncio.Event()
         self._senders: list[asyncio.Task[None]] = []
         self._readers: list[asyncio.Task[None]] = []
@@ -124,31 +162,34 @@ class Traffic:
             places = [(topic, place) for topic in self.topics for place in topic.places]
             async with asyncio.TaskGroup() as lanes:
                 for turn, (topic, place) in enumerate(places):
-                    key = key_for(number, place, topic.partitions)
-                    lanes.create_task(self._lane(proc, producer, place, key, turn / len(places)))
+                    keys = keys_for(number, place, topic.partitions, topic.keys)
+                    lane = Lane(proc, place, keys, self._paces[topic.name])
+                    lanes.create_task(self._lane(lane, producer, turn / len(places)))
 
-    async def _lane(self, proc: str, producer: Producer, place: Place, key: bytes, shift: float) -> None:
+    async def _lane(self, lane: Lane, producer: Producer, shift: float) -> None:
         """Chunks at the rate of this lane, a few in flight; later ones wait while the cluster does not answer."""
         settling: set[asyncio.Task[None]] = set()
-        due = time.monotonic() + shift * self._interval
+        interval, chunk = lane.pace.interval, lane.pace.chunk
+        due = time.monotonic() + shift * interval
         while not self._stop.is_set():
-            due = max(due + self._interval, time.monotonic() - 1.0)  # what was missed for longer is not made up for
+            due = max(due + interval, time.monotonic() - 1.0)  # what was missed for longer is not made up for
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             while len(settling) >= IN_FLIGHT:
                 _, settling = await asyncio.wait(settling, return_when=asyncio.FIRST_COMPLETED)
-            first = self.recorder.attempt(proc, place, self._chunk)
+            first = self.recorder.attempt(lane.proc, lane.place, chunk)
             t0 = now_us()
-            futures = await self._hand_over(producer, place, key, first)
-            settling.add(asyncio.create_task(self._settle(proc, place, first, t0, futures)))
+            futures = await self._hand_over(producer, lane, first)
+            settling.add(asyncio.create_task(self._settle(lane, first, t0, futures)))
         if settling:
             await asyncio.wait(settling)
 
-    async def _hand_over(self, producer: Producer, place: Place, key: bytes, first: int) -> list[asyncio.Future[Any]]:
-        send, topic, padding = producer.send_nowait, place[0], self._padding
+    async def _hand_over(self, producer: Producer, lane: Lane, first: int) -> list[asyncio.Future[Any]]:
+        send, topic, padding = producer.send_nowait, lane.place[0], self._padding
         futures: list[asyncio.Future[Any]] = []
-        while len(futures) < self._chunk:
+        while len(futures) < lane.pace.chunk:
+            number = first + len(futures)
             try:
-                futures.append(send(topic, payload(first + len(futures), padding), key))
+                futures.append(send(topic, payload(number, padding), lane.key(number)))
             except BufferFull:
                 await asyncio.sleep(0.005)
             except FerrylineError as error:  # refused before anything was sent
@@ -157,7 +198,7 @@ class Traffic:
                 futures.append(refused)
         return futures
 
-    async def _settle(self, proc: str, place: Place, first: int, t0: int, futures: list[asyncio.Future[Any]]) -> None:
+    async def _settle(self, lane: Lane, first: int, t0: int, futures: list[asyncio.Future[Any]]) -> None:
         """Write down what became of a chunk. Its records are answered in order, so the last one is waited for."""
         await asyncio.wait(futures[-1:])
         await asyncio.wait(futures)
@@ -168,15 +209,17 @@ class Traffic:
             if error is None:
                 values[OK].append(number)
                 offsets.append(future.result().offset)
+                if self.on_stored is not None and len(lane.keys) > 1:
+                    self.on_stored(lane.place, offsets[-1], lane.key(number), t0)
             else:
                 count(self.send_errors, error)
                 definite = isinstance(error, FerrylineError) and error.definite
                 values[FAIL if definite else INFO].append(number)
         for outcome, numbers in values.items():
             if numbers:
-                self.recorder.sent(proc, place, outcome, t0, numbers, offsets if outcome == OK else ())
+                self.recorder.sent(lane.proc, lane.place, outcome, t0, numbers, offsets if outcome == OK else ())
         if offsets:
-            self.highest[place] = max(self.highest.get(place, -1), *offsets)
+            self.highest[lane.place] = max(self.highest.get(lane.place, -1), *offsets)
 
     async def finish_sending(self, within_s: float) -> None:
         """Send no more, and wait until every record sent is settled. Raises TimeoutError, and what a sender raised."""
