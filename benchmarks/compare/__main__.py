@@ -79,7 +79,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     before = facts()
     with comparison.running():
         tell("what the machine does without any queue")
-        physical = limits(LIMIT_SIZES, 32 * 2**20 if options.quick else 128 * 2**20, min(3, rounds), Path(DATA))
+        short = options.quick or options.only_queues
+        sizes = LIMIT_SIZES[:1] if options.only_queues else LIMIT_SIZES
+        physical = limits(sizes, 32 * 2**20 if short else 128 * 2**20, min(3, rounds), Path(DATA))
         scale = options.scale or QUICK_SCALE
         if not options.quick and options.scale is None:
             took = comparison.round(0, FIRST_SCALE)

@@ -47,10 +47,17 @@ def _tasks(name: str, peer: str, client: str, settles: str, *, late: bool = True
 
 
 _EARLY, _LATE = "acknowledged before it runs: lost with its worker", "acknowledged after it ran"
+SUBSCRIBER = "ferryline r2 fsync, subscriber"
 TASK_VARIANTS: tuple[Variant, ...] = (
     replace(
         _LOG["ferryline r2 fsync"],
         settles="acknowledged after it ran, when its result is stored; each committed and flushed on both copies",
+    ),
+    replace(
+        _LOG["ferryline r2 fsync"],
+        name=SUBSCRIBER,
+        topic={"flush": "fsync", "handler": "subscriber"},
+        settles="acknowledged after it ran, flushed on both copies; a handler of a topic: no id, no status, no result",
     ),
     _tasks("celery", "redis-everysec", "celery", _EARLY, late=False, pool="prefork"),
     _tasks("celery acks_late", "redis-everysec", "celery", _LATE, pool="prefork"),

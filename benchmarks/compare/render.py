@@ -7,7 +7,8 @@ from typing import Any
 
 from benchmarks.compare.goals import verdicts
 from benchmarks.compare.plan import VARIANTS, WARM_UP_MAX_S, WORKLOADS
-from benchmarks.compare.queue_plan import QUEUE_VARIANTS, TASK_VARIANTS
+from benchmarks.compare.queue_goals import queue_verdicts
+from benchmarks.compare.queue_plan import QUEUE_VARIANTS, QUEUE_WORKLOADS, TASK_VARIANTS
 from benchmarks.compare.spec import KEY_BYTES
 from benchmarks.compare.stats import LATENCIES, Row, Spread, Table, table
 
@@ -84,7 +85,9 @@ def _not_measured(found: Table) -> list[str]:
         for one in WORKLOADS
         if one.left_out and one.name in measured
     ]
-    return [*lines, "* workloads that are not central, only with the main rows of each system.", ""]
+    if measured - {one.name for one in QUEUE_WORKLOADS}:
+        lines.append("* workloads that are not central, only with the main rows of each system.")
+    return [*lines, ""]
 
 
 def _first(text: str) -> str:
@@ -196,7 +199,7 @@ def _limits(limits: dict[str, Any], found: Table) -> list[str]:
 
 
 def _goals(found: Table) -> list[str]:
-    judged = verdicts(found)
+    judged = verdicts(found) + queue_verdicts(found)
     lines = ["### goals, as ratios in this run", ""]
     lines += [f"* {one}" for one in judged] or ["* nothing to compare with was measured"]
     counted = [one for one in judged if one.counts]

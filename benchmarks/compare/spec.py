@@ -40,6 +40,7 @@ class Spec:
     passes: int = 1  # how often everything is read, each time by a new group
     one_by_one: bool = True  # what a receiver takes is acknowledged record by record; otherwise a batch at once
     marks: str = ""  # the file in which a task marks that it ran
+    handler: str = ""  # what runs a task, where a system has several kinds
     throughput: bool = True  # settings for throughput; otherwise for latency: nothing lingers
     timeout_s: float = 120.0
 

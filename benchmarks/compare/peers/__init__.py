@@ -71,6 +71,10 @@ class Peer(ABC):
     @abstractmethod
     def delete(self, topic: str, partitions: int) -> None: ...
 
+    @abstractmethod
+    def left(self, topic: str, group: str) -> int:
+        """Records of a queue that nobody has acknowledged, handed out or not."""
+
     def usage(self) -> Usage:
         return usage(self.pids)
 

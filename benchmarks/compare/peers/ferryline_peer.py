@@ -57,6 +57,14 @@ class FerrylinePeer(Peer):
 
         asyncio.run(make())
 
+    def left(self, topic: str, group: str) -> int:
+        async def ask() -> int:
+            async with fl.connect(self.servers, ca=self.ca) as client:
+                parts = await client.queue(topic, group).stats()
+                return sum(one.high_watermark - one.start - one.settled_above_start for one in parts)
+
+        return asyncio.run(ask())
+
     def delete(self, topic: str, partitions: int) -> None:
         async def forget() -> None:
             async with fl.connect(self.servers, ca=self.ca) as client:

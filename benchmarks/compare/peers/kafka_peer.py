@@ -127,6 +127,9 @@ class KafkaPeer(Peer):
 
         eventually(f"{self.name}: {topic} has all its copies", ready, READY_S, self.programs)
 
+    def left(self, topic: str, group: str) -> int:
+        raise NotImplementedError("it has no queues")
+
     def delete(self, topic: str, partitions: int) -> None:
         admin = self._admin()  # kept until the answer is here: its end would end the request
         admin.delete_topics([topic], operation_timeout=READY_S)[topic].result(READY_S)

@@ -107,6 +107,18 @@ class NatsPeer(Peer):
 
         eventually(f"{self.name}: {topic} is there", lambda: asyncio.run(make()), READY_S, self.programs)
 
+    def left(self, topic: str, group: str) -> int:
+        async def ask() -> int:
+            client = await self._connect()
+            try:
+                found = await client.jetstream(timeout=10).consumers_info(topic)
+                # a receiver that is pushed to has a consumer of its own, and the other one is not used
+                return min(int(one.num_pending or 0) + int(one.num_ack_pending or 0) for one in found)
+            finally:
+                await client.close()
+
+        return asyncio.run(ask())
+
     def delete(self, topic: str, partitions: int) -> None:
         async def forget() -> None:
             client = await self._connect()

@@ -170,6 +170,11 @@ class RabbitmqPeer(Peer):
         self._groups = groups
         eventually(f"{self.name}: {topic} is there", make, READY_S, self.programs)
 
+    def left(self, topic: str, group: str) -> int:
+        """Once the receiver is gone: what it had not acknowledged waits again."""
+        with self._channel() as channel:
+            return int(channel.queue_declare(topic, passive=True).method.message_count)
+
     def delete(self, topic: str, partitions: int) -> None:
         with self._channel() as channel:
             for queue in _queues(topic, self._groups):

@@ -50,6 +50,11 @@ class RedisPeer(Peer):
             for group in groups:
                 client.xgroup_create(topic, group, id="0", mkstream=True)
 
+    def left(self, topic: str, group: str) -> int:
+        with self._client() as client:
+            [found] = [one for one in client.xinfo_groups(topic) if one["name"] == group.encode()]
+            return int(found["pending"]) + int(found["lag"])
+
     def delete(self, topic: str, partitions: int) -> None:
         with self._client() as client:
             client.flushall(asynchronous=True)  # task queues keep more than one key

@@ -22,8 +22,9 @@ class Nats(Receiving):
             return
         # for latency: the server pushes, nobody asks first
         config = ConsumerConfig(ack_policy=AckPolicy.EXPLICIT, max_ack_pending=PREFETCH)
+        subjects, name = f"{self.spec.topic}.*", f"{self.spec.group}-pushed"
         self._push = await self._stream.subscribe(
-            f"{self.spec.topic}.*", stream=self.spec.topic, manual_ack=True, config=config
+            subjects, stream=self.spec.topic, durable=name, manual_ack=True, config=config
         )
 
     async def step(self) -> None:

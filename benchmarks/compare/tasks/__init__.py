@@ -76,7 +76,7 @@ class Submitter(ABC):
 def environment(spec: Spec) -> dict[str, str]:
     """What the module of a system reads, in a worker and in who submits."""
     found = {"BENCH_SERVERS": spec.servers, "BENCH_QUEUE": spec.topic, "BENCH_MARKS": spec.marks}
-    return found | {"BENCH_CA": spec.ca}
+    return found | {"BENCH_CA": spec.ca, "BENCH_HANDLER": spec.handler}
 
 
 def submitter(spec: Spec) -> Submitter:

@@ -1,4 +1,8 @@
-"""Ferryline's tasks, as docs/workers.md says: `submit` for each, many of them at once."""
+"""Ferryline's tasks, as docs/workers.md says: `submit` for each, many of them at once.
+
+``BENCH_HANDLER=subscriber``: a handler of a topic instead, whose records are sent: what a task is without id, status
+and result.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,15 @@ app = fl.App(os.environ["BENCH_SERVERS"], name="bench", ca=os.environ["BENCH_CA"
 marks = Marks(os.environ["BENCH_MARKS"])
 
 
-@app.task(queue=os.environ["BENCH_QUEUE"])
 async def mark(number: int) -> None:
     marks.add(number)
+
+
+AS_SUBSCRIBER = os.environ.get("BENCH_HANDLER") == "subscriber"
+if AS_SUBSCRIBER:
+    app.subscriber(os.environ["BENCH_QUEUE"])(mark)
+else:
+    task = app.task(queue=os.environ["BENCH_QUEUE"])(mark)
 
 
 class FerrylineSubmitter(Submitter):
@@ -27,11 +37,11 @@ class FerrylineSubmitter(Submitter):
         await app.__aenter__()
 
     async def submit_all(self, numbers: Iterable[int]) -> None:
-        left = iter(numbers)
+        left, topic = iter(numbers), self.spec.topic
 
         async def some() -> None:
             for number in left:
-                await mark.submit(number)
+                await (app.producer.send(topic, number) if AS_SUBSCRIBER else task.submit(number))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(WINDOW):
