@@ -23,6 +23,7 @@ class Deadlines:
         self._heap: list[tuple[int, int, HostedReplica]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
+        self._earliest_ms = 0  # of the next timer: a deadline that its Tick did not clear must not spin the loop
 
     def arm(self, hosted: HostedReplica) -> None:
         """Look at the deadline of its core again."""
@@ -38,12 +39,13 @@ class Deadlines:
     def _set_timer(self, deadline_ms: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer_ms = deadline_ms
-        self._timer = self._loop.call_later(max(0, deadline_ms - now_ms()) / 1000, self._tick)
+        self._timer_ms = max(deadline_ms, self._earliest_ms)
+        self._timer = self._loop.call_later(max(0, self._timer_ms - now_ms()) / 1000, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
         now, heap = now_ms(), self._heap
+        self._earliest_ms = now + 1
         due: list[HostedReplica] = []
         while heap and heap[0][0] <= now:
             queued, _, hosted = heapq.heappop(heap)
@@ -53,5 +55,4 @@ class Deadlines:
         for hosted in due:
             self._call(hosted, now)
         if heap:
-            # A deadline that its Tick did not clear must not spin the loop.
-            self._set_timer(max(heap[0][0], now + 1))
+            self._set_timer(heap[0][0])

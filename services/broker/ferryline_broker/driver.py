@@ -61,6 +61,7 @@ class PartitionDriver:
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
         self._token = 0
         self._emitters: dict[Emitter, None] = {}
+        self._fed: dict[HostedReplica, None] = {}  # in this pass: their deadlines may be others now
         self._answered: dict[Asker, None] = {}
         self._pass_due = self._sync_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
@@ -114,9 +115,11 @@ class PartitionDriver:
             effects = hosted.core.handle(event, now_ms())
             if effects:
                 self._carry_out(hosted, effects)
-            self._deadlines.arm(hosted)
         except Exception as error:  # an assertion, or a mistake that leaves core and log in doubt about each other
             self._break(hosted, event, error)
+            return
+        self._fed[hosted] = None
+        self.end_pass_soon()
 
     def feed_all(self, event: ev.Event, role: str = "") -> None:
         """Feed ``event`` to every core, or to those in ``role``."""
@@ -149,6 +152,8 @@ class PartitionDriver:
             failed = self.write_failed if type(effect) in ev.WRITES else self.storage_failed
             failed(hosted, getattr(effect, "log", RECORDS), error)
             return
+        finally:
+            hosted.fresh = None
         if hosted.follow_ups:
             follow_ups, hosted.follow_ups = hosted.follow_ups, []
             for event in follow_ups:
@@ -179,7 +184,10 @@ class PartitionDriver:
 
     def _append(self, hosted: HostedReplica, effect: ev.Append) -> None:
         headers = effect.headers
-        hosted.logs[effect.log].append(effect.data, headers)
+        log = hosted.logs[effect.log]
+        begin = log.log_end
+        log.append(effect.data, headers)
+        hosted.fresh = (effect.log, begin, log.log_end, effect.data)
         hosted.unsaved = True
         self._appends += 1
         if effect.log == RECORDS:
@@ -303,6 +311,12 @@ class PartitionDriver:
             self._guarded(asker.flush)
         self._guarded(self.peers.emit)
         self._guarded(self.link.emit)
+        fed, self._fed = self._fed, {}
+        for hosted in fed:  # last: nobody waits for it
+            try:
+                self._deadlines.arm(hosted)
+            except Exception as error:
+                self._break(hosted, ev.Tick(), error)
 
     def _guarded(self, emit: Callable[[], None]) -> None:
         """One peer's trouble must not keep the others waiting."""
@@ -325,6 +339,7 @@ class PartitionDriver:
         due = [(hosted, log) for hosted, log in dirty if not hosted.broken]
         failures = dict(self._group.flush([hosted.logs[log] for hosted, log in due]))
         self.metrics.flush_seconds.observe(perf_counter() - started)
+        self._pass_due = True  # it ends below
         for hosted, log in due:
             failure = failures.get(hosted.logs[log])
             if failure is None:

@@ -123,7 +123,8 @@ class ProduceHandler:
         timeout_ms = check_range(ask.timeout_ms, "timeout_ms", 1, TIMEOUT_MS_MAX)
         if not 0 < len(entries) <= FRAME_ENTRIES_MAX:
             raise MalformedRequest(f"entries: {len(entries)} is outside 1..{FRAME_ENTRIES_MAX}")
-        if sum(entry.size for entry in entries) != len(payload) or any(entry.size < 0 for entry in entries):
+        sizes = [entry.size for entry in entries]
+        if sum(sizes) != len(payload) or min(sizes) < 0:
             raise MalformedRequest(f"entries: their sizes do not add up to the {len(payload)} payload bytes")
         state, copied = state_of(session), identity_broker_id(session.identity) != 0
         self._account(state, len(payload))

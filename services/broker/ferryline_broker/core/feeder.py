@@ -7,6 +7,8 @@ from ferryline_broker.core.events import FetchReceived, ProgressReceived, SendDa
 from ferryline_broker.core.insync import InSyncSet, Member
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
 
+_TOGETHER: list[tuple[int, int] | None] = [None, None]  # nothing diverges, in either log
+
 
 class Feeder:
     """The primary's side of replication in one epoch (rule L3). Changes only `Member`s and sends answers."""
@@ -37,19 +39,19 @@ class Feeder:
                 member.flushed[log] = min(position.flushed, position.fetch_offset)
             else:
                 member.fetched[log] = member.flushed[log] = -1
-        if all(member.fetched[log] >= replica.log_end[log] for log in BOTH_LOGS):
+        if _reaches(member.fetched, replica.log_end):
             member.caught_up_ms = now_ms
-        elif all(member.fetched[log] >= member.end_then[log] for log in BOTH_LOGS):
+        elif _reaches(member.fetched, member.end_then):
             member.caught_up_ms = max(member.caught_up_ms, member.last_fetch_ms)
         member.last_fetch_ms = now_ms
         self.sync.marked(event.sender, member, now_ms)
         member.end_then = list(replica.log_end)
         member.parked = fetch
         member.parked_ms = now_ms
-        if any(diverging):
-            self._answer(event.sender, member, diverging)
-        else:
+        if diverging == _TOGETHER:
             self._serve(event.sender, member, now_ms)
+        else:
+            self._answer(event.sender, member, diverging)
         return True
 
     def progress(self, event: ProgressReceived, now_ms: int) -> bool:
@@ -89,13 +91,14 @@ class Feeder:
         fetch, replica, config = member.parked, self.replica, self.replica.config
         if fetch is None:
             return
-        news = any(fetch.positions[log].fetch_offset != replica.log_end[log] for log in BOTH_LOGS)
+        records, state = fetch.positions
+        news = [records.fetch_offset, state.fetch_offset] != replica.log_end
         waited = now_ms - member.parked_ms
         stale = member.told_watermark != replica.high_watermark and waited >= config.watermark_tell_ms
         if not news:
             member.caught_up_ms = now_ms  # it had everything until now, however long its fetch was parked
         if news or stale or waited >= config.fetch_wait_ms:
-            self._answer(to, member, [None, None])
+            self._answer(to, member, _TOGETHER)
 
     def _answer(self, to: int, member: Member, diverging: list[tuple[int, int] | None]) -> None:
         fetch, replica = member.parked, self.replica
@@ -143,3 +146,8 @@ class Feeder:
                 if earliest is None or due < earliest:
                     earliest = due
         return earliest
+
+
+def _reaches(have: list[int], ends: list[int]) -> bool:
+    """In both logs."""
+    return have[RECORDS] >= ends[RECORDS] and have[STATE] >= ends[STATE]

@@ -88,7 +88,8 @@ class InSyncSet:
         Having fetched is not enough to stay (rule L6): a secondary whose flush hangs goes on asking for more, and the
         high watermark would stand still for as long as it does.
         """
-        if all(self.progress(broker_id, log) >= member.mark[log] for log in BOTH_LOGS):
+        records, state = member.mark
+        if self.progress(broker_id, RECORDS) >= records and self.progress(broker_id, STATE) >= state:
             member.mark, member.marked_ms = tuple(self.replica.log_end), now_ms
 
     def committable(self, log: int) -> int:
@@ -111,7 +112,7 @@ class InSyncSet:
             return
         wanted = [b for b in self.isr if b == replica.broker_id or not self._lagging(b, now_ms)]
         wanted += [b for b in part.replicas if b not in self.isr and self._may_join(b, now_ms)]
-        if self.proposal is None and set(wanted) == set(self.isr):
+        if self.proposal is None and tuple(wanted) == self.isr:
             return
         # An unanswered proposal is asked again under a new id even when nothing is wanted any more: only a definite
         # answer may make maximal_isr smaller.

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, get_args
 
 from ferryline.protocol.messages import (
     LOG_CONFLICT,
@@ -77,6 +77,7 @@ from ferryline_broker.core.secondary import Secondary
 __all__ = ["LogOpened", "OpenedReplica", "PartitionCore", "ReadVerdict", "ReplicaConfig"]
 
 STORY_EVENTS = 200
+_ASKED: frozenset[Any] = frozenset((Produced, *get_args(GroupEvent), *get_args(QueueEvent)))
 
 
 class PartitionCore:
@@ -181,11 +182,11 @@ class PartitionCore:
         out, replica.out = replica.out, []
         return out
 
-    def _dispatch(self, event: Event, now_ms: int) -> None:
-        if isinstance(event, MetaReceived):
-            self._meta(event, now_ms)
-        elif isinstance(event, Produced | GroupEvent | QueueEvent):
+    def _dispatch(self, event: Any, now_ms: int) -> None:
+        if type(event) in _ASKED:
             self._asked(event, now_ms)
+        elif isinstance(event, MetaReceived):
+            self._meta(event, now_ms)
         elif isinstance(event, FetchReceived):
             self._fetch(event, now_ms)
         elif isinstance(event, Flushed):
@@ -238,7 +239,7 @@ class PartitionCore:
             secondary.tick(now_ms)
 
     def _asked(self, event: Produced | GroupEvent | QueueEvent, now_ms: int) -> None:
-        if isinstance(event, WindowRead | DeadMoved):  # nobody waits for an answer
+        if isinstance(event, (WindowRead, DeadMoved)):  # nobody waits for an answer
             if self.primary is not None:
                 self.primary.queue(event, now_ms)
         elif self.full is not None and self.full.leads:

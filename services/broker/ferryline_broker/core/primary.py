@@ -243,8 +243,7 @@ class Primary:
         if records and replica.disk_full:
             return ("STORAGE_FULL", replica.disk_full)
         stalled = now_ms - self.moved_ms
-        tail = any(replica.high_watermark[log] < replica.log_end[log] for log in BOTH_LOGS)
-        if tail and stalled > replica.config.commit_stall_ms:
+        if stalled > replica.config.commit_stall_ms and replica.high_watermark != replica.log_end:
             return ("NOT_ENOUGH_REPLICAS", f"nothing was committed for {stalled} ms")
         return None
 
@@ -279,8 +278,9 @@ class Primary:
         replica, part = self.replica, self.replica.part
         assert part is not None
         if len(self.isr) >= part.min_isr:
+            high, end = replica.high_watermark, replica.log_end
             for log in BOTH_LOGS:
-                if replica.raise_watermark(log, self.sync.committable(log)):
+                if high[log] < end[log] and replica.raise_watermark(log, self.sync.committable(log)):
                     self.moved_ms = now_ms
         self.waits.release()
         if self.queues is None and self.ready:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 _ENTRY = struct.Struct(">IIIiqI")
 ENTRY_BYTES = _ENTRY.size
+_POSITION, _POSITION_AT = struct.Struct(">I").unpack_from, 4
 INTERVAL_BYTES = 4096  # as in Kafka: a lookup then walks at most a few dozen small headers
 NO_TIMESTAMP = -(2**63)
 
@@ -48,8 +49,10 @@ class SparseIndex:
     def entry(self, number: int) -> IndexEntry:
         return IndexEntry._make(_ENTRY.unpack_from(self.data, number * ENTRY_BYTES)[:5])
 
-    def last(self) -> IndexEntry | None:
-        return self.entry(len(self) - 1) if self.data else None
+    def last_position(self) -> int | None:
+        """Where the batch of the last entry stands."""
+        data = self.data
+        return _POSITION(data, len(data) - ENTRY_BYTES + _POSITION_AT)[0] if data else None
 
     def at_offset(self, relative: int) -> IndexEntry | None:
         """The last entry at or below that offset."""

@@ -104,8 +104,8 @@ class Segment:
             self.tail_epoch = header.epoch
             due = True
         else:
-            last = index.last()
-            due = last is None or self.size - last.position >= INTERVAL_BYTES
+            last = index.last_position()
+            due = last is None or self.size - last >= INTERVAL_BYTES
         if due:
             index.add(header.base_offset - self.base, self.size, self.chain, header.epoch, self.max_timestamp)
         self.chain = zlib.crc32(front, self.chain)
