@@ -268,20 +268,21 @@ class QueueHandler:
             self.driver.storage_failed(hosted, RECORDS, failure)
             parked.refuse(hosted.key, failure.info())
             return
-        fitting = parked.fitting(records)
-        if len(fitting) < len(records):  # the core knows sizes on average only: the rest is leased with another answer
+        payload = _payload(records)
+        if len(payload) > parked.room and len(fitting := parked.fitting(records)) < len(records):
+            # The core knows sizes on average only: the rest is leased with another answer.
             rest = [record.offset for record in records[len(fitting) :]]
             self._give_back(hosted, ask, replace(answer, offsets=rest))
             records = fitting
             if not records:
                 return
+            payload = _payload(records)
         offsets, attempts = answer.offsets, answer.attempts
         if len(records) != len(offsets):  # or retention was faster; the rest is still theirs to settle
             there = {record.offset for record in records}
             attempts = [count for offset, count in zip(offsets, attempts, strict=True) if offset in there]
             offsets = [record.offset for record in records]
         hosted.counts.group(ask.group).handed_out(attempts)
-        payload = _payload(records)
         delivery = Delivery(
             *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload)
         )

@@ -61,22 +61,25 @@ class QueueRecords:
         for batch in self._read(hosted, ask.offset, ask.below, ask.bytes_max):
             next_offset = batch.header.next_offset
             size += batch.header.size
-            for record in batch.records:
-                if record.headers:
-                    scanned.append(_with_headers(record, ahead))
-                else:
-                    scanned.append(Scanned(record.offset, record.key))
+            scanned += [
+                _with_headers(record, ahead) if record.headers else Scanned(record.offset, record.key)
+                for record in batch.records
+            ]
         return WindowRead(ask.group, ask.offset, next_offset, scanned, size)
 
     def records(self, hosted: HostedReplica, offsets: list[int]) -> list[DecodedRecord]:
         """The records at these offsets, in ascending order. An offset that is not there (retained away) is left out."""
         found: list[DecodedRecord] = []
-        batch: _Batch | None = None
+        records: list[DecodedRecord] = []
+        base = end = -1  # of the batch that ``records`` are
         for offset in offsets:
-            if batch is None or not batch.header.base_offset <= offset < batch.header.next_offset:
+            if not base <= offset < end:
                 batch = self._batch(hosted, offset)
-            if batch is not None and batch.records:
-                found.append(batch.records[offset - batch.header.base_offset])
+                if batch is None:
+                    continue
+                base, end, records = batch.header.base_offset, batch.header.next_offset, batch.records
+            if records:
+                found.append(records[offset - base])
         return found
 
     def forget(self, key: Key) -> None:

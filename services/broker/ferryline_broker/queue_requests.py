@@ -104,9 +104,14 @@ class ParkedReceive:
         self._deliveries.append(delivery)
         self._parts.append(payload)
 
+    @property
+    def room(self) -> int:
+        """Bytes that the answer may still grow by."""
+        return min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+
     def fitting(self, records: list[DecodedRecord]) -> list[DecodedRecord]:
         """Those that the answer has room for; the very first one in any case."""
-        left = min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+        left = self.room
         for number, record in enumerate(records):
             left -= len(record.key or b"") + len(record.value or b"")
             if left < 0 and (number or self._parts):

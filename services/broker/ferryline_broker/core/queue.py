@@ -99,6 +99,7 @@ class Queue:
         whole = table.ordering == ORDER_PARTITION
         lanes = table.ordering != ORDER_NONE
         at = window.scanned
+        holes = len(table.settled) > 0
         duplicates: list[int] = []
         for record in records:
             offset = record.offset
@@ -106,9 +107,10 @@ class Queue:
                 continue
             if offset > at:
                 table.skip(at, offset)
+                holes = True
             at = offset + 1
             again = bool(record.id) and self._seen(record, now_ms)
-            if table.is_settled(offset):
+            if offset < table.start or (holes and offset in table.settled):
                 continue
             if again and offset not in table.stories:
                 duplicates.append(offset)
@@ -164,17 +166,17 @@ class Queue:
         table, window = self.table, self.window
         if table.paused or self.rebuilding or not self.filled:
             return None
-        taken: list[int] = []
-        expired: list[int] = []
         run = LANE_RUN[table.ordering]
+        taken = window.take(limit) if run == 1 and not strict and window.plain else []
+        expired: list[int] = []
         barrier = window.barrier() if run > 1 else 0
-        while len(taken) < limit:
+        while len(taken) < limit and window.ready:
             offset = window.pick(now_ms, strict)
             if offset is None:
                 break
             if window.expired(offset, now_ms):
                 expired.append(offset)
-                window.gone(offset, now_ms)
+                window.gone([offset], now_ms)
                 continue
             taken.append(offset)
             followed = 1
@@ -184,7 +186,7 @@ class Queue:
                     break
                 if window.expired(more, now_ms):
                     expired.append(more)
-                    window.gone(more, now_ms)
+                    window.gone([more], now_ms)
                     continue
                 taken.append(more)
                 followed += 1
@@ -250,6 +252,9 @@ class Queue:
 
     def _sorted_out(self, offsets: list[int], identity: LeaseId) -> tuple[list[int], list[int], list[int]]:
         """(those that the receipt is good for, stale ones, settled ones), each in ascending order."""
+        lease = self.table.leases.get(identity)
+        if lease is not None and lease.offsets.issuperset(offsets):
+            return sorted(set(offsets)), [], []
         good, stale, settled = [], [], []
         for offset in sorted(set(offsets)):
             story = self.table.stories.get(offset)
@@ -263,8 +268,7 @@ class Queue:
 
     def _settle(self, offsets: list[int], why: str, now_ms: int) -> None:
         self._put(Settled(self.table.group, why, packed(offsets), self._epoch_at(offsets[-1])))
-        for offset in offsets:
-            self.window.gone(offset, now_ms)
+        self.window.gone(offsets, now_ms)
 
     def _fail(
         self, offsets: list[int], policy: RetryPolicy, now_ms: int, why: str, delay_ms: int, reason: str, detail: str

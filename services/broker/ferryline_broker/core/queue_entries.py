@@ -6,7 +6,8 @@ record that an entry names: at replay an entry counts only if that record is in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from itertools import accumulate
+from operator import sub
 
 import msgspec
 
@@ -146,23 +147,13 @@ class QueueRow(msgspec.Struct, array_like=True, frozen=True):
 AnyQueueEntry = Opened | Leased | Settled | Released | Parked | Redriven | Dying | QueuePaused | Purged
 
 
-def packed(offsets: Iterable[int]) -> list[int]:
+def packed(offsets: list[int]) -> list[int]:
     """Ascending offsets as the first one and distances."""
-    out: list[int] = []
-    before = 0
-    for offset in offsets:
-        out.append(offset - before)
-        before = offset
-    return out
+    return [*offsets[:1], *map(sub, offsets[1:], offsets)]
 
 
 def unpacked(distances: list[int]) -> list[int]:
-    out: list[int] = []
-    at = 0
-    for distance in distances:
-        at += distance
-        out.append(at)
-    return out
+    return list(accumulate(distances))
 
 
 def last_of(entry: AnyQueueEntry) -> int:

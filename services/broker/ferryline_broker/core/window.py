@@ -23,22 +23,21 @@ from bisect import bisect_left
 from collections import deque
 from itertools import chain
 
+import msgspec
+
 from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
 from ferryline_broker.core.queue_events import Scanned
 
 _LINE_SLACK = 1_024  # a line is gone through only when it is longer than who is ready by so many
 
 
-class Lane:
+class Lane(msgspec.Struct, gc=False, eq=False):  # made for every key: cheaper than a class
     """Records of one key. ``out``: those that left the line; ``waiting[first:]``: the line, in order."""
 
-    __slots__ = ("first", "key", "out", "waiting")
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-        self.out: set[int] = set()
-        self.waiting: array[int] | None = None  # made when somebody waits: most lanes are one record long
-        self.first = 0
+    key: bytes
+    out: set[int]
+    waiting: array[int] | None = None  # made when somebody waits: most lanes are one record long
+    first: int = 0
 
     def __len__(self) -> int:
         """How many wait."""
@@ -118,7 +117,8 @@ class Window:
     def scan(self, record: Scanned, now_ms: int) -> None:
         """A record that nobody has leased yet."""
         offset = record.offset
-        self._note(record)
+        if record.expires_ms or record.priority != PRIORITY_DEFAULT:
+            self._note(record)
         if record.due_ms > now_ms:
             self.scheduled[offset] = (record.due_ms, record.lane)
             heapq.heappush(self._later, (record.due_ms, offset))
@@ -150,14 +150,21 @@ class Window:
     def _lane(self, key: bytes) -> Lane:
         lane = self.lanes.get(key)
         if lane is None:
-            lane = self.lanes[key] = Lane(key)
+            lane = self.lanes[key] = Lane(key, set())
         return lane
 
     def _arrive(self, offset: int, key: bytes | None, now_ms: int) -> None:
-        if key is None:
-            self.lane_of[offset] = None
-            self.make_ready(offset, now_ms)
+        lane = None if key is None else self.lanes.get(key)
+        if lane is None and not self.runs:  # nobody stands before it
+            if key is not None:
+                lane = self.lanes[key] = Lane(key, {offset})
+            self.lane_of[offset] = lane
+            self.ready[offset] = now_ms
+            heapq.heappush(self._heaps[self._priority.get(offset, PRIORITY_DEFAULT)], offset)
+            if self._mixed:
+                self._line.append((now_ms, offset))
             return
+        assert key is not None, "with runs all records are one lane"
         lane = self._lane(key)
         if self.runs:
             lane.insert(offset)
@@ -241,28 +248,31 @@ class Window:
             lane.put_back(offset)
         self.waiting += 1
 
-    def gone(self, offset: int, now_ms: int) -> None:
-        """It is terminal: the next of its lane steps out. An offset that never entered changes nothing."""
-        self.ready.pop(offset, None)
-        self.backing_off.pop(offset, None)
-        self.stopped.discard(offset)
-        self._priority.pop(offset, None)
-        self._expires.pop(offset, None)
-        self.scheduled.pop(offset, None)
-        lane = self.lane_of.pop(offset, None)
-        if self.runs:
-            self._gone_of_run(offset, now_ms)
-            return
-        if lane is None:
-            return
-        lane.out.discard(offset)
-        if lane.out:
-            return
-        if len(lane):
-            self.waiting -= 1
-            self._step_out(lane, lane.pop(), now_ms)
-        else:
-            del self.lanes[lane.key]
+    def gone(self, offsets: list[int], now_ms: int) -> None:
+        """They are terminal: the next of their lanes step out. An offset that never entered changes nothing."""
+        places = (self.backing_off, self._priority, self._expires, self.scheduled)
+        elsewhere = [place for place in places if place]
+        ready, lane_of, stopped = self.ready, self.lane_of, self.stopped
+        for offset in offsets:
+            ready.pop(offset, None)
+            for place in elsewhere:
+                place.pop(offset, None)
+            if stopped:
+                stopped.discard(offset)
+            lane = lane_of.pop(offset, None)
+            if self.runs:
+                self._gone_of_run(offset, now_ms)
+                continue
+            if lane is None:
+                continue
+            lane.out.discard(offset)
+            if lane.out:
+                continue
+            if lane.waiting is not None and len(lane):
+                self.waiting -= 1
+                self._step_out(lane, lane.pop(), now_ms)
+            else:
+                del self.lanes[lane.key]
 
     def _gone_of_run(self, offset: int, now_ms: int) -> None:
         for lane in list(self.lanes.values()):  # one at most
@@ -271,6 +281,21 @@ class Window:
             self._turn(lane, now_ms)
 
     # -- choosing -----------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is to be weighed: all have the same priority, and nobody's time ends."""
+        return not (self._mixed or self._expires)
+
+    def take(self, limit: int) -> list[int]:
+        """What `pick` would choose, ``limit`` times over, where the window is `plain`; in ascending order."""
+        heap, ready = self._heaps[PRIORITY_DEFAULT], self.ready
+        taken: list[int] = []
+        while heap and len(taken) < limit:
+            offset = heapq.heappop(heap)
+            if ready.pop(offset, None) is not None:
+                taken.append(offset)
+        return taken
 
     def pick(self, now_ms: int, strict: bool = False) -> int | None:
         """The record that should be leased next; it is out, and not ready any more. None: nothing is ready.
