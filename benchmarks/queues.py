@@ -48,8 +48,8 @@ async def produce(options: argparse.Namespace) -> dict[str, Any]:
                 futures.append(producer.send_nowait(TOPIC, value, key=b"k%d" % (number % options.keys)))
             sent += due
             last = (last + futures)[-50_000:]
-            if not options.rate and futures:
-                await futures[-1]
+            if not options.rate and len(last) >= options.window:
+                await last[-options.window]
             await asyncio.sleep(_SLICE_S if options.rate else 0)
         results = await asyncio.gather(*last, return_exceptions=True)
         failed = sum(isinstance(one, Exception) for one in results)
@@ -93,7 +93,7 @@ async def receive(options: argparse.Namespace) -> dict[str, Any]:
 
 def work(role: str, options: argparse.Namespace, url: str, ca: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.queues", "--role", role, "--url", url, "--ca", ca]
-    for name in ("rate", "seconds", "keys", "value_bytes", "prefetch", "receivers"):
+    for name in ("rate", "seconds", "keys", "value_bytes", "prefetch", "receivers", "window"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
@@ -147,6 +147,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="with receivers")
     parser.add_argument("--receivers", type=int, default=4, help="in each of these processes")
     parser.add_argument("--prefetch", type=int, default=500)
+    parser.add_argument("--window", type=int, default=20_000, help="with --rate 0: records that may be unconfirmed")
     parser.add_argument("--dir", help="where the data goes; default: the folder for temporary files")
     parser.add_argument("--role", choices=("produce", "receive"), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
