@@ -87,6 +87,8 @@ class ProcessBed(Machines):
                 await self._spawn(name)
             for name in stage:
                 await self._ready(name, READY_TIMEOUT_S)
+        for name in self.local_brokers:
+            assert self.broker_id(name), f"{name} was ready without an id"
         self._watch = asyncio.create_task(self._watch_processes())
 
     async def close(self) -> None:
@@ -129,16 +131,19 @@ class ProcessBed(Machines):
 
     async def begin(self, step: Step) -> None:
         """As `Steps`. Who is active is looked up now, and what was begun with one coordinator ends with it."""
+        await super().begin(await self._named(step))
+
+    async def end(self, step: Step) -> None:
+        await super().end(self._meant.pop(id(step), step))
+
+    async def _named(self, step: Step) -> Step:
         meant = step
         if ACTIVE in (step.target, step.other):
             active = await self._active()
             other = active if step.other == ACTIVE else step.other
             meant = replace(step, target=active if step.target == ACTIVE else step.target, other=other)
         self._meant[id(step)] = meant
-        await super().begin(meant)
-
-    async def end(self, step: Step) -> None:
-        await super().end(self._meant.pop(id(step), step))
+        return meant
 
     async def _active(self) -> str:
         """The active coordinator; another one that runs while none is."""
@@ -252,7 +257,7 @@ class ProcessBed(Machines):
     # -- moves ---------------------------------------------------------------------------------------
 
     async def _begin_move(self, step: Step) -> None:
-        broker = self.cluster.broker_id(step.target)
+        broker = self.broker_id(step.target)
         if self._draining or not broker or self.admin is None:
             return
         self._draining.add(broker)
@@ -261,7 +266,7 @@ class ProcessBed(Machines):
             self.counts["move"] += 1
 
     async def _end_move(self, step: Step) -> None:
-        await self._take_back(self.cluster.broker_id(step.target), ADMIN_S)
+        await self._take_back(self.broker_id(step.target), ADMIN_S)
 
     async def _take_back(self, broker: int, within_s: float) -> bool:
         if broker not in self._draining or self.admin is None:

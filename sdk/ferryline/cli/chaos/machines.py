@@ -34,8 +34,14 @@ class Machines(Steps):
         self.counts: Counter[str] = Counter()
         self.admin: Client | None = None
         self._leaving: dict[str, float] = {}  # brokers whose disk was made to fail: they are right to end until then
+        self._ids: dict[str, int] = {}
         self._harmed = ""  # the broker whose disk or files were touched last: no other one before it is whole again
         self._harmed_until = 0.0  # and not before everybody has heard what became of it
+
+    def broker_id(self, name: str) -> int:
+        """As the broker said when it was ready last; it keeps its id, and nobody waits for it after each start."""
+        self._ids[name] = self.cluster.broker_id(name) or self._ids.get(name, 0)
+        return self._ids[name]
 
     async def _spawn(self, name: str) -> None:
         raise NotImplementedError
@@ -82,7 +88,7 @@ class Machines(Steps):
         await asyncio.to_thread(self._switch, step.target, wall_ms=0)
 
     def _parts_of(self, name: str) -> list[PartitionMeta]:
-        client, broker = self.admin, self.cluster.broker_id(name)
+        client, broker = self.admin, self.broker_id(name)
         parts = client.routing.cluster.partitions.values() if client is not None else []
         return [part for part in parts if broker in part.replicas]
 
@@ -92,11 +98,11 @@ class Machines(Steps):
         A copy on a disk that failed counts for nothing until it was fetched again: one disk after the other.
         """
         if self._harmed and self._harmed != name:
-            before = self.cluster.broker_id(self._harmed)
+            before = self.broker_id(self._harmed)
             heard = time.monotonic() > self._harmed_until
             if not heard or not all(before in part.isr for part in self._parts_of(self._harmed)):
                 return False
-        broker, mine = self.cluster.broker_id(name), self._parts_of(name)
+        broker, mine = self.broker_id(name), self._parts_of(name)
         if not mine or not all(set(part.isr) - {broker} for part in mine):
             return False
         self._harmed, self._harmed_until = name, time.monotonic() + for_s + HEARD_S
@@ -129,5 +135,5 @@ class Machines(Steps):
     _end_truncate = _end_kill
 
     def _counted_on(self, name: str) -> bool:
-        broker = self.cluster.broker_id(name)
+        broker = self.broker_id(name)
         return any(broker in part.isr or broker in part.elr for part in self._parts_of(name))
