@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ferryline.protocol.metadata import PartitionMeta
     from tests.integration.cluster import Cluster
 
-START_S = 20.0
+START_S = 60.0
 
 
 class Steady:
@@ -107,7 +107,7 @@ class Steady:
             partition = partition_of(self.traffic.keys[0], self._partitions)
         return self.cluster.name_of(self.partitions()[partition].primary)
 
-    async def healed(self, within_s: float = 30.0) -> bool:
+    async def healed(self, within_s: float = 60.0) -> bool:
         """Every partition has all its copies in sync, within this time."""
         return await healed(self.client, self._topic, self._partitions, self._replication, within_s)
 
@@ -115,7 +115,7 @@ class Steady:
         """Let the stream run."""
         await asyncio.sleep(seconds)
 
-    async def flows(self, within_s: float = 10.0) -> None:
+    async def flows(self, within_s: float = 30.0) -> None:
         """Every key gets a new acknowledgement, and something new is received, within this time."""
         ledger = self.traffic.ledger
         acked, received = ledger.acknowledged_by_key(), ledger.deliveries

@@ -41,7 +41,7 @@ async def test_what_is_forwarded_is_stored_once_while_its_primary_is_killed(star
     context = ssl.create_default_context(cafile=str(cluster.ca))
     async with fl.connect(cluster.urls, ca=cluster.ca) as client:
         await client.admin.create_topic(TOPIC, partitions=PARTITIONS, replication=2)
-        assert await healed(client, TOPIC, PARTITIONS, 2, 20.0)
+        assert await healed(client, TOPIC, PARTITIONS, 2, 60.0)
         info = await client.admin.describe_topic(TOPIC)
         victim = cluster.name_of(info.partitions[0].primary)
         asked = cluster.url_of(next(name for name in cluster.brokers if name != victim))

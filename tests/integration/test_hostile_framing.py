@@ -227,7 +227,7 @@ def test_the_table_is_as_long_as_promised() -> None:
     assert len(ATTACKS) >= 60
 
 
-async def answers(world: World, url: str, data: bytes) -> bytes:
+async def answers(world: World, url: str, data: bytes, patience_s: float = PATIENCE_S) -> bytes:
     """Whatever comes back until the server closes or has nothing more to say. A server that hangs fails the test."""
     host, port = address(url)
     context = ssl.create_default_context(cafile=str(world.cluster.ca))
@@ -239,7 +239,7 @@ async def answers(world: World, url: str, data: bytes) -> bytes:
             try:
                 await writer.drain()
                 while True:
-                    async with asyncio.timeout(PATIENCE_S):
+                    async with asyncio.timeout(patience_s):
                         chunk = await reader.read(65536)
                     if not chunk:
                         return found
@@ -279,7 +279,8 @@ async def test_no_attack_gets_a_second_request_through(world: World, where: str)
 async def test_the_request_that_is_smuggled_works_when_it_is_sent_openly(world: World) -> None:
     """Otherwise the test above could not fail."""
     body = b'{"name": "openly", "config": {"partitions": 1, "replication": 1}}'
-    found = await answers(world, world.cluster.url, post(b"Content-Length: %d\r\n" % len(body), body))
+    request = post(b"Connection: close\r\nContent-Length: %d\r\n" % len(body), body)
+    found = await answers(world, world.cluster.url, request, patience_s=HANG_S)
     assert b"HTTP/1.1 201" in found
 
 

@@ -22,7 +22,7 @@ from tests.polling import poll
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
 
-TOKEN_S = 2
+TOKEN_S = 4  # short, and still longer than a busy machine takes to use one
 _ACCESS = """
 [[issuers]]
 name = "test"

@@ -11,7 +11,7 @@ from tests.integration.steady import Steady
 
 pytestmark = pytest.mark.process
 
-GAP_MAX_S = 2.0
+GAP_MAX_S = 10.0  # on a machine that is busy with other tests; a request alone would wait for half a minute
 
 
 def spread(steady: Steady) -> tuple[Counter[int], Counter[int]]:
@@ -43,7 +43,7 @@ async def test_a_fourth_broker_takes_its_share_and_a_drained_one_gives_it_up(clu
             return even(primaries, four) and even(copies, four)
 
         await steady.until(spread_out, 60.0, "primaries and copies are not even over four brokers")
-        assert await steady.healed(30.0)
+        assert await steady.healed(60.0)
         await steady.flows()
 
         leaving = next(iter(sorted(four - {joined})))
@@ -54,7 +54,7 @@ async def test_a_fourth_broker_takes_its_share_and_a_drained_one_gives_it_up(clu
             return even(primaries, four - {leaving}) and even(copies, four - {leaving})
 
         await steady.until(gone, 60.0, f"broker {leaving} still holds something")
-        assert await steady.healed(30.0)
+        assert await steady.healed(60.0)
         await steady.flows()
         assert await cluster.terminate(cluster.name_of(leaving)) == 0
         await steady.flows()

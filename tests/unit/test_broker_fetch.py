@@ -254,7 +254,7 @@ async def test_a_stop_answers_everybody_who_waits(tmp_path: Path) -> None:
         answer, _ = await fetched(client, fetch)
         assert answer.results[0].error is not None, "the partition was given up"
         assert (await client.answer(poll)).is_error
-        assert asyncio.get_running_loop().time() - began < 5
+        assert asyncio.get_running_loop().time() - began < 30, "they asked to wait for a minute"
 
 
 async def test_offsets_are_found_by_place_and_by_time(tmp_path: Path) -> None:
