@@ -44,7 +44,7 @@ demo: venv ## three brokers over TLS, 200,000 records, a kill -9 in the middle, 
 bench: venv ## throughput and latency beside librdkafka, on this machine
 	@$(BIN)/ferryline bench $(ARGS)
 
-bench-compare: venv ## beside Kafka, RabbitMQ, NATS and Redis; installs what it can: make bench-compare ARGS=--quick
+bench-compare: venv ## beside Kafka, RabbitMQ, NATS and Redis; installs what it can: make bench-compare ARGS=--quick, ARGS=--only-queues
 	@scripts/peers/install
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
