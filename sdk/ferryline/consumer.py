@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ferryline.assignment import Assignment
 from ferryline.fetcher import Fetcher
 from ferryline.message import Message, TopicPartition
-from ferryline.options import ConsumerOptions, OnPartitions, Where, check_where
+from ferryline.options import ConsumerOptions, OnPartitions, Where, check_wait, check_where
 from ferryline.partition import Partition
 from ferryline.positions import behind, committed, look_up
 from ferryline.protocol.errors import (
@@ -171,7 +171,7 @@ class Consumer(Generic[T]):
         check_range(max_records, "max_records", 1, 10_000_000)
         reader, loop = self._reader or self._not_started(), asyncio.get_running_loop()
         reader.finish()
-        deadline = loop.time() + max_wait
+        deadline = loop.time() + check_wait(max_wait)
         while True:
             if self._closed:
                 raise ClientClosed("the consumer is closed")
@@ -189,6 +189,7 @@ class Consumer(Generic[T]):
     async def batches(self, max_records: int = 500, max_wait: float = 1.0) -> AsyncIterator[list[Message[T]]]:
         """Lists of records: full ones, or what came within ``max_wait`` seconds after the first. Never empty."""
         check_range(max_records, "max_records", 1, 10_000_000)
+        check_wait(max_wait)
         reader = self._reader or self._not_started()
         while True:
             reader.finish()

@@ -40,10 +40,19 @@ def delivery_headers(
                                   field="ttl")  # fmt: skip
         pairs.append((HEADER_EXPIRES_AT, b"%d" % (now_ms + _in_ms(ttl, "ttl", 0.001))))
     if id is not None:
-        if type(id) is not str or not 0 < len(id.encode(errors="replace")) <= ID_BYTES_MAX:
-            raise InvalidArgument(f"id: {id!r:.80} is not text of 1..{ID_BYTES_MAX} bytes", field="id")
-        pairs.append((HEADER_ID, id.encode()))
+        pairs.append((HEADER_ID, _id_bytes(id)))
     return pairs
+
+
+def _id_bytes(id: object) -> bytes:
+    data = id.encode(errors="surrogatepass") if type(id) is str else b""
+    try:
+        data.decode()
+    except UnicodeDecodeError:  # half of a surrogate pair: no reader could tell what it was
+        data = b""
+    if not 0 < len(data) <= ID_BYTES_MAX:
+        raise InvalidArgument(f"id: {id!r:.80} is not text of 1..{ID_BYTES_MAX} bytes", field="id")
+    return data
 
 
 def with_delivery(

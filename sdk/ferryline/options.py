@@ -24,6 +24,13 @@ def check_seconds(value: object, what: str, low: float, high: float) -> float:
     return float(value)
 
 
+def check_wait(value: object) -> float:
+    """Return a ``max_wait``: any number of seconds; below 0 is not at all. NaN would never be over."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise InvalidArgument(f"max_wait: {value!r} is not a number of seconds", field="max_wait")
+    return float(value)
+
+
 def check_where(where: Any, field: str) -> int | str | At:
     """A position as the brokers understand it. Raises InvalidArgument, naming the field."""
     if isinstance(where, datetime):

@@ -288,6 +288,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"id": ""}, "id: ''"),
     ({"id": 7}, "id: 7"),
     ({"id": "ß" * 128}, "id: 'ßß"),
+    ({"id": "half \ud800"}, "id: 'half"),
     ({"priority": 1, "headers": {"fl-priority": "2"}}, "headers: fl-priority stands there"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -113,6 +114,8 @@ async def test_bad_calls_are_refused_and_named(cluster: FakeCluster, client: fl.
     async with receiver:
         with pytest.raises(InvalidArgument, match="max_records"):
             await receiver.receive(max_records=0)
+        with pytest.raises(InvalidArgument, match="max_wait: nan"):
+            await receiver.receive(max_wait=math.nan)  # it would wait for ever, and every timer of the loop with it
         first, second = await take(receiver, 2)
         for delay in (-1, "soon", 366 * 86_400):
             with pytest.raises(InvalidArgument, match="delay"):

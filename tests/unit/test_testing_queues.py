@@ -113,3 +113,24 @@ async def test_a_lease_of_a_client_that_is_gone_goes_to_another() -> None:
             assert message.delivery_count == 2
             assert (cluster.now() - began).total_seconds() < 12
             await message.ack()
+
+
+async def test_headers_of_a_queue_that_make_no_sense_count_as_none() -> None:
+    """What no client of ours would send, somebody's does: it must neither stop the queue nor hold it for a century."""
+    written = [
+        {"fl-priority": "99"},
+        {"fl-priority": "high"},
+        {"fl-deliver-at": "-5"},
+        {"fl-deliver-at": "9" * 30},
+        {"fl-deliver-at": "4000000000000"},  # in the year 2096
+        {"fl-expires-at": "soon"},
+        {"fl-id": ""},
+    ]
+    async with fl.testing.Cluster(topics=TOPICS) as cluster, cluster.client() as client, client.producer() as producer:
+        for headers in written:
+            await producer.send("jobs", b"x", headers=headers)
+        async with client.receiver("jobs", group="g") as receiver:
+            for _ in written:
+                [message] = await receiver.receive(1, max_wait=5)
+                await message.ack()
+        assert [part.unsettled for part in await client.queue("jobs", "g").stats()] == [0]
