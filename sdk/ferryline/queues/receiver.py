@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ferryline.heartbeats import Hosted, thread_of
-from ferryline.options import check_seconds
+from ferryline.options import check_seconds, check_wait
 from ferryline.protocol.errors import ClientClosed, DeadlineExceeded, FerrylineError
 from ferryline.protocol.limits import check_range
 from ferryline.protocol.metadata import TopicMeta
@@ -153,7 +153,7 @@ class Receiver(Generic[T]):
         ``max_wait`` seconds, then is empty."""
         check_range(max_records, "max_records", 1, PREFETCH_MAX)
         leasing, loop = self._running(), asyncio.get_running_loop()
-        deadline = loop.time() + max_wait
+        deadline = loop.time() + check_wait(max_wait)
         await self._breathe(leasing)
         while True:
             batch = leasing.buffer.some(max_records)

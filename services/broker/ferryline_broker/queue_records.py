@@ -30,6 +30,7 @@ CACHE_BYTES = 64 * 1024 * 1024
 _READ_BYTES = 256 * 1024
 _RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
 _YEARS_MS = 100 * 365 * 86_400_000
+_DELAY_MS_MAX = 366 * 86_400_000  # a year is what clients may ask for; more would hold retention back for ever
 _log = get_logger()
 
 
@@ -55,14 +56,13 @@ class QueueRecords:
 
     def window(self, hosted: HostedReplica, ask: ReadWindow, now_ms: int, wall_ms: int) -> WindowRead:
         """The answer to a core's ReadWindow. Moments of the wall clock become moments of this broker's clock."""
-        ahead = now_ms - wall_ms
         scanned: list[Scanned] = []
         next_offset, size = ask.offset, 0
         for batch in self._read(hosted, ask.offset, ask.below, ask.bytes_max):
             next_offset = batch.header.next_offset
             size += batch.header.size
             scanned += [
-                _with_headers(record, ahead) if record.headers else Scanned(record.offset, record.key)
+                _with_headers(record, now_ms, wall_ms) if record.headers else Scanned(record.offset, record.key)
                 for record in batch.records
             ]
         return WindowRead(ask.group, ask.offset, next_offset, scanned, size)
@@ -149,9 +149,10 @@ class QueueRecords:
                 del self._bases[owner]
 
 
-def _with_headers(record: DecodedRecord, ahead_ms: int) -> Scanned:
+def _with_headers(record: DecodedRecord, now_ms: int, wall_ms: int) -> Scanned:
     """What headers say that queues know. A value that makes no sense counts as none: a record must not stop a queue."""
     priority, due_ms, expires_ms, identity = PRIORITY_DEFAULT, 0, 0, b""
+    ahead_ms = now_ms - wall_ms
     for name, value in record.headers:
         if value is None or not name.startswith("fl-"):
             continue
@@ -159,7 +160,7 @@ def _with_headers(record: DecodedRecord, ahead_ms: int) -> Scanned:
             level = _number(value)
             priority = level if 0 <= level < PRIORITIES else PRIORITY_DEFAULT
         elif name == HEADER_DELIVER_AT:
-            due_ms = max(0, _number(value) + ahead_ms) if _number(value) > 0 else 0
+            due_ms = max(0, _number(value) + ahead_ms) if 0 < _number(value) <= wall_ms + _DELAY_MS_MAX else 0
         elif name == HEADER_EXPIRES_AT:
             expires_ms = max(1, _number(value) + ahead_ms) if _number(value) > 0 else 0
         elif name == HEADER_ID:
