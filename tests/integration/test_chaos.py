@@ -38,9 +38,12 @@ def test_nothing_acknowledged_is_lost_while_processes_die_and_networks_break(tmp
     assert sum(found["faults"].values()) >= 3
     assert found["verdict"]["good"]
     assert found["anomalies"] == 0
+    assert found["queue"]["delivered"] >= found["queue"]["ack"] > 100
+    assert found["queue"]["lives"] > 4
+    assert found["queue"]["dead letters"] > 0
     (line,) = read(ledger)
     assert (line["seed"], line["acked"], line["good"]) == (7, found["acked"], True)
-    assert {"history.jsonl", "plan.json", "report.json"} <= {path.name for path in keep.iterdir()}
+    assert {"history.jsonl", "queue.jsonl", "plan.json", "report.json"} <= {path.name for path in keep.iterdir()}
 
 
 @pytest.mark.slow
@@ -53,6 +56,47 @@ def test_disks_fail_files_are_harmed_and_clocks_jump(tmp_path: Path, faults: str
     found = account(done)
     assert done.returncode == 0, json.dumps({**found, "stderr": done.stderr[-3000:]}, indent=1)
     assert sum(found["faults"].values()) >= 3
+
+
+@pytest.mark.etcd
+def test_nothing_is_lost_while_coordinators_on_etcd_take_over_and_brokers_die(tmp_path: Path) -> None:
+    """Seed 20 begins with the death of the active coordinator, and then of a broker before another one leads."""
+    faults = ["--coordinators", "3", "--faults", "coordinator,etcd,kill,pause", "--minutes", "0.15", "--rate", "300"]
+    done = chaos(
+        *faults, "--partitions", "2", "--every", "3", "--seed", "20", "--keep", str(tmp_path / "run"), "--json"
+    )
+    found = account(done)
+    assert done.returncode == 0, json.dumps({**found, "stderr": done.stderr[-3000:]}, indent=1)
+    assert found["takeovers"] >= 1
+    assert found["acked"] > 300
+    assert found["faults"]["kill"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.etcd
+def test_coordinators_and_members_of_etcd_die_are_silent_and_cut_off(tmp_path: Path) -> None:
+    faults = ["--coordinators", "3", "--faults", "coordinator,etcd,kill,pause,cut,one-way", "--seed", "6"]
+    done = chaos(*GENTLE, *faults, "--keep", str(tmp_path / "run"), "--json")
+    found = account(done)
+    assert done.returncode == 0, json.dumps({**found, "stderr": done.stderr[-3000:]}, indent=1)
+    assert sum(found["faults"].values()) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sabotage", "finding"),
+    [("forget-acks", "queue: Q2/Q10 no delivery after an ack"), ("no-lanes", "queue: Q8 order of a lane")],
+)
+def test_a_broken_promise_of_a_queue_is_found(tmp_path: Path, sabotage: str, finding: str) -> None:
+    done = chaos(*GENTLE, "--faults", "kill", "--sabotage", sabotage, "--keep", str(tmp_path / "run"))
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert finding in done.stdout, done.stdout[-3000:]
+
+
+def test_members_of_etcd_need_several_coordinators() -> None:
+    done = chaos("--faults", "kill,etcd", "--plan")
+    assert done.returncode == 2
+    assert "several coordinators" in done.stderr
 
 
 @pytest.mark.slow
