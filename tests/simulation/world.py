@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,7 @@ class World:
             fetch_wait_ms=self.weather.fetch_wait_ms,
             fetch_retry_ms=self.weather.fetch_wait_ms + 500,
             lag_max_ms=self.weather.lag_max_ms,
+            flush_first_bytes=random.Random(f"flush first {seed}").choice((0, 400)),
             commit_stall_ms=2 * self.weather.lag_max_ms,
             alter_retry_ms=500,
             handover_ms=self.weather.handover_ms,

@@ -400,7 +400,7 @@ def test_an_idle_secondary_is_never_taken_for_a_lagging_one() -> None:
 
 
 def test_a_secondary_that_fetches_but_never_flushes_is_proposed_out() -> None:
-    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500))
+    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500, flush_first_bytes=0))
     pair.meta(part(1, 1, 1, (1, 2)))
     pair.hold_flush = {2}
     pair.produce(1, 7)
@@ -412,7 +412,7 @@ def test_a_secondary_that_fetches_but_never_flushes_is_proposed_out() -> None:
 
 
 def test_a_secondary_whose_flushes_are_always_one_round_behind_stays() -> None:
-    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500))
+    pair = Pair(config=ReplicaConfig(lag_max_ms=3_000, fetch_wait_ms=500, flush_first_bytes=0))
     pair.meta(part(1, 1, 1, (1, 2)))
     for token in range(40):
         pair.hold_flush = {2}

@@ -390,7 +390,7 @@ class PartitionCore:
         if self.primary is not None:
             self.primary.advance(now_ms)
         elif self.secondary is not None:
-            self.secondary.flushed()
+            self.secondary.flushed(now_ms)
 
     def _imported(self, event: Imported) -> None:
         """Nobody leads and nobody follows: these bytes are claimed by no epoch but those that they carry."""

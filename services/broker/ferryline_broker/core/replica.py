@@ -41,6 +41,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True):
     fetch_bytes_max: int = 1024 * 1024  # per log and answer; a single larger batch still travels
     fetch_wait_ms: int = 5_000  # the primary answers a parked fetch after this, so that a lost one shows
     fetch_retry_ms: int = 7_000  # a secondary asks again; above fetch_wait_ms, or every idle fetch is sent twice
+    flush_first_bytes: int = 4 * 1024  # a secondary flushes so little before it asks for more; of more both at once
     refused_retry_ms: int = 100  # after an answer that was an error
     watermark_tell_ms: int = 250  # an idle secondary hears of a new high watermark after this
     lag_max_ms: int = 10_000  # not caught up for this long: proposed out of the in-sync set

@@ -51,6 +51,7 @@ class Secondary:
         self.primary = primary
         self.outstanding: Outstanding | None = None
         self.retry_ms = 0
+        self.flushing = False  # asks for more when a flush has ended
         self.failed = ""
         self._primary_version = 0  # of the partition record that the last answer was given with
 
@@ -63,6 +64,7 @@ class Secondary:
 
     def fetch(self, now_ms: int) -> None:
         replica = self.replica
+        self.flushing = False
         replica.fetch_id += 1
         positions = (replica.position(RECORDS), replica.position(STATE))
         self.outstanding = Outstanding(
@@ -95,9 +97,12 @@ class Secondary:
         self.outstanding = None
         self.retry_ms = now_ms + self.replica.config.fetch_retry_ms  # PeerUp comes first, normally
 
-    def flushed(self) -> None:
+    def flushed(self, now_ms: int) -> None:
         """A flush ended while the next fetch is parked: tell at once, or the acknowledgement waits for new data."""
         out = self.outstanding
+        if self.flushing and not self.failed:
+            self.fetch(now_ms)
+            return
         if out is None or self.failed or out.told == self.replica.flushed:
             return
         out.told = list(self.replica.flushed)
@@ -122,7 +127,14 @@ class Secondary:
                 if not self.failed:
                     self.retry_ms = now_ms + self.replica.config.refused_retry_ms
                 return
-        self.fetch(now_ms)
+        size = len(event.batches[RECORDS].data) + len(event.batches[STATE].data)
+        if self.replica.fsync and 0 < size <= self.replica.config.flush_first_bytes:
+            # Somebody waits for one record: its flush must not wait for a fetch to be written, and then the primary
+            # gets one frame instead of two. The retry is for a flush that hangs.
+            self.flushing = True
+            self.retry_ms = now_ms + self.replica.config.fetch_retry_ms
+        else:
+            self.fetch(now_ms)
 
     def corrupt(self, event: DataCorrupt, now_ms: int) -> None:
         """Bytes on the way, or the primary's disk: ask again later; the primary's scrubber finds a bad disk."""

@@ -1,0 +1,59 @@
+"""When a secondary flushes: before it asks for more if that is little, beside it otherwise."""
+
+from __future__ import annotations
+
+from ferryline.protocol.messages import RECORDS
+from ferryline_broker.core import events as ev
+from ferryline_broker.core.replica import ReplicaConfig
+from unit.core_pair import Pair, batch, part
+
+
+def started(**config: int) -> Pair:
+    pair = Pair(config=ReplicaConfig(**config))
+    pair.meta(part(1, 1, 1, (1, 2)))
+    return pair
+
+
+def test_what_is_small_is_flushed_before_more_is_asked_for_and_told_with_that() -> None:
+    pair = started()
+    pair.hold_flush = {2}
+    pair.done.clear()
+    pair.produce(1, 7)
+    before = len(pair.effects(ev.SendFetch, 2))
+    (fetch,) = [effect.fetch for effect in pair.tell(2, ev.Flushed(RECORDS, 2)) if isinstance(effect, ev.SendFetch)]
+    assert fetch.positions[RECORDS].fetch_offset == fetch.positions[RECORDS].flushed == 2
+    assert len(pair.effects(ev.SendFetch, 2)) == before + 1
+    assert pair.effects(ev.SendProgress, 2) == []
+    assert pair.answers()[7] == ev.AnswerProduce(7, 1, 1)
+
+
+def test_more_than_little_is_asked_for_before_the_flush_which_is_told_when_it_ended() -> None:
+    pair = started()
+    pair.hold_flush = {2}
+    before = len(pair.effects(ev.SendFetch, 2))
+    pair.produce(1, 7, batch(value=b"x" * ReplicaConfig().flush_first_bytes))
+    assert len(pair.effects(ev.SendFetch, 2)) == before + 1
+    assert [type(effect) for effect in pair.tell(2, ev.Flushed(RECORDS, 2))][:1] == [ev.SendProgress]
+    assert pair.answers()[7] == ev.AnswerProduce(7, 1, 1)
+
+
+def test_a_flush_that_hangs_keeps_nobody_from_asking_for_more_for_longer_than_a_retry() -> None:
+    pair = started(fetch_retry_ms=700)
+    pair.hold_flush = {2}
+    pair.produce(1, 7)
+    before = len(pair.effects(ev.SendFetch, 2))
+    pair.tick(699)
+    assert len(pair.effects(ev.SendFetch, 2)) == before
+    pair.tick(1)
+    assert len(pair.effects(ev.SendFetch, 2)) == before + 1
+    pair.tell(2, ev.Flushed(RECORDS, 2))
+    assert pair.effects(ev.SendProgress, 2), "as the fetch is parked"
+    assert pair.answers()[7] == ev.AnswerProduce(7, 1, 1)
+
+
+def test_a_new_session_ends_the_wait_for_a_flush() -> None:
+    pair = started()
+    pair.hold_flush = {2}
+    pair.produce(1, 7)
+    assert [type(effect) for effect in pair.tell(2, ev.PeerUp(1))][:1] == [ev.SendFetch]
+    assert [type(effect) for effect in pair.tell(2, ev.Flushed(RECORDS, 2))][:1] == [ev.SendProgress]
