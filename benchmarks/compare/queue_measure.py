@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.compare.processes import Program, usage
 from benchmarks.compare.spec import Outcome, Spec
 from benchmarks.compare.tasks import CONCURRENCY, SYSTEMS, Marks, environment
-from benchmarks.compare.work import ROOT, Work, deadline_of, result_of, run_together, workers
+from benchmarks.compare.work import ROOT, MeasurementFailed, Work, deadline_of, result_of, run_together, workers
 
 RECEIVER_WARM_UP = 200
 TASK_WARM_UP = 200
@@ -105,6 +105,8 @@ def _tasks(work: Work, _: list[str]) -> dict[str, dict[str, Any]]:
                 submitting.say("GO")
                 outcome = submitting.outcome(deadline)
                 after, works = work.peer.usage(), usage([worker.pid])
+        except MeasurementFailed as error:
+            raise MeasurementFailed(f"{error}\nits worker: {worker.tail()}") from None
         finally:
             worker.end()
     used = works.since(worked)

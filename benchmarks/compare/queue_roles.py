@@ -54,12 +54,14 @@ async def submit(spec: Spec) -> Outcome:
     await one.open()
     await one.submit_all(range(spec.warm_up))
     await marks.wait(0, spec.warm_up, deadline)
+    if wrong := marks.wrong(0, spec.warm_up):
+        raise SystemExit(f"{wrong} of {spec.warm_up} tasks did not run to warm up with")
     tell(READY)
     wait_for_go()
     clock = Clock()
     await one.submit_all(range(spec.warm_up, total))
     await marks.wait(spec.warm_up, total, deadline)
-    errors = one.errors + marks.wrong(total)
-    outcome = clock.outcome(spec.count, 0, errors)
+    wrong = marks.wrong(spec.warm_up, total)
+    outcome = clock.outcome(spec.count - wrong, 0, one.errors + wrong)
     await one.close()
     return outcome

@@ -160,13 +160,13 @@ async def test_marks_are_seen_by_all_and_tell_what_ran_never_or_twice(tmp_path: 
     one, other = Marks(str(tmp_path / "marks")), Marks(str(tmp_path / "marks"))
     for number in (0, 1, 3, 3):
         one.add(number)
-    assert other.wrong(5) == 3
-    assert other.wrong(2) == 0
+    assert other.wrong(0, 5) == 3
+    assert other.wrong(0, 2) == 0
     late = threading.Timer(0.05, lambda: [one.add(2), one.add(4)])
     late.start()
     await other.wait(0, 5, time.monotonic() + 30.0)
     late.join()
-    assert other.wrong(5) == 1
+    assert other.wrong(0, 5) == 1
     await other.wait(0, 5, 0.0)  # the deadline ends it
 
 
@@ -196,7 +196,21 @@ async def test_tasks_are_counted_once_each(
     monkeypatch.setattr(Immediate, "again", again)
     monkeypatch.setattr(queue_roles, "submitter", Immediate)
     found = await queue_roles.submit(spec)
-    assert (found.records, found.errors) == (10, errors)
+    assert (found.records, found.errors) == (10 - errors, errors)
+
+
+async def test_a_worker_that_runs_nothing_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, told: list[str], tmp_path: Path
+) -> None:
+    class Idle(Immediate):
+        async def submit_all(self, numbers: Any) -> None: ...
+
+    Marks.create(tmp_path / "marks", 15)
+    monkeypatch.setattr(queue_roles, "submitter", Idle)
+    spec = Spec("x", "submit", "t", "s", count=10, warm_up=5, marks=str(tmp_path / "marks"), timeout_s=0.1)
+    with pytest.raises(SystemExit, match="5 of 5 tasks did not run"):
+        await queue_roles.submit(spec)
+    assert told == []
 
 
 def test_every_worker_has_the_same_number_of_tasks_at_once_and_knows_where_to_find_them() -> None:
