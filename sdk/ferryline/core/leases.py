@@ -141,12 +141,33 @@ class LeaseTable:
         self.settling += 1
         return True
 
+    def begin_all(self, lease: Lease, indexes: list[int]) -> list[int]:
+        """`begin` for several records, in ascending order. Returns those for which it was too late."""
+        first, end = indexes[0], indexes[-1] + 1
+        if lease.states.count(HANDED, first, end) != len(indexes) or end - first != len(indexes):
+            return [index for index in indexes if not self.begin(lease, index)]
+        lease.states[first:end] = bytes((SETTLING,)) * (end - first)
+        self.handed -= end - first
+        self.settling += end - first
+        return []
+
     def end(self, lease: Lease, index: int, state: int) -> None:
         """The last word on a record that was being settled: SETTLED or LOST."""
         assert lease.states[index] == SETTLING, (lease.id, index, lease.states[index])
         lease.states[index] = state
         self.settling -= 1
         self._closed(lease)
+
+    def end_all(self, lease: Lease, indexes: list[int], state: int) -> None:
+        """`end` for several records, in ascending order."""
+        first, end = indexes[0], indexes[-1] + 1
+        if lease.states.count(SETTLING, first, end) != len(indexes) or end - first != len(indexes):
+            for index in indexes:
+                self.end(lease, index, state)
+            return
+        lease.states[first:end] = bytes((state,)) * (end - first)
+        self.settling -= end - first
+        self._closed(lease, end - first)
 
     def lose(self, lease: Lease, index: int) -> bool:
         """A record is not ours any more. False: nothing was open about it, or its settlement will tell."""
@@ -177,8 +198,8 @@ class LeaseTable:
         if not lease.waiting:
             self.bytes -= lease.size
 
-    def _closed(self, lease: Lease) -> None:
-        lease.open -= 1
+    def _closed(self, lease: Lease, count: int = 1) -> None:
+        lease.open -= count
         if not lease.open:
             del self.held[lease.id]
 

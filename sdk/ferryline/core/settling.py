@@ -200,12 +200,12 @@ class Settling:
             missed = set(result.stale) if settle.action == ACK else {*result.stale, *result.settled}
             if item.doubtful and settle.action != ACK:
                 missed = set()  # the first copy may have done it, and others went on from there
-            for index in settle.indexes:
-                if missed and lease.offsets[index] in missed:
-                    lost.append(index)
-                    table.end(lease, index, LOST)
-                else:
-                    table.end(lease, index, SETTLED)
+            if missed:
+                lost = [index for index in settle.indexes if lease.offsets[index] in missed]
+                for index in settle.indexes:
+                    table.end(lease, index, LOST if lease.offsets[index] in missed else SETTLED)
+            else:
+                table.end_all(lease, settle.indexes, SETTLED)
         if settle.number > 0:
             out.append(Settled(settle.number, lost))
 

@@ -43,27 +43,23 @@ class Buffer:
 
     def one(self) -> QueueMessage[Any] | None:
         """The next record that is still ours. Raises the error, if there is one and no record is here."""
-        messages, now_ms = self._messages, int(self._loop.time() * 1000)
-        while messages:
-            message = messages.popleft()
-            lease: Lease = message._source.lease
-            if self._table.hand_out(lease, message._at, now_ms):
-                return message
-            if lease.states[message._at] == WAITING:
-                self._expired(lease)
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        return None
+        found = self.some(1)
+        return found[0] if found else None
 
     def some(self, limit: int) -> list[QueueMessage[Any]]:
         """Up to ``limit`` records. Raises the error only when there is no record before it."""
         found: list[QueueMessage[Any]] = []
-        while len(found) < limit and (self._messages or not found):
-            message = self.one()
-            if message is None:
-                break
-            found.append(message)
+        messages, hand_out, now_ms = self._messages, self._table.hand_out, int(self._loop.time() * 1000)
+        while messages and len(found) < limit:
+            message = messages.popleft()
+            lease: Lease = message._source.lease
+            if hand_out(lease, message._at, now_ms):
+                found.append(message)
+            elif lease.states[message._at] == WAITING:
+                self._expired(lease)
+        if not found and self.error is not None:
+            error, self.error = self.error, None
+            raise error
         return found
 
     def last(self, count: int) -> list[QueueMessage[Any]]:

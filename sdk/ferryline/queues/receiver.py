@@ -14,7 +14,7 @@ from ferryline.protocol.limits import check_range
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import ORDER_KEY
 from ferryline.queues.leasing import Leasing
-from ferryline.queues.message import QueueMessage
+from ferryline.queues.message import Delivered, QueueMessage
 from ferryline.queues.options import PREFETCH_MAX, ReceiverOptions
 from ferryline.queues.renewal import Renewer
 
@@ -179,16 +179,23 @@ class Receiver(Generic[T]):
 
     async def ack_many(self, messages: Iterable[QueueMessage[Any]]) -> list[FerrylineError | None]:
         """Acknowledge these together: None for each that is done, else why not, in order."""
-        futures = [message.ack_nowait() for message in messages]
-        self._running().settlements.flush()
+        running = self._running()
+        together: dict[Delivered, dict[int, int]] = {}  # index in a delivery -> place in ``messages``
         outcomes: list[FerrylineError | None] = []
-        for future in futures:
-            try:
-                await future
-            except FerrylineError as error:
-                outcomes.append(error)
-            else:
-                outcomes.append(None)
+        source: Delivered | None = None
+        places: dict[int, int] = {}
+        for place, message in enumerate(messages):
+            outcomes.append(None)
+            if message._source is not source:
+                source = message._source
+                places = together.setdefault(source, {})
+            if places.setdefault(message._at, place) != place:
+                outcomes[place] = running.settlements.settled_before(message._source.lease, message._at)
+        asked = [one.settlements.ack_together(one.lease, places) for one, places in together.items()]
+        running.settlements.flush()
+        for one in asked:
+            for place, error in (await one.errors()).items():
+                outcomes[place] = error
         return outcomes
 
     async def flush(self, timeout: float = 30.0) -> None:

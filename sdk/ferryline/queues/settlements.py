@@ -17,7 +17,7 @@ from ferryline.queues.message import QueueMessage
 from ferryline.queues.options import LEASE_S_MAX, LEASE_S_MIN
 
 GATHER_MAX = 2_000  # settlements that are not sent before the loop comes round
-SettleFuture = asyncio.Future[None]
+SettleFuture = asyncio.Future[Any]  # of nothing, but for one that stands for several records
 
 
 class Settlements:
@@ -67,6 +67,21 @@ class Settlements:
         elif self.gathered >= GATHER_MAX:
             self.flush()
         return future
+
+    def ack_together(self, lease: Lease, places: dict[int, int]) -> Together:
+        """Settle records of one lease, with one future for all: the common path of batches. ``places`` names them, and
+        for each a number of the caller's, under which it is told what was not done."""
+        indexes = sorted(places)
+        errors: dict[int, FerrylineError] = {}
+        refused = self._table.begin_all(lease, indexes)
+        for index in refused:
+            errors[places[index]] = self._refusal(lease, index)
+        good = indexes if not refused else [index for index in indexes if places[index] not in errors]
+        self.gathered += len(good)
+        future = self._ask(lease, good, ACK) if good else None
+        return Together(
+            future, {index: places[index] for index in good}, errors, lambda index: self._lost_error(lease, index)
+        )
 
     def settle(
         self, lease: Lease, index: int, action: str, delay_ms: int = -1, reason: str = "", detail: str = ""
@@ -132,15 +147,20 @@ class Settlements:
         return int(self._loop.time() * 1000)
 
     def _refused(self, lease: Lease, index: int) -> SettleFuture:
-        where = f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}"
         future = self._new_future()
-        if lease.states[index] != LOST:
-            _fail(future, InvalidArgument(f"{where} was settled before", field="message"))
-        elif self.closed:
-            _fail(future, ClientClosed(f"{where}: the receiver is closed"))
-        else:
-            _fail(future, self._lost_error(lease, index))
+        _fail(future, self._refusal(lease, index))
         return future
+
+    def _refusal(self, lease: Lease, index: int) -> FerrylineError:
+        if lease.states[index] != LOST:
+            return self.settled_before(lease, index)
+        if self.closed:
+            return ClientClosed(f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}: the receiver is closed")
+        return self._lost_error(lease, index)
+
+    def settled_before(self, lease: Lease, index: int) -> InvalidArgument:
+        where = f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}"
+        return InvalidArgument(f"{where} was settled before", field="message")
 
     def _lost_error(self, lease: Lease, index: int) -> LeaseLost:
         offset = lease.offsets[index]
@@ -150,11 +170,15 @@ class Settlements:
         )  # fmt: skip
 
     def settled(self, effect: Settled) -> None:
-        """The core has said its last word on one."""
+        """The core has said its last word on one. A future that stands for several records tells which were lost."""
         settle, futures = self._outcomes.pop(effect.number)
         if effect.error is not None:
             for future in futures:
                 _fail(future, effect.error)
+            return
+        if len(futures) < len(settle.indexes):
+            if not futures[0].done():
+                futures[0].set_result(effect.lost)
             return
         if not effect.lost:
             for future in futures:
@@ -162,7 +186,7 @@ class Settlements:
                     future.set_result(None)
             return
         lost = set(effect.lost)
-        for index, future in zip(settle.indexes, futures, strict=False):  # one stands for all that was given back
+        for index, future in zip(settle.indexes, futures, strict=True):
             if index in lost:
                 _fail(future, self._lost_error(settle.lease, index))
             elif not future.done():
@@ -189,6 +213,34 @@ class Settlements:
         for lease in list(self._table.held.values()):
             for index in lease.indexes(WAITING, HANDED):
                 self._table.lose(lease, index)
+
+
+class Together:
+    """Several records that are acknowledged with one future. ``lost(index)``: the error of one that was not ours."""
+
+    __slots__ = ("_errors", "_future", "_lost", "_places")
+
+    def __init__(
+        self,
+        future: SettleFuture | None,
+        places: dict[int, int],
+        errors: dict[int, FerrylineError],
+        lost: Callable[[int], FerrylineError],
+    ) -> None:
+        self._future = future
+        self._places = places
+        self._errors = errors
+        self._lost = lost
+
+    async def errors(self) -> dict[int, FerrylineError]:
+        """What was not done, by the caller's numbers; once that is known of all."""
+        if self._future is None:
+            return self._errors
+        try:
+            lost = await self._future
+        except FerrylineError as error:
+            return self._errors | dict.fromkeys(self._places.values(), error)
+        return self._errors | {self._places[index]: self._lost(index) for index in lost or ()}
 
 
 def _fail(future: SettleFuture, error: FerrylineError) -> None:
