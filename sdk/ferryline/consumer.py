@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.consumer")
 
 T = TypeVar("T")
+# So many records that were waited for are handed out before the next fetch is written, which takes as long as all else
+# that they go through here. With more, or with what was at hand, brokers are to read ahead while these are worked on.
+_AT_ONCE = 64
 Position = tuple[str, int]  # (topic, partition), as TopicPartition
 
 
@@ -172,11 +175,14 @@ class Consumer(Generic[T]):
         reader, loop = self._reader or self._not_started(), asyncio.get_running_loop()
         reader.finish()
         deadline = loop.time() + check_wait(max_wait)
+        waited = False
         while True:
             if self._closed:
                 raise ClientClosed("the consumer is closed")
             batch = reader.some(max_records)
             if batch:
+                if waited and len(batch) <= _AT_ONCE:
+                    return batch
                 try:
                     await self._running().breathe()
                 except BaseException:
@@ -185,6 +191,7 @@ class Consumer(Generic[T]):
                 return batch
             if not await self._running().news(deadline - loop.time()):
                 return batch
+            waited = True
 
     async def batches(self, max_records: int = 500, max_wait: float = 1.0) -> AsyncIterator[list[Message[T]]]:
         """Lists of records: full ones, or what came within ``max_wait`` seconds after the first. Never empty."""
@@ -195,8 +202,9 @@ class Consumer(Generic[T]):
             reader.finish()
             batch: list[Message[T]] = []
             try:
-                await self._fill(batch, max_records, max_wait)
-                await self._running().breathe()
+                waited = await self._fill(batch, max_records, max_wait)
+                if not waited or len(batch) > _AT_ONCE:
+                    await self._running().breathe()
             except BaseException:
                 reader.put_back(batch)
                 raise
@@ -204,10 +212,12 @@ class Consumer(Generic[T]):
                 return
             yield batch
 
-    async def _fill(self, batch: list[Message[T]], limit: int, max_wait: float) -> None:
+    async def _fill(self, batch: list[Message[T]], limit: int, max_wait: float) -> bool:
+        """Returns whether it had to wait, so that the loop has run."""
         fetcher, loop = self._running(), asyncio.get_running_loop()
         reader = self._reader or self._not_started()
         deadline: float | None = None
+        waited = False
         while len(batch) < limit and not self._closed:
             try:
                 more = reader.some(limit - len(batch))
@@ -215,12 +225,16 @@ class Consumer(Generic[T]):
                 if not batch:
                     raise
                 reader.fail(error)  # what was gathered goes first
-                return
+                break
             if more:
                 batch += more
                 deadline = deadline or loop.time() + max_wait
-            elif not await fetcher.news(None if deadline is None else deadline - loop.time()):
-                return
+                continue
+            left = None if deadline is None else deadline - loop.time()
+            waited = waited or left is None or left > 0
+            if not await fetcher.news(left):
+                break
+        return waited
 
     def subscribe(self, handler: Handler) -> Subscription:
         """Call ``handler(message)``, sync or async, for each record, in order, until the subscription is stopped.

@@ -80,6 +80,34 @@ async def read(consumer: fl.Consumer[Any], count: int) -> list[Message[Any]]:
 # -- refused before anything is sent -------------------------------------------------------------------
 
 
+async def test_what_was_waited_for_is_handed_out_before_more_is_asked_for_and_what_was_at_hand_after(
+    client: fl.Client,
+) -> None:
+    async with client.consumer("orders") as consumer:
+        fetcher = consumer._fetcher
+        assert fetcher is not None
+        batches = aiter(consumer.batches(max_records=5, max_wait=0.0))
+        pulled: list[Any] = []
+
+        async def first() -> tuple[int, bool]:
+            return len(await anext(batches)), fetcher.due
+
+        async def pull() -> tuple[int, bool]:
+            pulled.extend(await consumer.pull(max_records=5, max_wait=SOON_S))
+            return len(pulled), fetcher.due
+
+        for read_some in (first, pull):
+            reading = asyncio.create_task(read_some())
+            await poll(lambda: all(partition.ticket for partition in fetcher.partitions.values()))
+            await fill(client, 1, partition=0)
+            assert await reading == (1, True), "the next fetch is not written yet"
+        await fill(client, 7, partition=0)
+        await poll(lambda: any(partition.buffered for partition in fetcher.partitions.values()))
+        fetcher.schedule()
+        assert len(await anext(batches)) > 0
+        assert not fetcher.due, "brokers read ahead while the application works on what was at hand"
+
+
 @pytest.mark.parametrize(
     ("topics", "options", "error", "field"),
     [
