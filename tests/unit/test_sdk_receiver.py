@@ -328,6 +328,23 @@ async def test_a_stale_record_is_told_so_and_its_neighbours_are_settled(
             await second.nack()
 
 
+async def test_many_are_acknowledged_in_any_order_and_each_of_them_once(cluster: FakeCluster, client: fl.Client) -> None:
+    await fill(client, "one", b"1", b"2", b"3", b"4", b"5")
+    async with client.receiver("one", group="g") as receiver:
+        first, second, third, fourth, fifth = await take(receiver, 5)
+        await second.ack()
+        outcomes = await receiver.ack_many([fifth, first, fifth, second, fourth])
+        assert outcomes[0] is outcomes[1] is outcomes[4] is None
+        for again in (outcomes[2], outcomes[3]):
+            assert isinstance(again, fl.errors.InvalidArgument)
+            assert "settled before" in again.message
+        assert receiver.unsettled == 1
+        assert third.is_held
+        assert not fourth.is_held
+        assert await receiver.ack_many([]) == []
+        assert await receiver.ack_many([third]) == [None]
+
+
 async def test_an_extension_is_the_brokers_and_a_lost_lease_is_told(cluster: FakeCluster, client: fl.Client) -> None:
     await fill(client, "one", b"1")
     async with client.receiver("one", group="g", lease=1.0) as receiver:

@@ -257,7 +257,7 @@ async def test_a_receiver_whose_core_fails_says_so_and_nobody_waits(
         batch = await take(receiver, 2)
         leasing = receiver._leasing
         assert leasing is not None
-        leasing.table.end = lambda *_: _fail("a rule is broken")  # type: ignore[method-assign, assignment]
+        leasing.table.end_all = lambda *_: _fail("a rule is broken")  # type: ignore[method-assign, assignment]
         outcomes = await asyncio.wait_for(receiver.ack_many(batch), SOON_S)
         assert [type(outcome) for outcome in outcomes] == [fl.errors.InternalError] * 2
         with pytest.raises(fl.errors.InternalError, match="a rule is broken"):
