@@ -263,7 +263,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                         await asyncio.sleep(1.0)
                         await cluster.restart(victim)
                         next_kill = time.monotonic()
-                    if now - next_death >= options.worker_kill_every:
+                    if time.monotonic() - next_death >= options.worker_kill_every:
                         workers.kill_one(chance)
                         next_death = time.monotonic()
                 await producing

@@ -24,7 +24,7 @@ from ferryline.cli.processes import LocalCluster
 from ferryline.cli.up_auth import LocalAuth
 from tests.polling import poll_blocking
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 Done = subprocess.CompletedProcess[str]

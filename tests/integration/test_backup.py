@@ -24,7 +24,6 @@ from tests.integration.conftest import Start
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.timeout(240)
 async def test_a_backup_under_load_with_a_kill_comes_back_equal_up_to_its_mark(tmp_path: Path) -> None:
     asked = "--before 2 --after 0.5 --rate 400 --partitions 2 --kill-after 30000 --bytes-per-s 150000 --incremental"
     found = await backup_campaign.run(backup_campaign.options_of(asked.split()), tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 from ferryline.cli.chaos.ledger import read
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.process
 WITHIN_S = 220.0
 # Every fault that leaves the disks alone, little load, and room for a slow machine.
 GENTLE = ["--minutes", "0.4", "--rate", "600", "--partitions", "2", "--every", "2"]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.contract_campaign import run, running
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.process
 
 
 def test_what_is_answered_is_what_is_documented_and_nothing_answers_without_a_token(tmp_path: Path) -> None:

@@ -68,6 +68,5 @@ async def test_traffic_goes_on_without_a_coordinator_and_changes_with_it(cluster
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 async def test_an_outage_of_a_minute_harms_nothing(cluster: ProcessCluster) -> None:
     await outage(cluster, 60.0)

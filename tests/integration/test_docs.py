@@ -42,12 +42,12 @@ PAGES = [
     )
     if (ROOT / f"docs/{page}.md").exists()
 ]
-BLOCK_S = 60.0
+BLOCK_S = 150.0
 BACKGROUND = "# in a terminal of its own"
 _FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```", re.M | re.S)
 _FILE = re.compile(r"\A# ([A-Za-z0-9_./-]+\.[a-z]+)\n")
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.process
 
 
 @dataclass(frozen=True)

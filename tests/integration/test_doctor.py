@@ -152,7 +152,6 @@ async def guard(cluster: ProcessCluster, root: Path) -> str:
     return key.read_text().strip()
 
 
-@pytest.mark.timeout(300)
 async def test_everything_that_is_planted_is_found_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 UP = "ferryline up --auth"

@@ -14,7 +14,7 @@ import ferryline as fl
 from ferryline.cli.drill import healed
 from ferryline.cli.driver import ProcessCluster
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.process
 
 TOPIC, PARTITIONS, POSTERS, POSTS = "forwarded", 3, 8, 40
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.compose_campaign import IMAGES, TAG
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.docker]
 
 SERVICES = ("broker", "coordinator")
 _TELL = """

@@ -20,7 +20,7 @@ from tests.integration.jwt_campaign import Tally, show
 from tests.oidc_issuer import AUDIENCE, Issuer, Keyring
 from tests.polling import poll
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.process
 
 TOKEN_S = 4  # short, and still longer than a busy machine takes to use one
 _ACCESS = """

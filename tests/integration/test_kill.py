@@ -15,6 +15,7 @@ from tests.integration.kill_campaign import fits
 pytestmark = pytest.mark.process
 
 RECORDS = 60_000
+TRIES = 3  # on a busy machine next to nothing may be on its way when a broker dies
 
 
 def plan(**changes: Any) -> Plan:
@@ -69,7 +70,12 @@ async def test_a_broker_that_acknowledges_too_early_is_found_out(
     env = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": sabotage}
     if fault == "kill-all":
         env["FERRYLINE_TEST_LOSSY_STORAGE"] = "1"
-    cluster = await start_cluster(brokers=3, env=env)
-    account = await run_drill(plan(fault=fault, records=30_000, rate=8_000, delivery_s=6.0, recovery_s=6.0), cluster)
+    for _ in range(TRIES):
+        cluster = await start_cluster(brokers=3, env=env)
+        drill = plan(fault=fault, records=30_000, rate=8_000, delivery_s=6.0, recovery_s=6.0)
+        account = await run_drill(drill, cluster)
+        await cluster.kill_all()
+        if not account.good:
+            break
     assert not account.good, account
     assert account.lost > 0 or account.out_of_order > 0, account

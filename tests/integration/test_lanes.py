@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.integration import lanes_campaign
 
 
@@ -31,7 +29,6 @@ def options(folder: Path, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**settings | changes)
 
 
-@pytest.mark.timeout(180)
 async def test_lanes_hold_while_brokers_and_receivers_are_killed(tmp_path: Path) -> None:
     found = await lanes_campaign.run(options(tmp_path))
     assert found["broker_kills"] >= 1
@@ -42,7 +39,6 @@ async def test_lanes_hold_while_brokers_and_receivers_are_killed(tmp_path: Path)
     ), found["examples"]
 
 
-@pytest.mark.timeout(120)
 async def test_a_broker_that_forgets_lanes_is_noticed(tmp_path: Path) -> None:
     quiet = {"kill_every": 1e6, "worker_kill_every": 1e6, "records": 3_000}
     found = await lanes_campaign.run(options(tmp_path, sabotage="no-lanes", **quiet))

@@ -24,7 +24,7 @@ from tests.integration.oidc.chromium import Chromium
 from tests.integration.oidc.oidc import NpmIssuer
 from tests.polling import poll
 
-pytestmark = [pytest.mark.oidc, pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.oidc, pytest.mark.process]
 
 TOKEN_S = 12  # of the issuer's tokens: short, so that a test sees some of them end
 _ACCESS = """

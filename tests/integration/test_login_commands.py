@@ -22,7 +22,7 @@ from tests.integration.conftest import Start
 from tests.login_issuer import LoginIssuer
 from tests.oidc_issuer import Keyring
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.process
 
 _ACCESS = """
 [[issuers]]

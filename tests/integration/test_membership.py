@@ -25,7 +25,6 @@ def even(counts: Counter[int], brokers: set[int]) -> bool:
     return set(counts) <= brokers and max(found) - min(found) <= 1
 
 
-@pytest.mark.timeout(180)
 async def test_a_fourth_broker_takes_its_share_and_a_drained_one_gives_it_up(cluster: ProcessCluster) -> None:
     """1. a stream over 12 partitions on three brokers  2. a fourth joins: primaries and copies spread to within one
     3. one is drained: it ends with nothing, the others spread to within one  4. the stream never stopped.

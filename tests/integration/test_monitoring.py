@@ -21,7 +21,7 @@ from ferryline.cli.driver import ProcessCluster
 from tests.integration.monitoring_campaign import Campaign, campaign
 from tests.integration.prometheus import REPOSITORY, filled_in, panels, rules
 
-pytestmark = [pytest.mark.process, pytest.mark.prometheus, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.prometheus]
 
 WITHIN_S = 60.0
 SCALE, INTERVAL_MS = 60, 1000

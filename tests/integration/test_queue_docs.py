@@ -61,7 +61,6 @@ async def dead(client: fl.Client) -> list[str]:
         return sorted(message.headers.text("fl-dead-reason") for message in await consumer.pull(100, 2.0))
 
 
-@pytest.mark.timeout(120)
 async def test_every_block_of_the_page_on_queues_runs(client: fl.Client, capsys: pytest.CaptureFixture[str]) -> None:
     page: dict[str, Any] = {"__name__": "page"}
     for block in BLOCKS:

@@ -115,7 +115,6 @@ async def all_done(journal: Journal, count: int, within_s: float) -> None:
     await poll(lambda: len(journal.acked) == count, within_s=within_s, what=f"{count} records are acknowledged")
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("fault", ["kill", "terminate", "pause"])
 async def test_a_primary_that_goes_costs_no_ack_and_no_order(cluster: ProcessCluster, fault: str) -> None:
     """1. twelve receivers share six partitions  2. the primary of one is killed with -9 (is told to end, is stopped)
@@ -138,7 +137,6 @@ async def test_a_primary_that_goes_costs_no_ack_and_no_order(cluster: ProcessClu
     assert journal.account() == []
 
 
-@pytest.mark.timeout(180)
 async def test_everything_dies_and_receivers_go_on_by_themselves(cluster: ProcessCluster) -> None:
     journal = Journal()
     keys, each = 20, 40
@@ -158,7 +156,6 @@ async def test_everything_dies_and_receivers_go_on_by_themselves(cluster: Proces
     assert journal.account() == []
 
 
-@pytest.mark.timeout(120)
 async def test_a_blocked_handler_loses_nothing_over_a_fail_over(cluster: ProcessCluster) -> None:
     """The loop of the application stands still for longer than a lease, and its primary dies meanwhile."""
     async with client_of(cluster) as client:
@@ -175,7 +172,6 @@ async def test_a_blocked_handler_loses_nothing_over_a_fail_over(cluster: Process
             assert await receiver.ack_many(held) == [None] * 8
 
 
-@pytest.mark.timeout(120)
 async def test_what_a_receiver_leaves_is_with_others_long_before_its_leases_end(cluster: ProcessCluster) -> None:
     async with client_of(cluster) as client:
         await fill(client, 30, 1)
@@ -208,7 +204,6 @@ def out_of_order(lines: list[tuple[str, int]]) -> list[int]:
     return wrong
 
 
-@pytest.mark.timeout(120)
 async def test_order_of_a_partition_holds_with_several_receivers_over_a_kill(cluster: ProcessCluster) -> None:
     """Runs of the whole partition, handed back and forth: nothing is worked on before what stands below it is done."""
     lines: dict[int, list[tuple[str, int]]] = defaultdict(list)
@@ -247,7 +242,6 @@ async def test_order_of_a_partition_holds_with_several_receivers_over_a_kill(clu
     assert {partition: out_of_order(story) for partition, story in lines.items() if out_of_order(story)} == {}
 
 
-@pytest.mark.timeout(120)
 async def test_what_does_not_parse_is_dead_with_its_error_and_the_rest_goes_on(cluster: ProcessCluster) -> None:
     async with client_of(cluster) as client:
         async with client.producer(linger=0) as producer:

@@ -108,15 +108,19 @@ async def test_a_test_fails_when_data_is_lost(start_cluster: object) -> None:
     from ferryline.cli.drill import Plan
 
     env = {"FERRYLINE_ALLOW_SABOTAGE": "1", "FERRYLINE_SABOTAGE": "ack-before-replicate"}
-    plan = Plan(records=30_000, keys=8, partitions=8, seed=3, fault="kill-ahead", delivery_s=6.0, recovery_s=6.0)
-    account = await run_seed(plan, env=env)
-    assert not fits(account), account
+    accounts = []
+    for seed in (3, 4, 5):  # on a busy machine next to nothing may be on its way when the broker dies
+        plan = Plan(records=30_000, keys=8, partitions=8, seed=seed, fault="kill-ahead", delivery_s=6.0, recovery_s=6.0)
+        accounts.append(await run_seed(plan, env=env))
+        if not fits(accounts[-1]):
+            return
+    pytest.fail(f"nothing was found: {accounts}")
 
 
 async def read_all(cluster: ProcessCluster, count: int) -> list[bytes]:
     """All values of the topic, as a fresh client reads them."""
     values: list[bytes] = []
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     async with fl.connect(cluster.urls, ca=cluster.ca) as client, client.consumer(TOPIC) as consumer:
         while len(values) < count:
             assert time.monotonic() < end, f"{len(values)} of {count} records"

@@ -51,7 +51,6 @@ def up(tmp_path: Path) -> Iterator[dict[str, Any]]:
     process.stdout.close()
 
 
-@pytest.mark.timeout(180)
 async def test_a_rolling_restart_under_load_is_seen_by_nobody(up: dict[str, Any], tmp_path: Path) -> None:
     settings = Settings(url=(up["url"],), ca=Path(up["ca"]))
     sent, got, stop = 0, set[int](), asyncio.Event()

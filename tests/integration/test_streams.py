@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.contract_campaign import TOPICS, Curl, running
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.process
 
 
 async def last_event(url: str, key: str, context: ssl.SSLContext, began: asyncio.Event) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ async def client(cluster: LocalCluster) -> AsyncIterator[fl.Client]:
         yield client
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Program:
     """`ferryline worker run` in a folder of its own."""
 
@@ -90,7 +98,8 @@ class Program:
         self.process: subprocess.Popen[str] | None = None
 
     def source(self, text: str) -> None:
-        (self.folder / "jobs.py").write_text(text)
+        (self.folder / "jobs.new").write_text(text)
+        (self.folder / "jobs.new").replace(self.folder / "jobs.py")  # whoever watches it never sees half of it
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "ferryline.cli", "worker", "run", "jobs:app", *args]
@@ -110,9 +119,10 @@ class Program:
     def workers(self) -> list[int]:
         """Pids of the processes that work."""
         assert self.process is not None
-        return [child.pid for child in psutil.Process(self.process.pid).children() if child.status() != "zombie"]
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if _lives(child)]
 
-    async def ended(self, within_s: float = 20) -> int:
+    async def ended(self, within_s: float = 60) -> int:
         assert self.process is not None
         await poll(lambda: self.process.poll() is not None, within_s=within_s, what="the program ends")  # type: ignore[union-attr]
         return int(self.process.returncode)
@@ -201,7 +211,7 @@ async def test_a_handler_that_blocks_the_loop_loses_nothing_and_is_named(
         for message in taken:  # whoever of the two came first: the worker is to have it
             await message.release()
         await other.close()
-        await poll(lambda: attempts, within_s=20)
+        await poll(lambda: attempts, within_s=60)
         async with client.receiver("blocked", group="blocking") as third:
             assert not await third.receive(1, 3)
     assert attempts == [1]
@@ -223,7 +233,7 @@ async def test_a_worker_that_stops_gives_back_long_before_its_leases_end(client:
             await app.producer.send("stopping", {"n": n})
         worker = app.worker(grace=0)
         await worker.start()
-        await poll(lambda: worker.lines[0].receiver.unsettled == 50, within_s=30)
+        await poll(lambda: worker.lines[0].receiver.unsettled == 50, within_s=60)
         async with client.receiver("stopping", group="stopping", prefetch=100) as other:
             assert not await other.receive(1, 0.2)  # now it is parked at both brokers
             began = time.monotonic()
@@ -240,7 +250,7 @@ async def test_a_worker_that_stops_gives_back_long_before_its_leases_end(client:
 async def test_tasks_return_fail_and_time_out(client: fl.Client) -> None:
     app = fl.App(name="tasks")
 
-    @app.task(queue="media", timeout=0.3, retry=fl.Retry(2, backoff=QUICK))
+    @app.task(queue="media", timeout=2, retry=fl.Retry(2, backoff=QUICK))
     async def resize(url: str, width: int = 5) -> str:
         if url == "slow":
             await asyncio.sleep(60)
@@ -248,22 +258,22 @@ async def test_tasks_return_fail_and_time_out(client: fl.Client) -> None:
             raise ValueError("not an image")
         return f"{url}:{width}"
 
-    @app.task(queue="media", timeout=0.3, retry=fl.Retry(1))
+    @app.task(queue="media", timeout=2, retry=fl.Retry(1))
     def in_a_thread(seconds: float) -> str:
         time.sleep(seconds)
         return "done"
 
     async with app.connected(client), app.worker(concurrency=4):
-        assert await (await resize.submit("a", width=7)).result(10) == "a:7"
-        assert await (await in_a_thread.submit(0.0)).result(10) == "done"
+        assert await (await resize.submit("a", width=7)).result(60) == "a:7"
+        assert await (await in_a_thread.submit(0.0)).result(60) == "done"
         job = await resize.submit("bad")
         assert [str(status) async for status in job.watch()][-2:] == [
             "running (attempt 2 of 2)",
             "dead: ValueError: not an image",
         ]
-        for late in (await resize.submit("slow"), await in_a_thread.submit(1.0)):
-            with pytest.raises(fl.JobFailed, match=r"took longer than 0\.3 s"):
-                await late.result(10)
+        for late in (await resize.submit("slow"), await in_a_thread.submit(4.0)):
+            with pytest.raises(fl.JobFailed, match="took longer than 2 s"):
+                await late.result(60)
 
 
 # -- the program ---------------------------------------------------------------------------------------
@@ -273,7 +283,7 @@ async def test_sigterm_finishes_what_is_in_hand_and_hands_back_the_rest(program:
     async with submitter(program, client) as tasks:
         jobs = [await tasks["work"].submit(n, 3.0) for n in range(10)]
         process = program.start("--concurrency", "2", "--grace", "10")
-        await poll(lambda: len([one for one in program.told if "began" in one]) == 2, within_s=20)
+        await poll(lambda: len([one for one in program.told if "began" in one]) == 2, within_s=60)
         process.send_signal(signal.SIGTERM)
         assert await program.ended() == 0
         told = Counter(name for one in program.told for name in one)
@@ -288,7 +298,7 @@ async def test_a_thread_that_does_not_end_holds_nothing_up(program: Program, cli
     async with submitter(program, client) as tasks:
         job = await tasks["stuck"].submit(60.0)
         process = program.start("--grace", "0.5")
-        await poll(lambda: program.told, within_s=20)
+        await poll(lambda: program.told, within_s=60)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert await program.ended() == 0
@@ -300,29 +310,29 @@ async def test_a_second_signal_ends_what_does_not_hear_the_first(program: Progra
     async with submitter(program, client) as tasks:
         await tasks["block"].submit(60.0)
         process = program.start("--grace", "60")
-        await poll(lambda: program.told, within_s=20)
+        await poll(lambda: program.told, within_s=60)
         process.send_signal(signal.SIGTERM)
         await poll(lambda: "stopping" in program.log)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert await program.ended(5) == 0
+        assert await program.ended(30) == 0
         assert "stopped" not in str(program.told)
 
 
 async def test_workers_end_with_the_program_that_watches_them(program: Program) -> None:
     process = program.start("--autoscale", "2")
-    await poll(lambda: len(program.workers()) == 2, within_s=20)
+    await poll(lambda: len(program.workers()) == 2, within_s=60)
     workers = program.workers()
     process.kill()
-    await poll(lambda: not any(psutil.pid_exists(pid) for pid in workers), within_s=20)
+    await poll(lambda: not any(psutil.pid_exists(pid) for pid in workers), within_s=60)
 
 
 async def test_a_worker_that_is_killed_is_replaced_and_its_job_runs_again(program: Program, client: fl.Client) -> None:
     async with submitter(program, client) as tasks:
         program.start()
-        await poll(program.workers, within_s=20)
+        await poll(program.workers, within_s=60)
         job = await tasks["work"].submit(1, 2.0)
-        await poll(lambda: program.told, within_s=20)
+        await poll(lambda: program.told, within_s=60)
         [first] = program.workers()
         os.kill(first, signal.SIGKILL)
         assert await job.result(60) == 1  # after its lease
@@ -333,8 +343,9 @@ async def test_a_worker_that_is_killed_is_replaced_and_its_job_runs_again(progra
 async def test_a_program_that_keeps_dying_is_started_later_and_later(program: Program) -> None:
     program.source("import os\nos._exit(9)\n")
     process = program.start()
-    await poll(lambda: program.log.count("ended with status 9") >= 3, within_s=30)
-    assert [f"another one starts in {wait} s" in program.log for wait in (1, 2, 4)] == [True, True, True]
+    said = [f"another one starts in {wait} s" for wait in (1, 2, 4)]
+    await poll(lambda: all(words in program.log for words in said), within_s=60, what="one, two, four seconds")
+    assert program.log.count("ended with status 9") >= 3
     process.send_signal(signal.SIGTERM)
     assert await program.ended() == 0
 
@@ -360,15 +371,14 @@ async def test_a_change_of_the_source_replaces_the_workers(program: Program, cli
         assert await (await tasks["work"].submit(1)).result(30) == 1
         before = program.workers()
         program.source(MODULE.format(name=program.name).replace("return n", "return n + 100"))
-        await poll(lambda: program.workers() and not set(program.workers()) & set(before), within_s=20)
+        await poll(lambda: program.workers() and not set(program.workers()) & set(before), within_s=60)
         assert await (await tasks["work"].submit(1)).result(30) == 101
         program.source("this is no Python")
-        await poll(lambda: "SyntaxError" in program.log, within_s=20)
+        await poll(lambda: "SyntaxError" in program.log, within_s=60)
         program.source(MODULE.format(name=program.name))
         assert await (await tasks["work"].submit(2)).result(60) == 2
 
 
-@pytest.mark.timeout(180)
 async def test_a_backlog_brings_processes_and_silence_ends_them(program: Program, client: fl.Client) -> None:
     """None at first; three for forty jobs of a second each; none again some seconds after the last."""
     async with submitter(program, client) as tasks:
@@ -396,7 +406,8 @@ async def test_a_schedule_fires_once_with_two_workers(program: Program, client: 
     assert await program.ended() == 0
     assert {one["tick"][:7] for one in ticks()} == {"tick@20"}  # by the time that was due
     assert set(Counter(one["tick"] for one in ticks()).values()) == {1}
-    assert len(ticks()) <= ticks()[-1]["at"] - ticks()[0]["at"] + 2
+    due = [datetime.fromisoformat(one["tick"].removeprefix("tick@")).timestamp() for one in ticks()]
+    assert all(one["at"] >= moment for one, moment in zip(ticks(), due, strict=True)), "none before its time"
 
 
 def test_show_says_what_an_app_declares(program: Program) -> None:
@@ -431,7 +442,7 @@ async def test_every_process_serves_what_its_handlers_did_on_a_port_of_its_own(
 ) -> None:
     port = free_port()
     program.start("--autoscale", "2", "--metrics-port", str(port))
-    await poll(lambda: program.log.count("/metrics") == 2, within_s=30, what="both say where")
+    await poll(lambda: program.log.count("/metrics") == 2, within_s=60, what="both say where")
     ports = [int(found) for found in re.findall(r"metrics: http://127\.0\.0\.1:(\d+)/metrics", program.log)]
     assert len(set(ports)) == 2
     assert min(ports) >= port
@@ -450,4 +461,4 @@ async def test_every_process_serves_what_its_handlers_did_on_a_port_of_its_own(
         async def all_five() -> bool:
             return await handled() == 5
 
-        await poll(all_five, within_s=30, what="five were handled")
+        await poll(all_five, within_s=60, what="five were handled")

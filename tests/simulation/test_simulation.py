@@ -118,7 +118,7 @@ from tests.simulation.shrink import shrink
 apply(next(mutant for mutant in MUTANTS if mutant.name == "ack-before-replicate"))
 config = parse_configs("2/1/fsync")[0]
 failing = next(one for seed in range(1, 200) if (one := run_seed(config, seed, profile="")).failure and one.struck)
-small = shrink(config, failing, seconds=20)
+small = shrink(config, failing, seconds=120)
 assert small.rule == failing.rule, (small.rule, failing.rule)
 assert len(small.struck) < len(failing.struck), (small.struck, failing.struck)
 again = run_seed(config, small.seed, profile="", without=frozenset(small.without))

@@ -36,7 +36,7 @@ __all__ = [
 
 COORDINATOR = "coordinator"
 SERVICES = {"ferryline_coordinator": "ferryline-coordinator", "ferryline_broker": "ferryline-broker"}
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.02
 
