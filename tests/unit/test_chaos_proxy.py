@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ferryline.cli.chaos.network import Network as Remote
-from ferryline.cli.chaos.proxy import Command, Link, Network, Rule, owns_socket, socket_inode, touches
+from ferryline.cli.chaos.proxy import Command, Link, Network, Rule, socket_inodes, sockets_of, touches
 from ferryline.cli.processes import free_port
 from tests.polling import poll
 
@@ -215,15 +215,35 @@ async def test_who_comes_in_is_found_by_the_process_that_owns_the_socket(network
     await network.obey(Command(pids={"stranger": 1, "broker-7": os.getpid()}))
     reader, writer = await connect(port)
     await ask(reader, writer, b"hello")
-    assert [connection.source for connection in network.connections] == ["broker-7"]
-    inode = socket_inode(writer.get_extra_info("sockname"))
-    assert owns_socket(os.getpid(), inode)
-    assert not owns_socket(os.getpid(), inode + 1_000_000)
+    assert [connection.source for connection in network.connections] == ["unknown"], "nobody has asked so far"
+    here = writer.get_extra_info("sockname")
+    inodes = socket_inodes({here, ("127.0.0.1", 1)})
+    assert set(inodes) == {here}
+    assert inodes[here] in sockets_of(os.getpid())
+    assert inodes[here] not in sockets_of(1)
     await network.obey(Command(rules=[cut("broker-7", "server")]))
+    assert [connection.source for connection in network.connections] == ["broker-7"]
     writer.write(b"held")
     await nothing_comes(reader)
+    other_reader, other = await connect(port)  # while somebody is cut off, everybody who comes is looked at
+    other.write(b"held, too")
+    await nothing_comes(other_reader)
+    assert [connection.source for connection in network.connections] == ["broker-7", "broker-7"]
     writer.transport.abort()
+    other.transport.abort()
     await network.obey(Command(rules=[]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says which process owns a socket")
+async def test_a_connection_of_somebody_unknown_can_be_broken_by_name(network: Network, echo: Echo) -> None:
+    port = await link(network, echo, source="")
+    await network.obey(Command(pids={"broker-7": os.getpid()}))
+    reader, writer = await connect(port)
+    await ask(reader, writer, b"hello")
+    await network.obey(Command(half_open=("server", "broker-7")))
+    writer.write(b"nobody hears this")
+    await nothing_comes(reader)
+    writer.transport.abort()
 
 
 def test_a_pair_of_names_means_a_connection_in_either_direction() -> None:

@@ -2,7 +2,9 @@
 
 It runs as a process of its own, ``python -m ferryline.cli.chaos.proxy``, takes one command a line as JSON on stdin,
 answers each with one line, and ends with its stdin. Every link is a port in front of one node; who comes in at it is
-either fixed (clients) or found by the process that owns the other end of the connection (Linux: /proc).
+either fixed (clients) or found by the process that owns the other end of the connection (Linux: /proc). With thousands
+of connections on a machine that costs ten milliseconds; so it is looked up when a rule or command asks for it, for all
+at once: a proxy that is busy with names lets handshakes run out of time, and all who try again make it worse.
 
 Cut means held, as a network that drops packets looks to TCP: nothing arrives, nothing is refused, and what was sent
 arrives after the cut unless the connection was given up. Even the end of a connection is not told through a cut.
@@ -72,6 +74,11 @@ class Weather:
 
     def set(self, rules: Iterable[Rule]) -> None:
         self._rules = list(rules)
+
+    @property
+    def fair(self) -> bool:
+        """Nothing is held or slowed, whoever it comes from."""
+        return not self._rules
 
     def of(self, source: str, target: str) -> tuple[bool, float]:
         """(cut, delay in seconds) for bytes from ``source`` to ``target``."""
@@ -177,6 +184,7 @@ class Connection:
         self.network = network
         self.link = link
         self.source = link.source or UNKNOWN
+        self.peer: tuple[str, int] | None = None  # the other end of a connection whose source nobody has looked up
         self.joined = False
         self._muted = False
         self.near = _Side(self, (self.source, link.target))
@@ -187,12 +195,17 @@ class Connection:
     def made(self, side: _Side) -> None:
         if side is self.near:
             assert side.transport is not None
-            if not self.link.source:
-                self.source = self.network.who(side.transport.get_extra_info("peername"))
-                self.near.direction = (self.source, self.link.target)
-                self.far.direction = (self.link.target, self.source)
             self.network.connections.add(self)
+            if not self.link.source:
+                self.peer = side.transport.get_extra_info("peername")
+                if not self.network.weather.fair:
+                    self.network.identify()
             self._joining = self.network.loop.create_task(self._join())
+
+    def comes_from(self, source: str) -> None:
+        """It is known now."""
+        self.peer, self.source = None, source
+        self.near.direction, self.far.direction = (source, self.link.target), (self.link.target, source)
 
     async def _join(self) -> None:
         """Connect to the target, once a packet could go there and one could come back."""
@@ -264,10 +277,14 @@ class Network:
             self._pids = command.pids
         if command.rules is not None:
             self.weather.set(command.rules)
+            if command.rules:
+                self.identify()
             changed, self.changed = self.changed, asyncio.Event()
             changed.set()
             for connection in list(self.connections):
                 connection.look()
+        if command.reset is not None or command.half_open is not None:
+            self.identify()
         for connection in list(self.connections):
             if command.reset is not None and connection.between(command.reset):
                 connection.near.break_after = connection.far.break_after = 700
@@ -278,14 +295,17 @@ class Network:
         server = await self.loop.create_server(lambda: Connection(self, link).near, "127.0.0.1", link.port)
         self._servers.append(server)
 
-    def who(self, peer: tuple[str, int]) -> str:
-        """The node whose process owns the other end of a connection."""
-        inode = socket_inode(peer)
-        if inode:
-            for name, pid in self._pids.items():
-                if owns_socket(pid, inode):
-                    return name
-        return UNKNOWN
+    def identify(self) -> None:
+        """Find out who is at the other end of every connection that came from somewhere unknown."""
+        asked = {connection.peer: connection for connection in self.connections if connection.peer is not None}
+        if not asked:
+            return
+        inodes = {inode: asked[address] for address, inode in socket_inodes(set(asked)).items()}
+        for name, pid in self._pids.items():
+            for inode in inodes.keys() & sockets_of(pid):
+                inodes.pop(inode).comes_from(name)
+        for connection in asked.values():
+            connection.peer = None  # of nobody we know, or gone already
 
     def close(self) -> None:
         """Stop listening and break every connection."""
@@ -295,33 +315,37 @@ class Network:
             connection.abort()
 
 
-def socket_inode(address: tuple[str, int]) -> int:
-    """The inode of the TCP socket of this machine with this local IPv4 address, 0 if it is not to be found."""
-    packed = socket.inet_aton(address[0])
-    local = f"{int.from_bytes(packed, sys.byteorder):08X}:{address[1]:04X}"
+def socket_inodes(addresses: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
+    """The inodes of the TCP sockets of this machine with these local IPv4 addresses, but for those that are gone."""
+    wanted = {
+        f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}": (host, port)
+        for host, port in addresses
+    }
+    found = {}
     try:
         with open("/proc/net/tcp") as table:
             for line in table:
                 fields = line.split(None, 10)
-                if fields[1] == local:
-                    return int(fields[9])
+                if fields[1] in wanted:
+                    found[wanted[fields[1]]] = int(fields[9])
     except OSError:
         pass
-    return 0
+    return found
 
 
-def owns_socket(pid: int, inode: int) -> bool:
-    """Whether a process has this socket among its descriptors. False when it cannot be known."""
-    wanted = f"socket:[{inode}]"
+def sockets_of(pid: int) -> set[int]:
+    """Inodes of the sockets among the descriptors of a process. Empty when it cannot be known."""
+    found = set()
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
                 with suppress(OSError):
-                    if os.readlink(entry.path) == wanted:
-                        return True
+                    link = os.readlink(entry.path)
+                    if link.startswith("socket:["):
+                        found.add(int(link[8:-1]))
     except OSError:
         pass
-    return False
+    return found
 
 
 async def serve() -> None:
