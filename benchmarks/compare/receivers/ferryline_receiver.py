@@ -14,14 +14,14 @@ from benchmarks.compare.spec import Spec
 
 import ferryline as fl
 
-PREFETCH, TAKE = 1_000, 500
+PREFETCH, TAKE = 4_000, 1_000
 
 
 class Ferryline(Receiving):
     async def connect(self) -> None:
         self._client = fl.connect(self.spec.servers, ca=self.spec.ca)
         await self._client.start()
-        self._acks: deque[asyncio.Future[None]] = deque()
+        self._acks: deque[asyncio.Task[list[fl.FerrylineError | None]]] = deque()
 
     async def subscribe(self) -> None:
         self._receiver = self._client.receiver(self.spec.topic, group=self.spec.group, prefetch=PREFETCH)
@@ -29,16 +29,21 @@ class Ferryline(Receiving):
 
     async def step(self) -> None:
         acks, handle = self._acks, self.handler.record
-        for message in await self._receiver.receive(TAKE, STEP_S):
+        batch = await self._receiver.receive(TAKE, STEP_S)
+        for message in batch:
             handle(message.key or b"", message.raw or b"")
-            acks.append(message.ack_nowait())
+        if batch:
+            acks.append(asyncio.create_task(self._receiver.ack_many(batch)))
         while acks and acks[0].done():
-            self.errors += acks.popleft().exception() is not None
+            self._count(acks.popleft())
 
     async def settled(self) -> None:
-        await self._receiver.flush()
-        self.errors += sum(one.exception() is not None for one in self._acks)
-        self._acks.clear()
+        await asyncio.gather(*self._acks)
+        while self._acks:
+            self._count(self._acks.popleft())
+
+    def _count(self, acks: asyncio.Task[list[fl.FerrylineError | None]]) -> None:
+        self.errors += sum(outcome is not None for outcome in acks.result())
 
     async def close(self) -> None:
         await self._receiver.close()
