@@ -107,8 +107,18 @@ ConnectionResetError
 """
 
 
+CLOSED = b"""2026-11-29T01:22:54.101545Z [error    ] Fatal error on SSL protocol
+Traceback (most recent call last):
+  File "uvloop/sslproto.pyx", line 727, in uvloop.loop.SSLProtocol._do_read
+  File "uvloop/handles/handle.pyx", line 159, in uvloop.loop.UVHandle._ensure_alive
+RuntimeError: unable to perform operation on <TCPTransport closed=True reading=False 0x562a>; the handler is closed
+2026-11-29T01:22:56.935067Z [info     ] role   epoch=6 partition=chaos-two/1 reason= role=primary service=broker
+"""
+
+
 def test_a_broken_invariant_in_a_log_is_found_and_daily_bread_is_not() -> None:
     assert broken(HANDSHAKE) == []
+    assert broken(CLOSED) == []
     (found,) = broken(HANDSHAKE + b"[critical ] invariant violated, partition stopped\n")
     assert "partition stopped" in found
     (found,) = broken(HANDSHAKE + b'Traceback (most recent call last):\n  File "x.py", line 1, in f\nKeyError: 3\n')
