@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TICK_S = 0.25
 # What a log must not say. Refusals and lost connections are the daily bread of a run and stand there at will.
 BROKEN = re.compile(rb"invariant|the core failed|Traceback \(most recent call last\)")
-# What the event loop itself says when a peer breaks off in a handshake, and nobody waits for that future any more; or when
+# What the event loop itself says when a peer breaks off in a handshake: nobody waits for that future any more; and when
 # what came in last asks for an answer on a transport that was closed a moment ago.
 NOISE = re.compile(
     rb"Traceback \(most recent call last\):\n(?:  .*\n)*?  File \"uvloop/sslproto.*\n"
