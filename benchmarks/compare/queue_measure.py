@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -96,7 +97,8 @@ def _tasks(work: Work, _: list[str]) -> dict[str, dict[str, Any]]:
         handler = settings.get("handler", "")
         spec = work.spec("submit", warm_up=TASK_WARM_UP, marks=str(folder / "marks"), handler=handler)
         command = worker_command(work.variant.client, settings.get("pool", ""))
-        env = environment(spec) | {"PYTHONPATH": str(ROOT), "BENCH_ACKS_LATE": settings.get("acks_late", "")}
+        path = os.pathsep.join(one for one in (str(ROOT), os.environ.get("PYTHONPATH", "")) if one)
+        env = environment(spec) | {"PYTHONPATH": path, "BENCH_ACKS_LATE": settings.get("acks_late", "")}
         worker = Program("worker", command, folder, env)
         try:
             deadline = deadline_of(spec)
