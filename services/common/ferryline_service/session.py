@@ -227,7 +227,7 @@ class SessionEndpoint:
 
 def _transport(request: web.Request) -> asyncio.Transport:
     """What the session stands on. Raises ConnectionResetError: whoever asked for it went before it was made."""
-    transport = cast("asyncio.Transport | None", request.transport)
+    transport = request.transport
     if transport is None or transport.get_protocol() is None:  # TLS forgets the protocol before aiohttp the transport
         raise ConnectionResetError("the connection of the session has ended")
     return transport

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-NUMBERS = ("seconds", "acked", "refused", "unknown", "polled", "copies_read", "receipts", "elections")
-NUMBERS += ("takeovers", "anomalies")
+NUMBERS = (
+    "seconds", "acked", "refused", "unknown", "polled", "copies_read", "receipts", "elections", "takeovers",
+    "anomalies",
+)  # fmt: skip
 
 
 def commit_of(folder: Path) -> str:
