@@ -5,6 +5,8 @@ every node in turn. Meanwhile every certificate is renewed again and again, and 
 request may fail, no session may end, and at the end:
 
 * every node shows a certificate of the new CA, and only that one is trusted: who knows the old one alone is refused;
+* with ``--coordinators 2``, which share their CA on etcd: the standby, too; when the active one is killed afterwards it
+  takes over, and lets a new broker in, and the killed one comes back with it;
 * clients that were there all the time have read the new ca.crt by themselves, and nothing acknowledged was lost.
 
 Prints a JSON line, and exits 1 unless all of that holds.
@@ -29,6 +31,7 @@ from ferryline.cli.driver import ProcessCluster
 from ferryline.cli.rotation import STEPS, Rotation
 from ferryline.trust import ssl_context
 from tests.integration.ledgers import tell
+from tests.integration.takeovers import Watch
 
 TOPIC, QUEUE = "orders", "jobs"
 DRAIN_S = 60.0
@@ -124,7 +127,8 @@ async def refused(urls: list[str], ca: Path) -> int:
 
 async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """The whole story, once."""
-    cluster = ProcessCluster(root / "cluster", brokers=3)
+    several = {"coordinators": options.coordinators, "store": "etcd", "etcd_members": 1}
+    cluster = ProcessCluster(root / "cluster", brokers=3, **(several if options.coordinators > 1 else {}))
     await cluster.start()
     try:
         old, ca = root / "old.crt", root / "ca.crt"  # the clients' own copies
@@ -155,6 +159,13 @@ async def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
             await asyncio.sleep(options.pause)
             kept = sum(session is client.connections.ready(b) for b, session in sessions.items() if session is not None)
             await load.finish()
+        if options.coordinators > 1:  # the next one signs with the new CA, too
+            async with Watch(cluster) as watch:
+                active, epoch = await watch.until_active(0, DRAIN_S)
+                await cluster.kill(active)
+                await watch.until_active(epoch, DRAIN_S)
+            await cluster.add_broker()
+            await cluster.restart(active)
         async with fl.connect(cluster.urls, ca=ca) as client:  # somebody who comes later
             await client.admin.cluster()
         issuers = {row["issuer"] for row in late}
@@ -186,6 +197,7 @@ def options_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=200, help="records a second and topic")
     parser.add_argument("--leaves", type=int, default=10, help="renewals of every certificate")
+    parser.add_argument("--coordinators", type=int, default=1, help="several share their CA on etcd")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two changes")
     parser.add_argument("--ledger", type=Path, help="append the results to this file")
     return parser.parse_args(argv)

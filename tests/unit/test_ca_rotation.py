@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from ferryline.protocol.errors import Conflict, InvalidArgument
@@ -15,6 +16,7 @@ from ferryline.trust import Trust
 from ferryline_coordinator.authority import Authority
 from ferryline_coordinator.rotation import FINISH, ISSUE, ISSUED, ONE, STEPS, TRUST, TRUSTED, phase, signing, trusted
 from ferryline_service.tls import TlsFiles, node_client_context
+from unit.test_coordinator_standby import DictVault
 
 CLUSTER = "0" * 32
 
@@ -66,6 +68,39 @@ def test_whatever_a_crash_leaves_is_put_right(tmp_path: Path) -> None:
     assert signing(folder)[0].public_key() == new.public_key()
     (folder / "ca-next.key").write_bytes(b"left over from a `trust` that ended half-way")
     assert signing(folder)[1] == new
+
+
+async def test_coordinators_that_share_a_ca_change_it_together(tmp_path: Path) -> None:
+    vault = DictVault()
+    one, two = [await Authority.shared(tmp_path / name, vault) for name in ("1", "2")]
+    old = one.ca
+    for step, stands in ((TRUST, TRUSTED), (ISSUE, ISSUED), (FINISH, ONE)):
+        with pytest.raises(Conflict, match="stands at"):
+            await two.change_ca(FINISH if step != FINISH else TRUST)
+        assert two.ca_pem == one.ca_pem, "a step out of turn changes nothing"
+        await asyncio.gather(one.change_ca(step), *([two.change_ca(step)] if step != FINISH else []))
+        assert await two.refresh() is (step == FINISH), "whoever took the step, too, has nothing to learn"
+        assert not await one.refresh()
+        for authority in (one, two, await Authority.shared(tmp_path / "3", vault)):
+            assert (authority.phase, authority.ca_pem, authority.ca) == (stands, one.ca_pem, one.ca)
+            assert authority.ca_path.read_text() == one.ca_pem
+            assert len(trusted(authority.directory)) == (1 if stands == ONE else 2)
+            certificate, _ = authority.coordinator_files(CLUSTER, [])
+            x509.load_pem_x509_certificate(certificate.read_bytes()).verify_directly_issued_by(one.ca)
+        assert (one.ca == old) is (step == TRUST)
+    assert not list(tmp_path.glob("*/tls/ca*.key")), "no key is on a disk"
+
+
+async def test_a_coordinator_that_was_away_learns_of_all_steps_at_once(tmp_path: Path) -> None:
+    vault = DictVault()
+    one, two = [await Authority.shared(tmp_path / name, vault) for name in ("1", "2")]
+    before = vault.things["ca"]
+    for step in STEPS:
+        await one.change_ca(step)
+    assert not await vault.replace("ca", before, b"what somebody makes of what he saw before")
+    assert await two.refresh()
+    assert (two.ca, two.ca_pem, two.phase) == (one.ca, one.ca_pem, ONE)
+    assert not await Authority(tmp_path / "alone").refresh(), "nobody shares it"
 
 
 async def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes:

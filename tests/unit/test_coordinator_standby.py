@@ -177,6 +177,12 @@ class DictVault:
         await asyncio.sleep(0)
         return self.things.get(name)
 
+    async def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        await asyncio.sleep(0)
+        if self.things[name] == old:
+            self.things[name] = new
+        return self.things[name] == new
+
 
 async def test_several_coordinators_are_one_authority_and_none_keeps_its_key_on_disk(tmp_path: Path) -> None:
     vault = DictVault()

@@ -396,6 +396,13 @@ async def test_a_vault_keeps_what_came_first_and_opens_only_with_the_secret(etcd
         assert made[0] in (b"one", b"two")
         assert await one.read("ca") == await two.read("ca") == await one.create("ca", b"late") == made[0]
         assert await one.read("nothing") is None
+        won = await asyncio.gather(one.replace("ca", made[0], b"3"), two.replace("ca", made[0], b"4"))
+        assert sorted(won) == [False, True], "one of two"
+        now = b"3" if won[0] else b"4"
+        assert await two.read("ca") == now
+        assert not await one.replace("ca", made[0], b"5")
+        assert await one.replace("ca", made[0], now), "asked again, because the answer was lost: it is done"
+        assert not await one.replace("nothing", b"", b"6")
         with pytest.raises(StoreUnusable, match="another cluster secret"):
             await stranger.read("ca")
     finally:

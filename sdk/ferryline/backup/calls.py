@@ -43,6 +43,10 @@ class BackupCalls(CoordinatorCalls):
         """One request to the active coordinator; a change is made once, and asking for it again changes nothing."""
         return await self.patiently(lambda: self._request(method, path, body, BROKER_ANSWER_S, again=_retriable))
 
+    async def coordinator_at(self, url: str, path: str) -> Any:
+        """One look at that coordinator, active or not."""
+        return await self._send(url, "GET", path, None)
+
     async def read(self, topic_id: str, partition: int, log: str, **query: int) -> Standing:
         """Of the primary, whoever that is at the time."""
 

@@ -36,7 +36,7 @@ from ferryline_coordinator.rest_login import LoginRest
 from ferryline_coordinator.rest_principals import PrincipalRest
 from ferryline_coordinator.rest_upgrade import UpgradeRest
 from ferryline_coordinator.sessions import Sessions
-from ferryline_coordinator.store.interface import MetaStore
+from ferryline_coordinator.store.interface import MetaStore, StoreUnusable
 from ferryline_coordinator.store.opening import open_store
 from ferryline_service.access.parts import Access
 from ferryline_service.contract import contract_middleware
@@ -53,6 +53,7 @@ _REFILL_S = 1.0
 _FOUNDED_S = 0.2  # a standby looks this often whether the cluster has been founded
 _AWAY_S = 600.0
 _RELOAD_S = 60.0
+_SHARED_S = 5.0  # for a look at what the coordinators share; without etcd there is the next one
 _log = get_logger()
 
 
@@ -281,6 +282,7 @@ class Coordinator:
             "cluster_id": self._endpoint.cluster_id if self._endpoint is not None else "",
             "coord_epoch": core.coord_epoch,
             "active": self.driver.serving,
+            "certificates": self._own.shown if self._own is not None else None,
         }
 
     async def _keep_up(self) -> None:
@@ -300,7 +302,10 @@ class Coordinator:
                 self.access.quotas.live(sum(not record.meta.fenced for record in brokers))
                 await self._bootstrap()
                 await self._tell_members(loop.time())
-            except (OSError, FerrylineError) as error:
+                async with asyncio.timeout(_SHARED_S):
+                    if await self.authority.refresh():
+                        self._renew_own()
+            except (OSError, FerrylineError, StoreUnusable) as error:
                 _log.error("upkeep failed", error=str(error))
 
     def _renew_own(self, anew: bool = False) -> Path | None:
@@ -372,7 +377,7 @@ class Coordinator:
         admitted = await self.driver.ask(
             lambda reply: ev.BrokerAdmitted(reply, body.storage_id, body.internal_url, body.external_url)
         )
-        return self._certified(body.csr, admitted.broker_id, admitted.cluster_id)
+        return await self._certified(body.csr, admitted.broker_id, admitted.cluster_id)
 
     async def _renew(self, request: web.Request) -> web.Response:
         """A known broker: a new certificate for the one it shows."""
@@ -383,9 +388,10 @@ class Coordinator:
         broker_id = identity_broker_id(node_identity(request.get_extra_info("peercert"), cluster_id))
         if not broker_id or broker_id not in self.driver.state.brokers:
             raise Forbidden("renewal needs the certificate of a broker of this cluster")
-        return self._certified(body.csr, broker_id, cluster_id)
+        return await self._certified(body.csr, broker_id, cluster_id)
 
-    def _certified(self, csr: str, broker_id: int, cluster_id: str) -> web.Response:
+    async def _certified(self, csr: str, broker_id: int, cluster_id: str) -> web.Response:
+        await self.authority.refresh()  # the CA may have been changed by the one that was active before
         cert = self.authority.sign_broker(csr, broker_id, cluster_id)
         return web.json_response(
             {"broker_id": broker_id, "cert": cert, "ca": self.authority.ca_pem, "cluster_id": cluster_id}

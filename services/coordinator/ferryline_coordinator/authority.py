@@ -30,16 +30,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ferryline.protocol.errors import Conflict, Forbidden, InvalidArgument
+from ferryline.protocol.errors import Forbidden, InvalidArgument
 from ferryline_coordinator.certificates import alternative, key_pem, unsigned
 from ferryline_coordinator.revocation import Issued, revocation_list
-from ferryline_coordinator.rotation import signing, take_step
+from ferryline_coordinator.rotation import Bundle, due, pem_of, phase, signing, take_step
 from ferryline_coordinator.store.vault import Vault
 from ferryline_service.files import write_durably
 from ferryline_service.tls import node_names
 
 _CA_DAYS, _NODE_DAYS, _RENEW_DAYS = 3650, 825, 60
 _NAMES_MAX = 32
+_CA = "ca"  # in the vault
 _HOST = re.compile(r"\A(?=.{1,253}\Z)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\Z")
 _TOKEN = re.compile(r"\Afl1\.([0-9a-f]{32})\.([0-9a-f]{64})\Z")
 _STORAGE = re.compile(r"\A[A-Za-z0-9-]{1,64}\Z")
@@ -69,33 +70,68 @@ class Authority:
         self._issued = Issued(self.directory / "issued")
         self.crl_url = ""  # where certificates say that revoked ones are listed
         self._vault: Vault | None = None
+        self._phase = ""  # of a CA that is shared
         if secrets_of_all is None:
             self._key, self.ca = self._open_ca()
             self._token_key = self._open_token_key()
         else:
+            self.ca_pem = ""
             pem, self._token_key = secrets_of_all
-            self._key, self.ca = _read_ca(pem)
-            self.ca_pem = self.ca.public_bytes(serialization.Encoding.PEM).decode()
-            write_durably(self.ca_path, self.ca_pem.encode(), mode=0o644)
+            self._take(pem)
 
     @classmethod
     async def shared(cls, data: Path, vault: Vault, token_directory: Path | None = None) -> Authority:
         """The authority that all coordinators of a cluster share; the first one makes it. Raises StoreUnusable."""
-        known = await vault.read("ca")
+        known = await vault.read(_CA)
         if known is None:
             key, certificate = _new_ca()
-            known = await vault.create("ca", key_pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
+            known = await vault.create(_CA, key_pem(key) + certificate.public_bytes(serialization.Encoding.PEM))
         token_key = await vault.create("join.key", secrets.token_bytes(32))
         authority = cls(data, token_directory, (known, token_key))
         authority._vault = vault
         return authority
 
     def rotate(self, step: str) -> None:
-        """One step of changing the CA (`rotation.STEPS`). Raises Conflict out of turn, or where it is shared."""
-        if self._vault is not None:
-            raise Conflict("the CA that several coordinators share cannot be changed in this version")
+        """One step of changing a CA that is here alone (`rotation.STEPS`). Raises Conflict out of turn."""
         take_step(self.directory, step, _new_ca)
         self._key, self.ca = self._open_ca()
+
+    async def change_ca(self, step: str) -> None:
+        """`rotate`, also of a CA that is shared: the other coordinators see the step at their next `refresh`."""
+        if self._vault is None:
+            self.rotate(step)
+            return
+        while True:
+            known = await self._vault.read(_CA)
+            assert known is not None, "the CA is never deleted"
+            bundle = Bundle.read(known)
+            if not due(step, bundle.phase):
+                break
+            changed = bundle.after(step, _new_ca).pem()
+            if await self._vault.replace(_CA, known, changed):
+                known = changed
+                break
+        self._take(known)
+
+    async def refresh(self) -> bool:
+        """Take over what another coordinator has made of the CA; whether there was anything."""
+        known = await self._vault.read(_CA) if self._vault is not None else None
+        return known is not None and self._take(known)
+
+    def _take(self, pem: bytes) -> bool:
+        """The CA as the vault has it; whether that is news."""
+        bundle = Bundle.read(pem)
+        known, self.ca_pem = self.ca_pem, pem_of(bundle.certs).decode()
+        self._key, self.ca, self._phase = bundle.keys[0], bundle.certs[0], bundle.phase
+        if known == self.ca_pem:
+            return False
+        write_durably(self.ca_path, self.ca_pem.encode(), mode=0o644)
+        return True
+
+    @property
+    def phase(self) -> str:
+        """How far a change of the CA has come."""
+        return self._phase if self._vault is not None else phase(self.directory)
 
     # -- certificates -------------------------------------------------------------------------------
 
@@ -223,12 +259,6 @@ def _new_ca() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(sign_certificates=True), critical=True)
     return key, builder.sign(key, hashes.SHA256())
-
-
-def _read_ca(pem: bytes) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    key = serialization.load_pem_private_key(pem, None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return key, x509.load_pem_x509_certificate(pem)
 
 
 def _builder(

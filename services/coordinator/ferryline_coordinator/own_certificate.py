@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ferryline_coordinator.authority import Authority
+from ferryline_service.certificates import of_file
 from ferryline_service.tls import TlsFiles
 
 
 class OwnCertificate:
-    """``files`` holds what is in use. ``hosts``: under which it is reached."""
+    """``files`` holds what is in use, ``shown`` says it to whoever asks. ``hosts``: under which it is reached."""
 
     def __init__(self, authority: Authority, cluster_id: str, hosts: Iterable[str]) -> None:
         self._authority = authority
@@ -18,6 +20,7 @@ class OwnCertificate:
         self._hosts = list(hosts)
         cert, key = authority.coordinator_files(cluster_id, self._hosts)
         self.files = TlsFiles(cert, key, authority.ca_path)
+        self.shown = self._described()
 
     def renew(self, anew: bool = False) -> Path:
         """Make another one if it is due, or if told to, and take over whatever has changed on disk; its path.
@@ -25,5 +28,9 @@ class OwnCertificate:
         Open sessions go on; new ones get the new certificate.
         """
         cert, _ = self._authority.coordinator_files(self._cluster_id, self._hosts, anew=anew)
-        self.files.reload()
+        if self.files.reload():
+            self.shown = self._described()
         return cert
+
+    def _described(self) -> dict[str, Any]:
+        return {"node": of_file(self.files.cert)[0], "authorities": of_file(self.files.ca)}

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ferryline_coordinator.authority import Authority
 from ferryline_coordinator.models import Body
-from ferryline_coordinator.rotation import phase, trusted
+from ferryline_coordinator.rotation import trusted
 from ferryline_service.certificates import described, of_file
 from ferryline_service.errors import read_json
 from ferryline_service.logs import get_logger
@@ -52,7 +52,7 @@ class CertificateRest:
 
     async def rotate(self, request: web.Request) -> web.Response:
         step = Rotate.model_validate(await read_json(request)).step
-        self._authority().rotate(step)
+        await self._authority().change_ca(step)
         self._renew(False)  # of the new CA, if that signs now; and the new ca.crt is in use
         _log.warning("the CA is being changed", step=step)
         return self._shown()
@@ -64,7 +64,7 @@ class CertificateRest:
             {
                 "node": of_file(node)[0] if node is not None else None,
                 "authorities": [described(cert) for cert in trusted(authority.directory)],
-                "phase": phase(authority.directory),
+                "phase": authority.phase,
                 "ca": authority.ca_pem,
             }
         )

@@ -11,12 +11,17 @@ Writing ca.crt is each step: whatever a crash leaves of the rest is put right by
 | `trust`  | old           | old, new  | every broker and every client has the new ca.crt                        |
 | `issue`  | old, new      | new, old  | coordinator and brokers have certificates of the new one                |
 | `finish` | new, old      | new       |                                                                         |
+
+Coordinators that share a CA have all of it in one value of their vault (`Bundle`): a step replaces that value, whoever
+takes it, and the others find it there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -29,6 +34,7 @@ from ferryline_service.files import write_durably
 TRUST, ISSUE, FINISH = STEPS = ("trust", "issue", "finish")
 ONE, TRUSTED, ISSUED = "one", "trusted", "issued"  # where the change stands
 _CERTS, _KEY, _NEXT = "ca.crt", "ca.key", "ca-next.key"
+_KEYS = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----\n", re.DOTALL)
 Pair = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
 
 
@@ -62,24 +68,62 @@ def phase(folder: Path) -> str:
 
 def take_step(folder: Path, step: str, new_ca: Callable[[], Pair]) -> None:
     """Durable when it returns. Taking the last step again changes nothing. Raises Conflict for one out of turn."""
-    if step not in STEPS:
-        raise InvalidArgument(f"step: {step[:40]!r} is none of {', '.join(STEPS)}", field="step")
-    certs, now = trusted(folder), phase(folder)
-    if (step, now) in ((TRUST, TRUSTED), (ISSUE, ISSUED)):
+    if not due(step, phase(folder)):
         return
-    if (step, now) == (TRUST, ONE):
+    certs = trusted(folder)
+    if step == TRUST:
         key, certificate = new_ca()
         write_durably(folder / _NEXT, key_pem(key), mode=0o600)
-        _write(folder, [certs[0], certificate])
-    elif (step, now) == (ISSUE, TRUSTED):
-        _write(folder, [certs[1], certs[0]])
-        signing(folder)
-    elif (step, now) == (FINISH, ISSUED):
-        _write(folder, certs[:1])
+        certs.append(certificate)
     else:
+        certs = [certs[1], certs[0]] if step == ISSUE else certs[:1]
+    write_durably(folder / _CERTS, pem_of(certs), mode=0o644)
+    signing(folder)
+
+
+def due(step: str, now: str) -> bool:
+    """Whether the step is to be taken at this phase; False: it was the last one. Raises InvalidArgument, Conflict."""
+    if step not in STEPS:
+        raise InvalidArgument(f"step: {step[:40]!r} is none of {', '.join(STEPS)}", field="step")
+    if (step, now) in ((TRUST, TRUSTED), (ISSUE, ISSUED)):
+        return False
+    if (step, now) not in ((TRUST, ONE), (ISSUE, TRUSTED), (FINISH, ISSUED)):
         raise Conflict(f"step: {step} does not come now; the change of the CA stands at {now!r}", phase=now)
+    return True
 
 
-def _write(folder: Path, certs: list[x509.Certificate]) -> None:
-    pem = b"".join(cert.public_bytes(serialization.Encoding.PEM) for cert in certs)
-    write_durably(folder / _CERTS, pem, mode=0o644)
+def pem_of(certs: list[x509.Certificate]) -> bytes:
+    return b"".join(cert.public_bytes(serialization.Encoding.PEM) for cert in certs)
+
+
+class Bundle(NamedTuple):
+    """``certs``: what everybody trusts; the first one signs. ``keys``: that of the first one; then that of the one that
+    will sign next, if there is one."""
+
+    keys: list[ec.EllipticCurvePrivateKey]
+    certs: list[x509.Certificate]
+
+    @classmethod
+    def read(cls, pem: bytes) -> Bundle:
+        keys = [serialization.load_pem_private_key(found, None) for found in _KEYS.findall(pem)]
+        certs = x509.load_pem_x509_certificates(pem)
+        assert [key.public_key() for key in keys] == [cert.public_key() for cert in certs[: len(keys)]]
+        return cls([key for key in keys if isinstance(key, ec.EllipticCurvePrivateKey)], certs)
+
+    def pem(self) -> bytes:
+        return b"".join(map(key_pem, self.keys)) + pem_of(self.certs)
+
+    @property
+    def phase(self) -> str:
+        if len(self.certs) == 1:
+            return ONE
+        return TRUSTED if len(self.keys) == 2 else ISSUED
+
+    def after(self, step: str, new_ca: Callable[[], Pair]) -> Bundle:
+        """What is there when the step, which is due, was taken."""
+        if step == TRUST:
+            key, certificate = new_ca()
+            return Bundle([*self.keys, key], [*self.certs, certificate])
+        if step == ISSUE:
+            return Bundle(self.keys[1:], [self.certs[1], self.certs[0]])
+        return Bundle(self.keys, self.certs[:1])

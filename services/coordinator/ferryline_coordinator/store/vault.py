@@ -1,7 +1,8 @@
-"""What all coordinators of a cluster share besides its records: things that are made once and never change.
+"""What all coordinators of a cluster share besides its records: things that are made once and hardly ever change.
 
-The CA, the key of the join tokens, and which token was used by whom. `Vault.create` is the only write: the first one
-wins, and everybody reads the same afterwards. In etcd everything is sealed with a key that only coordinators have.
+The CA, the key of the join tokens, and which token was used by whom. With `Vault.create` the first one wins, and
+everybody reads the same afterwards; only the CA is ever replaced, step by step (`rotation`). In etcd everything is
+sealed with a key that only coordinators have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ferryline_coordinator.store.etcd_client import EtcdClient, EtcdRefused, EtcdUnavailable
 from ferryline_coordinator.store.etcd_keys import Keys, transaction
-from ferryline_coordinator.store.etcd_requests import created_at, get, put, ranges
+from ferryline_coordinator.store.etcd_requests import created_at, get, modified_at, put, ranges
 from ferryline_coordinator.store.interface import StoreUnusable
 from ferryline_service.logs import get_logger
 
@@ -38,6 +39,10 @@ class Vault(Protocol):
 
     async def read(self, name: str) -> bytes | None:
         """What is under ``name``."""
+        ...
+
+    async def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        """Put ``new`` where ``old`` is; False where something else is by now. Durable."""
         ...
 
 
@@ -74,7 +79,7 @@ def read_secret(path: Path) -> bytes:
 
 
 class EtcdVault:
-    """Keys that are created once. No primaryship is needed: creating is atomic by itself."""
+    """Keys that are created once. No primaryship is needed: creating and replacing are atomic by themselves."""
 
     def __init__(self, client: EtcdClient, prefix: str, seal: Seal) -> None:
         self._client = client
@@ -108,6 +113,25 @@ class EtcdVault:
                 there = ranges(answer)[0]
                 return self._seal.unseal(there[0].value, f"vault/{name}") if there else None
             await asyncio.sleep(_RETRY_S)
+
+    async def replace(self, name: str, old: bytes, new: bytes) -> bool:
+        key = self._root + name
+        sealed = self._seal.seal(new, f"vault/{name}")
+        while True:
+            try:
+                answer = await transaction(self._client, [], [get(key)], [], within_s=_CALL_S)
+                there = ranges(answer)[0]
+                value = self._seal.unseal(there[0].value, f"vault/{name}") if there else None
+                if value != old:
+                    return value == new  # an earlier try of this very request, whose answer was lost
+                guard = modified_at(key, there[0].modified)
+                answer = await transaction(self._client, [guard], [put(key, sealed)], [], within_s=_CALL_S)
+            except (EtcdUnavailable, EtcdRefused) as error:
+                _refused(error)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                if answer.get("succeeded"):
+                    return True
 
 
 def _refused(error: EtcdUnavailable | EtcdRefused) -> None:
