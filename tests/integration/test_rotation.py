@@ -39,8 +39,8 @@ async def test_coordinators_that_share_their_ca_change_it_under_load_and_the_sta
 @pytest.mark.etcd
 @pytest.mark.timeout(240)
 async def test_nothing_is_done_to_the_ca_while_a_coordinator_cannot_be_asked(tmp_path: Path) -> None:
-    """1. two coordinators  2. the standby stands still: no step  3. it goes on: the step is taken, and the standby trusts
-    both when the command returns."""
+    """1. two coordinators  2. the standby stands still: no step  3. it goes on: the step is taken, and the standby
+    trusts both when the command returns."""
     cluster = ProcessCluster(tmp_path, brokers=1, coordinators=2, store="etcd", etcd_members=1)
     try:
         await cluster.start()
