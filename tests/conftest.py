@@ -17,6 +17,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ferryline.cli import service
 from tests.integration.oidc import chromium, oidc
 from tests.polling import POLL_SECONDS, poll, poll_blocking
 
@@ -49,6 +50,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(f"--{marker}", action="store_true", help=f"run tests marked {marker} ({reason})")
     for program in PROGRAMS:
         parser.addoption(f"--{program}", action="store_true", help=f"tests marked {program} must run, not be skipped")
+
+
+def pytest_configure() -> None:
+    """Workers of one run take ports from ranges of their own: one is free until the service that it is for listens."""
+    number, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if 1 < count <= 6:
+        share = len(service.FREE_PORTS) // count
+        service.FREE_PORTS = service.FREE_PORTS[int(number.removeprefix("gw")) * share :][:share]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

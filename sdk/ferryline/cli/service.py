@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-# Below the range that the kernel hands out for outgoing connections (32768..60999): a service that is down for a while
-# must find its port free again, and no connection attempt to it may by chance connect to itself.
-_FREE_PORTS = range(20_000, 32_000)
+# For services on this machine. Below the range that the kernel hands out for outgoing connections (32768..60999): one
+# that is down must find its port free again, and no connection attempt to it may by chance connect to itself.
+FREE_PORTS = range(20_000, 32_000)
 
 try:  # looked up now: nothing may be imported or allocated between fork and exec
     _libc: ctypes.CDLL | None = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -46,7 +46,7 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 def free_port(taken: set[int]) -> int:
     """A port that nobody listens on and that is not in ``taken``; it is added there."""
-    for port in random.sample(_FREE_PORTS, 2_000):
+    for port in random.sample(FREE_PORTS, 2_000):
         if port not in taken and port_is_free(port):
             taken.add(port)
             return port
