@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ferryline.core.leases import HANDED, LOST, SETTLED
+from ferryline.core.leases import HANDED, LOST, SETTLED, SETTLING
 from ferryline.core.receiving_events import (
     RefreshMetadata,
     RoutesChanged,
@@ -232,3 +232,31 @@ def test_without_a_run_the_others_stay() -> None:
     lease = here.one_lease(0, 1, 2)
     here.settle(lease, NACK, 0)
     assert list(lease.states[1:]) == [HANDED, HANDED]
+
+
+def test_handlers_that_end_in_any_order_settle_their_own_records_only() -> None:
+    """Found by `ferryline chaos`: [1, 0, 3] was taken for records 1 to 3, the answer ended record 2, which another frame
+    was settling, and the receiver stopped when that one was answered."""
+    here = story()
+    lease = here.one_lease(10, 11, 12, 13)
+    here.settle(lease, ACK, 1, 0, 3)
+    first = here.one(SendSettle).frame
+    here.settle(lease, ACK, 2)
+    second = here.one(SendSettle).frame
+    here.do(SettleAnswered(first, [SettleResult(0)]))
+    assert lease.indexes(SETTLED) == [0, 1, 3]
+    here.do(SettleAnswered(second, [SettleResult(0)]))
+    assert lease.indexes(SETTLED) == [0, 1, 2, 3]
+    assert (here.core.table.held, here.core.table.settling) == ({}, 0)
+
+
+@pytest.mark.parametrize("indexes", [[1, 0, 3], [3, 1], [0, 2, 3], [0, 1, 2, 3], [2]])
+def test_records_that_are_begun_together_are_those_that_were_named(indexes: list[int]) -> None:
+    here = story()
+    lease, table = here.one_lease(10, 11, 12, 13), here.core.table
+    assert table.begin_all(lease, indexes) == []
+    assert lease.indexes(SETTLING) == sorted(indexes)
+    assert table.begin_all(lease, indexes) == indexes, "they are being settled already"
+    table.end_all(lease, indexes, SETTLED)
+    assert lease.indexes(SETTLED) == sorted(indexes)
+    assert lease.indexes(HANDED) == sorted(set(range(4)) - set(indexes))

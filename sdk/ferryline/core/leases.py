@@ -142,9 +142,9 @@ class LeaseTable:
         return True
 
     def begin_all(self, lease: Lease, indexes: list[int]) -> list[int]:
-        """`begin` for several records, in ascending order. Returns those for which it was too late."""
+        """`begin` for several records, at once if they stand in a row. Returns those for which it was too late."""
         first, end = indexes[0], indexes[-1] + 1
-        if lease.states.count(HANDED, first, end) != len(indexes) or end - first != len(indexes):
+        if not _in_a_row(indexes) or lease.states.count(HANDED, first, end) != end - first:
             return [index for index in indexes if not self.begin(lease, index)]
         lease.states[first:end] = bytes((SETTLING,)) * (end - first)
         self.handed -= end - first
@@ -159,9 +159,9 @@ class LeaseTable:
         self._closed(lease)
 
     def end_all(self, lease: Lease, indexes: list[int], state: int) -> None:
-        """`end` for several records, in ascending order."""
+        """`end` for several records, at once if they stand in a row."""
         first, end = indexes[0], indexes[-1] + 1
-        if lease.states.count(SETTLING, first, end) != len(indexes) or end - first != len(indexes):
+        if not _in_a_row(indexes) or lease.states.count(SETTLING, first, end) != end - first:
             for index in indexes:
                 self.end(lease, index, state)
             return
@@ -202,6 +202,11 @@ class LeaseTable:
         lease.open -= count
         if not lease.open:
             del self.held[lease.id]
+
+
+def _in_a_row(indexes: list[int]) -> bool:
+    """Whether each is the one after the last: handlers end in any order, and [1, 0, 3] spans a record of its own."""
+    return indexes == list(range(indexes[0], indexes[-1] + 1))
 
 
 class Renewal(msgspec.Struct, frozen=True):
