@@ -235,8 +235,8 @@ def test_without_a_run_the_others_stay() -> None:
 
 
 def test_handlers_that_end_in_any_order_settle_their_own_records_only() -> None:
-    """Found by `ferryline chaos`: [1, 0, 3] was taken for records 1 to 3, the answer ended record 2, which another frame
-    was settling, and the receiver stopped when that one was answered."""
+    """Found by `ferryline chaos`: [1, 0, 3] was taken for records 1 to 3. The answer ended record 2, which another
+    frame was settling, and the receiver stopped when that one was answered."""
     here = story()
     lease = here.one_lease(10, 11, 12, 13)
     here.settle(lease, ACK, 1, 0, 3)

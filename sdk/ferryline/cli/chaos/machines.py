@@ -53,6 +53,7 @@ class Machines(Steps):
         await self._spawn(step.target)
 
     def _switch(self, name: str, **switches: object) -> None:
+        """On the thread of the loop: two switches of one broker at a time would overwrite each other."""
         path = self.cluster.local.services[name].folder / SWITCHES
         held = json.loads(path.read_bytes()) if path.exists() else {}
         temp = path.with_suffix(".new")
@@ -69,11 +70,11 @@ class Machines(Steps):
 
     async def _fail_disk(self, step: Step, **switches: str) -> None:
         self._leaving[step.target] = time.monotonic() + step.for_s + STOP_S
-        await asyncio.to_thread(self._switch, step.target, **switches)
+        self._switch(step.target, **switches)
         self.counts[step.kind] += 1
 
     async def _end_disk_error(self, step: Step) -> None:
-        await asyncio.to_thread(self._switch, step.target, write="", sync="")
+        self._switch(step.target, write="", sync="")
         if not self.cluster.local.services[step.target].running:
             await self._spawn(step.target)
         self._leaving[step.target] = time.monotonic() + STOP_S  # it hands over before it ends
@@ -85,7 +86,7 @@ class Machines(Steps):
         self.counts["clock"] += 1
 
     async def _end_clock(self, step: Step) -> None:
-        await asyncio.to_thread(self._switch, step.target, wall_ms=0)
+        self._switch(step.target, wall_ms=0)
 
     def _parts_of(self, name: str) -> list[PartitionMeta]:
         client, broker = self.admin, self.broker_id(name)
