@@ -38,8 +38,8 @@ class Rotation:
         """One step of changing the CA on every node; rows, and what clients have to trust from now on (PEM). Raises
         Failed when a node is not ready for it: then nothing was changed."""
         brokers = await self._all()
-        now = await self._coordinator("GET", _PATH)
         others = await self._all_coordinators()
+        now = await self._coordinator("GET", _PATH)
         if step != TRUST:
             for url, shown in others.items():
                 _check_node(f"coordinator {url}", step, now, shown)
