@@ -78,7 +78,9 @@ class QueueShell:
             member, ordering, lease_ms, limit, wait_ms = rest
             parked = Parked(session, correlation, key, (member, ordering, lease_ms, limit))
             self.parked.setdefault(key, []).append(parked)
-            self._lease(parked)
+            hosted = self.broker.parts.get(key)
+            if hosted is None or not hosted.core.queue_waited_for(QUEUE, ordering, self.broker.now_ms()):
+                self._lease(parked)
             self.broker.host.deliver_after(wait_ms * MS, self._expire, parked)
         elif kind == "settle":
             member, item = rest

@@ -228,3 +228,21 @@ def test_the_retry_policy_of_the_topic_counts() -> None:
     assert pair.ask(1, qe.QueueAsked, op="stats").details["parked"] == 1
     assert pair.ask(1, qe.QueueAsked, op="redrive", count=0).details == {"offsets": lease.offsets}
     assert pair.lease(1).offsets == lease.offsets
+
+
+def test_whoever_asks_in_vain_leaves_word_for_those_who_ask_after_him() -> None:
+    pair = QueuePair()
+    core, now = pair.cores[1], lambda: pair.now
+    assert not core.queue_waited_for("g", "key", now()), "nobody has asked"
+    assert pair.lease(1).offsets == []
+    assert core.queue_waited_for("g", "key", now())
+    assert not core.queue_waited_for("g", "none", now()), "that is refused, and has to be told"
+    assert not core.queue_waited_for("h", "key", now())
+    assert not core.queue_waited_for("g", "key", now() + 3_000), "a queue that is asked for nothing falls asleep"
+    pair.put(1, "a")
+    assert not core.queue_waited_for("g", "key", now()), "there is something"
+    assert pair.lease(1).offsets
+    assert not core.queue_waited_for("g", "key", now()), "nobody was told that there is nothing"
+    assert pair.lease(1).offsets == []
+    assert pair.ask(1, qe.QueueAsked, op="delete")
+    assert not core.queue_waited_for("g", "key", now()), "the group has been forgotten"

@@ -157,7 +157,7 @@ class QueueHandler:
         if parked.asker.caller.limited and (wait_ms := self._quotas.wait_ms(parked.asker.caller)):
             parked.pause = self._loop.call_later(wait_ms / 1000, self._lease_later, parked)
             return
-        order = range(len(parked.hosted))
+        ask, now, order = parked.ask, now_ms(), range(len(parked.hosted))
         first = self._count % len(order) if order else 0
         self._count += 1
         for step in order:
@@ -166,8 +166,9 @@ class QueueHandler:
             index = (first + step) % len(order)
             if parked.refused(parked.hosted[index]):
                 continue
-            ready = parked.hosted[index].core.queue_ready(parked.ask.group)
-            parked.lease(index, min(parked.left, max(1, ready)))
+            core = parked.hosted[index].core
+            if ask.strict or not core.queue_waited_for(ask.group, ask.ordering, now):
+                parked.lease(index, min(parked.left, max(1, core.queue_ready(ask.group))))
 
     def _lease_later(self, parked: ParkedReceive) -> None:
         self._lease(parked)

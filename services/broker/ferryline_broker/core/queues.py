@@ -37,6 +37,7 @@ from ferryline_broker.core.replica import Replica
 
 QueueEvent = LeaseAsked | SettleAsked | KeepAsked | QueueAsked | WindowRead | DeadMoved
 QUEUES_MAX = 1_000  # of one partition: each has a row in every snapshot
+_WORD_MS = 3_000  # how long the word of one who asked in vain stands for others
 _ACTIVE_MS = 10_000  # somebody asked within this time: the window is kept full
 _BLOCKED_RETRY_MS = 100  # deadlines that fall due while nothing can be appended are looked at again after this
 
@@ -360,6 +361,13 @@ class Queues:
             return 0
         heads = len(queue.window.ready)
         return heads + queue.window.waiting if heads and queue.table.ordering == ORDER_PARTITION else heads
+
+    def waited_for(self, group: str, ordering: str, now_ms: int) -> bool:
+        """Whether somebody asked in vain a moment ago: asking once more would change nothing, all are woken alike."""
+        queue = self._queues.get(group)
+        if queue is None or not queue.hungry or queue.window.ready or queue.table.ordering != ordering:
+            return False
+        return now_ms - queue.asked_ms < _WORD_MS and self._tables.queues.get(group) is queue.table
 
 
 def _held_ms(queue: Queue, item: SettleItem, now_ms: int) -> int:
