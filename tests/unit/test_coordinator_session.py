@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import pytest
@@ -76,9 +77,22 @@ async def test_a_payload_of_any_size_comes_back_unchanged(size: int) -> None:
     payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
     async with serving(echo) as (_, url), connected(url) as connection:
         assert connection.server == HelloOk(1, CLUSTER, "broker", 0)
-        frame = await connection.request(Kind.PRODUCE, Done(), [payload], timeout_s=5)
+        frame = await connection.request(Kind.PRODUCE, Done(), [payload], timeout_s=30)
         assert bytes(frame.payload) == payload
         assert decode_header(frame.header, Done) == Done(7)
+
+
+async def test_frames_of_a_node_are_handled_as_they_are_read_and_wait_for_no_task() -> None:
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    def noting(session: ServerSession, frame: Frame) -> None:
+        tasks.append(asyncio.current_task())
+        echo(session, frame)
+
+    async with serving(noting) as (_, url), connected(url) as connection:
+        for size in (0, 500_000):
+            await connection.request(Kind.PRODUCE, Done(), [bytes(size)], timeout_s=30)
+    assert tasks == [None, None]
 
 
 async def test_many_answers_in_any_order_reach_their_own_request() -> None:
@@ -91,7 +105,7 @@ async def test_many_answers_in_any_order_reach_their_own_request() -> None:
                 session_.answer(frame_.kind, frame_.correlation, decode_header(frame_.header, Done))
 
     async with serving(hold) as (_, url), connected(url) as connection:
-        calls = [connection.call(Kind.METADATA, Done(n), Done, timeout_s=5) for n in range(500)]
+        calls = [connection.call(Kind.METADATA, Done(n), Done, timeout_s=30) for n in range(500)]
         assert [done.coord_epoch for done in await asyncio.gather(*calls)] == list(range(500))
 
 
@@ -112,11 +126,11 @@ async def test_what_a_handler_raises_becomes_the_answer_and_the_session_goes_on(
 
     async with serving(on_frame) as (_, url), connected(url) as connection:
         with pytest.raises(InvalidArgument, match="generation: 0") as refused:
-            await connection.request(Kind.CLAIM, Done(), timeout_s=5)
+            await connection.request(Kind.CLAIM, Done(), timeout_s=30)
         assert refused.value.details == {"field": "generation"}
         with pytest.raises(InternalError, match="ZeroDivisionError"):
-            await connection.request(Kind.COMMIT, Done(), timeout_s=5)
-        await connection.request(Kind.FETCH, Done(), timeout_s=5)
+            await connection.request(Kind.COMMIT, Done(), timeout_s=30)
+        await connection.request(Kind.FETCH, Done(), timeout_s=30)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +198,7 @@ async def test_a_broken_or_oversized_frame_ends_only_its_own_session(raw: bytes,
         while (await ws.receive()).type is aiohttp.WSMsgType.BINARY:
             pass
         assert ws.close_code == close_code
-        await other.request(Kind.FETCH, Done(), timeout_s=5)
+        await other.request(Kind.FETCH, Done(), timeout_s=30)
 
 
 async def test_a_half_sent_frame_disturbs_nobody_and_its_session_is_forgotten(eventually: Eventually) -> None:
@@ -195,7 +209,7 @@ async def test_a_half_sent_frame_disturbs_nobody_and_its_session_is_forgotten(ev
         await eventually(lambda: len(endpoint.sessions) == 2)
         transport.abort()
         await eventually(lambda: len(endpoint.sessions) == 1)
-        await other.request(Kind.FETCH, Done(), timeout_s=5)
+        await other.request(Kind.FETCH, Done(), timeout_s=30)
 
 
 async def test_who_says_nothing_is_told_so_and_closed() -> None:
@@ -248,10 +262,10 @@ async def test_requests_end_when_the_other_side_is_gone_or_silent() -> None:
         with pytest.raises(RequestTimedOut):
             await connection.request(Kind.FETCH, Done(), timeout_s=0.05)
         with pytest.raises(ConnectionLost):
-            await connection.request(Kind.COMMIT, Done(), timeout_s=5)
+            await connection.request(Kind.COMMIT, Done(), timeout_s=30)
         assert ended == [connection]
         with pytest.raises(ConnectionLost):
-            await connection.request(Kind.FETCH, Done(), timeout_s=5)
+            await connection.request(Kind.FETCH, Done(), timeout_s=30)
     async with aiohttp.ClientSession() as http:
         with pytest.raises(ConnectionFailed):
             await NodeConnection.connect(http, "http://127.0.0.1:1", hello=Hello(), tls=None)

@@ -110,7 +110,13 @@ class NodeConnection:
                     identity = node_identity(ws.get_extra_info("peercert"), hello.cluster_id)
                     if expect is not None and tls is not None and identity != expect:
                         raise ConnectionFailed(f"{url}: expected {expect}, its certificate names {identity}")
-                    await ws.send_bytes(encode_frame(Kind.HELLO, 0, hello))
+                    frame = encode_frame(Kind.HELLO, 0, hello)
+                    # Not by aiohttp, under a mask of its own: the other side's receiver would leave that, and all that
+                    # follows, to aiohttp, and each frame of a secondary would wait there for a task to wake up.
+                    transport = ws._writer.transport
+                    if transport.is_closing():
+                        raise ConnectionResetError("it ended before the HELLO")
+                    transport.write(masked_prefix(len(frame)) + frame)
                     greeting = decode_header(await _hello_answer(ws, url), HelloOk)
                 except BaseException:
                     await ws.close()
