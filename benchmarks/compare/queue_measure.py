@@ -77,11 +77,11 @@ def with_left(work: Work, group: str, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def worker_command(client: str, pool: str) -> list[str]:
+def worker_command(client: str) -> list[str]:
     """How a user starts a worker of this system, with `CONCURRENCY` tasks at once."""
     module = SYSTEMS[client]
     if client == "celery":
-        options = ["--pool", pool, "--concurrency", str(CONCURRENCY), "--loglevel", "ERROR"]
+        options = ["--concurrency", str(CONCURRENCY), "--loglevel", "ERROR"]
         return [str(BIN / "celery"), "--app", f"{module}:app", "worker", *options]
     if client == "dramatiq":
         return [str(BIN / "dramatiq"), module, "--processes", "2", "--threads", str(CONCURRENCY // 2)]
@@ -96,7 +96,7 @@ def _tasks(work: Work, _: list[str]) -> dict[str, dict[str, Any]]:
         settings = work.variant.topic
         handler = settings.get("handler", "")
         spec = work.spec("submit", warm_up=TASK_WARM_UP, marks=str(folder / "marks"), handler=handler)
-        command = worker_command(work.variant.client, settings.get("pool", ""))
+        command = worker_command(work.variant.client)
         path = os.pathsep.join(one for one in (str(ROOT), os.environ.get("PYTHONPATH", "")) if one)
         env = environment(spec) | {"PYTHONPATH": path, "BENCH_ACKS_LATE": settings.get("acks_late", "")}
         worker = Program("worker", command, folder, env)

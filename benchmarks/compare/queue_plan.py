@@ -40,9 +40,9 @@ QUEUE_VARIANTS: tuple[Variant, ...] = (
 )
 
 
-def _tasks(name: str, peer: str, client: str, settles: str, *, late: bool = True, pool: str = "") -> Variant:
+def _tasks(name: str, peer: str, client: str, settles: str, *, late: bool = True) -> Variant:
     like = _LOG["redis always" if peer == "redis-always" else "redis everysec"]
-    topic = {"pool": pool, "acks_late": "1" if late else ""}
+    topic = {"acks_late": "1" if late else ""}
     return replace(like, name=name, client=client, settles=settles, topic=topic, slow=True)
 
 
@@ -59,19 +59,18 @@ TASK_VARIANTS: tuple[Variant, ...] = (
         topic={"flush": "fsync", "handler": "subscriber"},
         settles="acknowledged after it ran, flushed on both copies; a handler of a topic: no id, no status, no result",
     ),
-    _tasks("celery", "redis-everysec", "celery", _EARLY, late=False, pool="prefork"),
-    _tasks("celery acks_late", "redis-everysec", "celery", _LATE, pool="prefork"),
-    _tasks("celery threads", "redis-everysec", "celery", _EARLY, late=False, pool="threads"),
-    _tasks("celery acks_late, always", "redis-always", "celery", _LATE, pool="prefork"),
+    _tasks("celery", "redis-everysec", "celery", _EARLY, late=False),
+    _tasks("celery acks_late", "redis-everysec", "celery", _LATE),
+    _tasks("celery acks_late, always", "redis-always", "celery", _LATE),
     _tasks("dramatiq", "redis-everysec", "dramatiq", _LATE),
     _tasks("dramatiq, always", "redis-always", "dramatiq", _LATE),
 )
 
 QUEUE_WORKLOADS: tuple[Workload, ...] = (
-    Workload("queue", "queue", 80_000, slow=0.15, turn="queue"),
-    Workload("queue-drain", "queue-drain", 80_000, slow=0.15, turn="queue"),
-    Workload("queue-pace", "queue-pace", 4_000, rate=1_000.0, slow=1.0, turn="queue-pace", scales=False),
-    Workload("tasks", "tasks", 20_000, readers=0, slow=0.2, turn="tasks"),
+    Workload("queue", "queue", 100_000, slow=0.1, turn="queue"),
+    Workload("queue-drain", "queue-drain", 100_000, slow=0.1, turn="queue"),
+    Workload("queue-pace", "queue-pace", 2_500, rate=1_000.0, slow=1.0, turn="queue-pace", scales=False),
+    Workload("tasks", "tasks", 8_000, readers=0, slow=0.4, turn="tasks"),
 )
 
 

@@ -6,10 +6,13 @@ import io
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.compare import __main__ as compare
 from benchmarks.compare import queue_measure, queue_roles
 from benchmarks.compare.__main__ import chosen, options_of
 from benchmarks.compare.peers.catalogue import PEERS
@@ -25,6 +28,7 @@ from benchmarks.compare.queue_plan import (
 )
 from benchmarks.compare.receivers import RECEIVERS, Handler, Receiving
 from benchmarks.compare.render import render
+from benchmarks.compare.runner import Comparison
 from benchmarks.compare.spec import Spec, key_of, stamp_of
 from benchmarks.compare.stats import table
 from benchmarks.compare.tasks import CONCURRENCY, SYSTEMS, Marks, Submitter, environment
@@ -215,7 +219,7 @@ async def test_a_worker_that_runs_nothing_is_not_measured(
 
 def test_every_worker_has_the_same_number_of_tasks_at_once_and_knows_where_to_find_them() -> None:
     for client, module in SYSTEMS.items():
-        command = queue_measure.worker_command(client, "prefork")
+        command = queue_measure.worker_command(client)
         assert any(module in word for word in command)
         numbers = [int(word) for word in command if word.isdigit()]
         assert (numbers[0] * numbers[1] if len(numbers) == 2 else numbers[0]) == CONCURRENCY
@@ -305,6 +309,27 @@ def test_tasks_are_compared_with_how_tasks_are_usually_run() -> None:
     assert not found["tasks, best peer"].met
     assert found["tasks, best flushed peer"].value == pytest.approx(8.0)
     assert found["tasks without results, best peer"].value == pytest.approx(4.5)
+
+
+def test_a_run_that_would_take_too_long_leaves_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+
+    class Quick(Comparison):
+        @contextmanager
+        def running(self) -> Iterator[None]:
+            yield
+
+        def round(self, number: int, scale: float) -> float:
+            rounds.append(number)
+            return 40.0
+
+    monkeypatch.setattr(compare, "Comparison", Quick)
+    monkeypatch.setattr(compare, "limits", lambda *_: {})
+    for minutes, wanted in (("0.5", [1]), ("12", [1, 2, 3])):
+        rounds.clear()
+        found = compare.run(options_of(["--only-queues", "--rounds", "3", "--budget-minutes", minutes]))
+        assert rounds == wanted
+        assert (found["settings"]["rounds"], found["settings"]["scale"]) == (len(wanted), 1.0)
 
 
 def test_nothing_is_judged_that_was_not_measured() -> None:
