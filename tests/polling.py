@@ -13,6 +13,7 @@ import pytest
 POLL_SECONDS = 0.02
 # "At once", where a machine may be slow: far below what would be waited for in vain (requests 30 s, leases 30 s, ...).
 SOON_S = 10.0
+WITHIN_S = 30.0  # for what must come, sooner or later
 
 
 class Deadline:
@@ -29,7 +30,7 @@ class Deadline:
             pytest.fail(f"not within {self.within_s:g} s: {self.what}" + (f"\n{self.wrong}" if self.wrong else ""))
 
 
-async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = SOON_S, what: str = "") -> Any:
+async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float = WITHIN_S, what: str = "") -> Any:
     """Call ``condition`` until it is true, and return its value; an AssertionError counts as false."""
     deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
     while True:
@@ -45,7 +46,7 @@ async def poll(condition: Callable[[], Any | Awaitable[Any]], *, within_s: float
         await asyncio.sleep(POLL_SECONDS)
 
 
-def poll_blocking(condition: Callable[[], Any], *, within_s: float = SOON_S, what: str = "") -> Any:
+def poll_blocking(condition: Callable[[], Any], *, within_s: float = WITHIN_S, what: str = "") -> Any:
     """`poll` for tests without an event loop."""
     deadline = Deadline(within_s, what or inspect.getsource(condition).strip())
     while True:

@@ -73,7 +73,7 @@ from ferryline_service.session import ServerSession, SessionEndpoint
 from ferryline_service.tls import TlsFiles, identity_broker_id, node_client_context, node_identity, node_names
 
 CLAIM_KEY = b"k" * 32
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 
 async def eventually(check: Callable[[], Any], what: str, *, within_s: float = DEADLINE_S) -> Any:

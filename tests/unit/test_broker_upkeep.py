@@ -93,7 +93,7 @@ async def test_checkpoints_follow_the_log_within_a_second_or_so(tmp_path: Path) 
             records = hosted.store._meta.checkpoints[0]
             return bool(records.offset == records.hw == result.base_offset + 2)
 
-        await eventually(written, "offset and high watermark are on disk", within_s=3)
+        await eventually(written, "offset and high watermark are on disk", within_s=10)
 
 
 async def test_a_replica_goes_only_when_the_coordinator_takes_it_away(tmp_path: Path) -> None:

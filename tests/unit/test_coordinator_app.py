@@ -104,9 +104,9 @@ class Here:
         hello = Hello(role="broker", cluster_id=self.cluster_id, broker_id=broker_id)
         connection = await NodeConnection.connect(self.http, self.url, hello=hello, tls=context, expect="coordinator")
         register = Register(broker_id, name, 1, "clean", "https://127.0.0.1:1", "https://127.0.0.1:1", 0)
-        ok = await connection.call(Kind.REGISTER, register, RegisterOk, timeout_s=5)
+        ok = await connection.call(Kind.REGISTER, register, RegisterOk, timeout_s=30)
         beat = Heartbeat(broker_id, ok.broker_epoch, 1, "run", ok.coord_epoch, ok.revision)
-        assert not (await connection.call(Kind.HEARTBEAT, beat, HeartbeatOk, timeout_s=5)).fenced
+        assert not (await connection.call(Kind.HEARTBEAT, beat, HeartbeatOk, timeout_s=30)).fenced
         return connection
 
     def identity(self, key: ec.EllipticCurvePrivateKey, cert: str, name: str) -> ssl.SSLContext:
@@ -242,7 +242,7 @@ async def test_only_the_certificate_of_a_broker_speaks_for_it(here: Here) -> Non
         await NodeConnection.connect(here.http, here.url, hello=hello, tls=anonymous)
     connection = await NodeConnection.connect(here.http, here.url, hello=hello, tls=context, expect="coordinator")
     with pytest.raises(Forbidden):
-        await connection.call(Kind.HEARTBEAT, Heartbeat(1, 1, 1), HeartbeatOk, timeout_s=5)
+        await connection.call(Kind.HEARTBEAT, Heartbeat(1, 1, 1), HeartbeatOk, timeout_s=30)
     await connection.close()
     with pytest.raises(ConnectionFailed, match="expected broker-1"):
         await NodeConnection.connect(here.http, here.url, hello=hello, tls=context, expect="broker-1")
@@ -309,7 +309,7 @@ def test_identities_are_read_from_the_right_names_only() -> None:
 async def test_a_client_follows_metadata_and_heartbeats_for_a_group_on_one_session(here: Here) -> None:
     broker = await here.broker("s-1")
     client = await here.client()
-    full = await client.call(Kind.METADATA, MetadataRequest(), MetadataAnswer, timeout_s=5)
+    full = await client.call(Kind.METADATA, MetadataRequest(), MetadataAnswer, timeout_s=30)
     assert (full.full, len(full.brokers), full.coordinators) == (True, 1, [here.url])
     parked = asyncio.create_task(
         client.call(
@@ -323,12 +323,12 @@ async def test_a_client_follows_metadata_and_heartbeats_for_a_group_on_one_sessi
     assert status == 201
     delta = await parked
     assert ([t.name for t in delta.topics], delta.full) == (["t"], False)
-    assigned = await client.call(Kind.GROUP_HEARTBEAT, GroupHeartbeat("g", "m", ["t"]), GroupAssignment, timeout_s=5)
+    assigned = await client.call(Kind.GROUP_HEARTBEAT, GroupHeartbeat("g", "m", ["t"]), GroupAssignment, timeout_s=30)
     assert len(assigned.assigned) == 2
     with pytest.raises(UnknownTopic):
-        await client.call(Kind.GROUP_HEARTBEAT, GroupHeartbeat("g", "n", ["none"]), GroupAssignment, timeout_s=5)
+        await client.call(Kind.GROUP_HEARTBEAT, GroupHeartbeat("g", "n", ["none"]), GroupAssignment, timeout_s=30)
     with pytest.raises(ClusterMismatch):
-        await client.call(Kind.METADATA, MetadataRequest("other"), MetadataAnswer, timeout_s=5)
+        await client.call(Kind.METADATA, MetadataRequest("other"), MetadataAnswer, timeout_s=30)
     assert topic["id"] == delta.topics[0].id
     await client.close()
     await broker.close()
@@ -355,8 +355,8 @@ async def test_what_a_client_may_not_say_is_refused_and_the_session_goes_on(
 ) -> None:
     client = await here.client()
     with pytest.raises(error):
-        await client.request(kind, header, timeout_s=5)
-    await client.call(Kind.METADATA, MetadataRequest(), MetadataAnswer, timeout_s=5)
+        await client.request(kind, header, timeout_s=30)
+    await client.call(Kind.METADATA, MetadataRequest(), MetadataAnswer, timeout_s=30)
     await client.close()
 
 
@@ -391,10 +391,10 @@ async def test_an_in_sync_set_is_changed_over_a_session_and_an_old_life_is_refus
         shown["id"], 0, part["primary"], epoch, here.coordinator.driver.core.coord_epoch, part["epoch"],
         part["version"], 1, [],
     )  # fmt: skip
-    answer = await connection.call(Kind.ALTER_ISR, AlterIsrs([proposal]), AlterIsrsAnswer, timeout_s=5)
+    answer = await connection.call(Kind.ALTER_ISR, AlterIsrs([proposal]), AlterIsrsAnswer, timeout_s=30)
     assert (answer.results[0].accepted, answer.results[0].error) == (False, "INVALID_ARGUMENT")
     with pytest.raises(StaleBrokerEpoch):
-        await one.call(Kind.HEARTBEAT, Heartbeat(1, 99, 1), HeartbeatOk, timeout_s=5)
+        await one.call(Kind.HEARTBEAT, Heartbeat(1, 99, 1), HeartbeatOk, timeout_s=30)
     await one.close()
     await two.close()
 
@@ -403,11 +403,11 @@ async def test_a_broker_gets_the_topic_it_needs_and_may_not_ask_in_another_ones_
     broker = await here.broker("s-1")
     epoch = here.coordinator.driver.state.brokers[1].meta.broker_epoch
     asked = EnsureTopic(1, epoch, "t.dlq", TopicConfig(2, 1))
-    first, second = [(await broker.call(Kind.ENSURE_TOPIC, asked, EnsureTopicOk, timeout_s=5)).topic for _ in range(2)]
+    first, second = [(await broker.call(Kind.ENSURE_TOPIC, asked, EnsureTopicOk, timeout_s=30)).topic for _ in range(2)]
     assert first == second
     assert here.coordinator.driver.state.topic("t.dlq") == first
     with pytest.raises(Forbidden):
-        await broker.request(Kind.ENSURE_TOPIC, EnsureTopic(2, epoch, "u.dlq", TopicConfig(2, 1)), timeout_s=5)
+        await broker.request(Kind.ENSURE_TOPIC, EnsureTopic(2, epoch, "u.dlq", TopicConfig(2, 1)), timeout_s=30)
     assert here.coordinator.driver.state.topic("u.dlq") is None
     await broker.close()
 

@@ -387,7 +387,7 @@ async def test_another_cluster_at_the_same_address_is_refused() -> None:
 async def test_a_change_of_the_metadata_arrives_at_once() -> None:
     async with FakeCluster(1) as cluster, fl.connect(cluster.coordinator.url) as client:
         cluster.create("new")
-        await poll(lambda: client.routing.topic("new") is not None)
+        await poll(lambda: client.routing.topic("new") is not None, within_s=SOON_S)
 
 
 async def test_environment_names_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
