@@ -34,7 +34,8 @@ def test_what_waits_for_ever_at_the_end_of_the_line_does_not_make_it_grow() -> N
     for offset in range(1, 10_000):
         window.scan(Scanned(offset, None, 9), offset)
         assert window.pick(offset, strict=True) == offset
-    assert len(window._line) < 2_000
+    assert window._ageing is not None
+    assert len(window._ageing) < 2_000
     assert window.pick(OVERDUE_MS * 2) == 0, "it is still known to be overdue"
 
 

@@ -27,6 +27,7 @@ from ferryline_broker.coordinator import CoordinatorLink
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.node import NodeConfig, NodeCore, NodeIdentity
 from ferryline_broker.core.partition import ReplicaConfig
+from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.dead_letters import DeadLetters
 from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.faulty import open_storage
@@ -130,6 +131,7 @@ class Broker:
             fetch_wait_ms=_FETCH_WAIT_MS,
             fetch_retry_ms=_FETCH_WAIT_MS + _FETCH_RETRY_SLACK_MS,
             lag_max_ms=config.lag_max_ms,
+            queue=QueueConfig(overdue_ms=config.priority_wait_ms),
         )
         opener = Opener(store, metrics, replica_config, core_class())
         for hosted in opener.open_all(store.broker_id):

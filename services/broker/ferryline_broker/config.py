@@ -66,6 +66,12 @@ class BrokerConfig(BaseSettings):
     disk_check_ms: int = Field(1_000, ge=50, description="How often free space is looked at.")
     checkpoint_ms: int = Field(1_000, ge=50, le=1_000, description="How often each changed log gets its checkpoint.")
     retention_ms: int = Field(10_000, ge=50, description="How often retention is applied.")
+    priority_wait_ms: int = Field(
+        10_000,
+        ge=0,
+        le=86_400_000,
+        description="How long a record of a queue waits behind higher priorities before it gets a share.",
+    )
     metrics_topics_max: int = Field(
         200, ge=1, le=10_000, description="Topics with metrics of their own; further ones are counted together."
     )

@@ -20,15 +20,13 @@ import heapq
 import math
 from array import array
 from bisect import bisect_left
-from collections import deque
 from itertools import chain
 
 import msgspec
 
 from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
+from ferryline_broker.core.ageing import Ageing
 from ferryline_broker.core.queue_events import Scanned
-
-_LINE_SLACK = 1_024  # a line is gone through only when it is longer than who is ready by so many
 
 
 class Lane(msgspec.Struct, gc=False, eq=False):  # made for every key: cheaper than a class
@@ -104,10 +102,9 @@ class Window:
         self.scheduled: dict[int, tuple[int, bytes | None]] = {}  # offset -> (due, key of its lane)
         self.stopped: set[int] = set()  # out, and nobody knows until when: parked or dying
         self.waiting = 0  # in all lanes
-        self._overdue_ms = overdue_ms  # a record that has been ready for this long goes before all that have not
+        self._overdue_ms = overdue_ms
         self._heaps: list[list[int]] = [[] for _ in range(PRIORITIES)]
-        self._line: deque[tuple[int, int]] = deque()  # (since, offset) of what is ready, kept while priorities differ
-        self._mixed = False
+        self._ageing: Ageing | None = None  # made when priorities differ
         self._later: list[tuple[int, int]] = []  # (due, offset) of what is scheduled or backs off
         self._priority: dict[int, int] = {}  # where it is not the default
         self._expires: dict[int, int] = {}
@@ -143,9 +140,10 @@ class Window:
         if record.priority == PRIORITY_DEFAULT:
             return
         self._priority[record.offset] = record.priority
-        if not self._mixed:  # from now on somebody can wait behind others: whoever is ready already, too
-            self._mixed = True
-            self._line.extend((since, offset) for offset, since in self.ready.items())
+        if self._ageing is None:  # from now on somebody can wait behind others: whoever is ready already, too
+            self._ageing = Ageing(self.ready, self._overdue_ms)
+            for offset, since in self.ready.items():
+                self._ageing.add(PRIORITY_DEFAULT, offset, since)
 
     def _lane(self, key: bytes) -> Lane:
         lane = self.lanes.get(key)
@@ -160,9 +158,10 @@ class Window:
                 lane = self.lanes[key] = Lane(key, {offset})
             self.lane_of[offset] = lane
             self.ready[offset] = now_ms
-            heapq.heappush(self._heaps[self._priority.get(offset, PRIORITY_DEFAULT)], offset)
-            if self._mixed:
-                self._line.append((now_ms, offset))
+            level = self._priority.get(offset, PRIORITY_DEFAULT)
+            heapq.heappush(self._heaps[level], offset)
+            if self._ageing is not None:
+                self._ageing.add(level, offset, now_ms)
             return
         assert key is not None, "with runs all records are one lane"
         lane = self._lane(key)
@@ -211,9 +210,10 @@ class Window:
         self.backing_off.pop(offset, None)
         self.stopped.discard(offset)
         self.ready[offset] = now_ms
-        heapq.heappush(self._heaps[self._priority.get(offset, PRIORITY_DEFAULT)], offset)
-        if self._mixed:
-            self._line.append((now_ms, offset))
+        level = self._priority.get(offset, PRIORITY_DEFAULT)
+        heapq.heappush(self._heaps[level], offset)
+        if self._ageing is not None:
+            self._ageing.add(level, offset, now_ms)
 
     def back_off(self, offset: int, until_ms: int, now_ms: int) -> None:
         """It is out, and its lane waits with it until then."""
@@ -285,7 +285,7 @@ class Window:
     @property
     def plain(self) -> bool:
         """Nothing is to be weighed: all have the same priority, and nobody's time ends."""
-        return not (self._mixed or self._expires)
+        return self._ageing is None and not self._expires
 
     def take(self, limit: int) -> list[int]:
         """What `pick` would choose, ``limit`` times over, where the window is `plain`; in ascending order."""
@@ -302,11 +302,11 @@ class Window:
 
         ``strict``: of the highest priority there is, however long others have been ready.
         """
-        if strict:
-            self._shorten_line()
-        elif self._mixed:
-            overdue = self._overdue(now_ms)
-            if overdue is not None:
+        if self._ageing is not None:
+            if strict:
+                self._ageing.shorten()
+            elif (overdue := self._ageing.pick(now_ms)) is not None:
+                del self.ready[overdue]
                 return overdue
         for heap in reversed(self._heaps):
             while heap:
@@ -314,24 +314,6 @@ class Window:
                 if self.ready.pop(offset, None) is not None:
                     return offset
         return None
-
-    def _overdue(self, now_ms: int) -> int | None:
-        line = self._line
-        while line:
-            since, offset = line[0]
-            if self.ready.get(offset) == since:
-                if now_ms - since < self._overdue_ms:
-                    return None
-                line.popleft()
-                del self.ready[offset]
-                return offset
-            line.popleft()
-        return None
-
-    def _shorten_line(self) -> None:
-        """Who picks by priority alone never reaches the end of the line: forget those that have left it."""
-        if len(self._line) > 2 * len(self.ready) + _LINE_SLACK:
-            self._line = deque((since, offset) for since, offset in self._line if self.ready.get(offset) == since)
 
     def follow(self, offset: int, below: float) -> int | None:
         """The next record of the same lane joins a lease that ``offset`` is in. None: there is none ``below``."""
