@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from benchmarks.compare.goals import Verdict
 from benchmarks.compare.plan import HEADLINE
-from benchmarks.compare.queue_plan import QUEUE_VARIANTS, SUBSCRIBER, TASK_VARIANTS
+from benchmarks.compare.queue_plan import NO_RESULTS, QUEUE_VARIANTS, SUBSCRIBER, TASK_VARIANTS
 from benchmarks.compare.stats import Row, Table, best
 
 TIMES = 3.0  # of the best peer
@@ -39,9 +39,9 @@ def queue_verdicts(table: Table) -> list[Verdict]:
     found += _times(ran, "tasks, best peer", HEADLINE, [one.name for one in _TASK_PEERS])
     durable = [one.name for one in _TASK_PEERS if one.durable]
     found += _times(ran, "tasks, best flushed peer", HEADLINE, durable, counts=False)
-    found += _times(
-        ran, "tasks without results, best peer", SUBSCRIBER, [one.name for one in _TASK_PEERS], counts=False
-    )
+    every = [one.name for one in _TASK_PEERS]
+    found += _times(ran, "tasks without results, best peer", NO_RESULTS, every, counts=False)
+    found += _times(ran, "a subscriber, best peer of tasks", SUBSCRIBER, every, counts=False)
     return found
 
 

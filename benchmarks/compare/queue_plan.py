@@ -48,10 +48,17 @@ def _tasks(name: str, peer: str, client: str, settles: str, *, late: bool = True
 
 _EARLY, _LATE = "acknowledged before it runs: lost with its worker", "acknowledged after it ran"
 SUBSCRIBER = "ferryline r2 fsync, subscriber"
+NO_RESULTS = "ferryline r2 fsync, no results"
 TASK_VARIANTS: tuple[Variant, ...] = (
     replace(
         _LOG["ferryline r2 fsync"],
         settles="acknowledged after it ran, when its result is stored; each committed and flushed on both copies",
+    ),
+    replace(
+        _LOG["ferryline r2 fsync"],
+        name=NO_RESULTS,
+        topic={"flush": "fsync", "handler": "no-results"},
+        settles="acknowledged after it ran, flushed on both copies; results=False: what it returns is not stored",
     ),
     replace(
         _LOG["ferryline r2 fsync"],

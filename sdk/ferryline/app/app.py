@@ -48,6 +48,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 Hook = Callable[[], Any]
+RUNNING_AFTER_S_MAX = 3600.0
 
 
 class TaskDecorator(Protocol):
@@ -65,7 +66,9 @@ class App:
 
     ``url``, ``ca``, ``token`` and ``timeout`` are as of `connect`; where they are left out, the environment says.
     ``lease``: seconds until what a killed worker had in hand goes to others; a living one renews it. ``name`` is the
-    group of subscribers without one, and begins the names of queues that are not named.
+    group of subscribers without one, and begins the names of queues that are not named. ``results``: whether results
+    of tasks are kept, where they do not say. ``running_after``: seconds after which a task that still runs is written
+    down as running; most have ended by then.
     """
 
     def __init__(
@@ -77,8 +80,12 @@ class App:
         token: str | None = None,
         timeout: float = 30.0,
         lease: float = 30.0,
+        results: bool = True,
+        running_after: float = 0.05,
     ) -> None:
         self.name = check_name(name, "name")
+        self.results = bool(results)
+        self.running_after = check_seconds(running_after, "running_after", 0.0, RUNNING_AFTER_S_MAX)
         self.lease = check_seconds(lease, "lease", LEASE_S_MIN, LEASE_S_MAX)
         self.subscribers: list[Subscriber] = []
         self.queues: dict[str, TaskQueue] = {}
@@ -135,15 +142,17 @@ class App:
         name: str | None = None,
         timeout: float | None = None,
         retry: Retry | None = None,
+        results: bool | None = None,
     ) -> TaskDecorator:
         """Make a task of the function below, whose calls stand in ``queue`` (default: ``<app>.tasks``).
 
         Its name (default: the function's) is what a record says to be called, so it should not change. ``timeout``:
-        seconds that one attempt may take. ``retry``: attempts and waits.
+        seconds that one attempt may take. ``retry``: attempts and waits. ``results=False``: nobody asks what it returns
+        or when it was done, so nothing is written of a job that succeeds (default: as the app says).
         """
 
         def declare(function: Callable[..., Any]) -> Task[Any, Any]:
-            return self._task(function, queue or f"{self.name}.tasks", name, timeout, retry)
+            return self._task(function, queue or f"{self.name}.tasks", name, timeout, retry, results)
 
         return cast(TaskDecorator, declare)
 
@@ -215,13 +224,15 @@ class App:
             schedule.check()
 
     def _task(
-        self, function: Callable[..., Any], queue: str, name: str | None, timeout: float | None, retry: Retry | None
-    ) -> Task[Any, Any]:
+        self, function: Callable[..., Any], queue: str, name: str | None, timeout: float | None, retry: Retry | None,
+        results: bool | None = None,
+    ) -> Task[Any, Any]:  # fmt: skip
         chosen = name or str(getattr(function, "__name__", ""))
         if chosen in self.tasks:
             raise InvalidArgument(f"task {chosen}: there is one of this name already; say name=", field="name")
         held = self.queues.get(queue) or TaskQueue(self, queue)
-        task: Task[Any, Any] = Task(held, function, name=chosen, retry=retry, timeout=timeout)
+        kept = self.results if results is None else bool(results)
+        task: Task[Any, Any] = Task(held, function, name=chosen, retry=retry, timeout=timeout, keeps_results=kept)
         self.queues[queue] = held
         held.tasks[chosen] = self.tasks[chosen] = task
         return task

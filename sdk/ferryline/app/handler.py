@@ -62,10 +62,11 @@ class Handler:
 class Call:
     """One attempt at one record.
 
-    ``hopeless`` is set when the record is at fault. ``lingering``: threads that could not be stopped.
+    ``hopeless`` is set when the record is at fault. ``lingering``: threads that could not be stopped. ``stored``: the
+    outcome of storing its result, None where there is none to store; ``keeps_result``: whether it should be.
     """
 
-    __slots__ = ("context", "handler", "hopeless", "lingering", "message")
+    __slots__ = ("context", "handler", "hopeless", "keeps_result", "lingering", "message", "stored")
 
     def __init__(self, handler: Handler, message: QueueMessage[Any], context: Context) -> None:
         self.handler = handler
@@ -73,6 +74,8 @@ class Call:
         self.context = context
         self.hopeless = False
         self.lingering: list[asyncio.Future[Any]] = []
+        self.stored: asyncio.Future[Any] | None = None
+        self.keeps_result = True
 
     def known(self, signature: Signature) -> dict[str, Any]:
         """What a signature gets of the record itself."""

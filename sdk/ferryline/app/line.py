@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ferryline import tracing
 from ferryline.app.context import Context, Stop
+from ferryline.app.depth import STALL_S, Depth
 from ferryline.app.errors import Reject
 from ferryline.app.handler import Call, Handler, Threads, from_handler
 from ferryline.app.metrics import UNKNOWN, WorkerMetrics
+from ferryline.app.queue import HEADER_RESULTS, NO_RESULTS
 from ferryline.app.reports import Reports
 from ferryline.app.verdicts import Verdict, judge
 from ferryline.protocol.errors import (
@@ -40,11 +42,16 @@ TAKE_MAX = 500  # records that are taken from the receiver in one pass
 WAIT_S = 86_400.0  # nothing comes of waking up
 CLOSE_S = 3.0  # after the grace, for cancelled handlers to end
 AGAIN_S = 1.0  # after an error that may pass
+DECIDE_S = 0.1  # how often it is decided anew how many records may be here
+STORING_MAX = 2_000  # records whose handlers have ended and whose results are on their way
 UNREADABLE = (SerializationFailed, RecordTooLarge)  # of a result, too: the next attempt would end alike
 
 
 class Line:
     """Takes records and calls handlers, at most ``concurrency`` at once. ``find(message)`` says whom to call.
+
+    A task whose result is being stored has no place in ``concurrency`` any more: results of tasks that end together are
+    stored together, and the next tasks run meanwhile. ``depth``: how many records are fetched, where that may change.
 
     Every record that was taken is settled: acknowledged, failed, rejected, or given back when the worker ends.
     """
@@ -61,6 +68,7 @@ class Line:
         attempts: Callable[[], int],
         stop: Stop,
         reports: Reports | None = None,
+        depth: Depth | None = None,
         metrics: WorkerMetrics,
     ) -> None:
         self.name = name
@@ -73,7 +81,12 @@ class Line:
         self._stop = stop
         self._reports = reports
         self._threads = Threads(concurrency, name)
+        self._depth = depth
+        self._decided_at = float("-inf")  # loop time
         self._running: set[asyncio.Task[None]] = set()
+        self._storing: set[asyncio.Task[Any] | None] = (
+            set()
+        )  # those of them that only wait for their result to be stored
         self._handling = Tasks()
         self._room = asyncio.Event()
         # Where a whole partition is one lane, its records may be here together; they are worked on in order.
@@ -84,11 +97,12 @@ class Line:
     async def run(self) -> None:
         """Take records until `stop`. Raises a FerrylineError that will not pass by itself."""
         while not self._stop.asked:
-            room = self._concurrency - len(self._running)
-            if room <= 0:
-                self._room.clear()
-                await self._room.wait()
+            room = self._concurrency - (len(self._running) - len(self._storing))
+            if room <= 0 or len(self._storing) >= STORING_MAX:
+                await self._until_room()
                 continue
+            if self._depth is not None:
+                self._decide(self._depth)
             try:
                 batch = await self.receiver.receive(min(room, TAKE_MAX), WAIT_S)
             except ClientClosed:
@@ -104,6 +118,30 @@ class Line:
             for message in batch:
                 self._begin(message)
 
+    async def _until_room(self) -> None:
+        self._room.clear()
+        depth = self._depth
+        if depth is None or depth.records == depth.least:
+            await self._room.wait()
+            return
+        timer = asyncio.get_running_loop().call_later(STALL_S, self._stalled, depth)
+        try:
+            await self._room.wait()
+        finally:
+            timer.cancel()
+
+    def _decide(self, depth: Depth) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._decided_at >= DECIDE_S:
+            self._decided_at = now
+            before = depth.records
+            if depth.decide() != before:
+                self.receiver.set_prefetch(depth.records)
+
+    def _stalled(self, depth: Depth) -> None:
+        """Somebody else may have time for what waits here."""
+        self.receiver.set_prefetch(depth.stalled())
+
     def _stopping(self) -> bool:
         return self._stop.asked
 
@@ -114,6 +152,7 @@ class Line:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._storing.discard(task)
         self._room.set()
 
     async def stop(self, grace: float) -> None:
@@ -155,6 +194,7 @@ class Line:
                 return
             lingering = await self._attempt(handler, message)
         if lingering and not self._stop.asked:
+            self._hold()
             await asyncio.wait(lingering)  # the place in `concurrency` is taken until its thread ends
 
     async def _attempt(self, handler: Handler, message: QueueMessage[Any]) -> list[asyncio.Future[Any]]:
@@ -165,6 +205,8 @@ class Line:
             job_id=message.id if self._reports is not None else "", stop=self._stop,
         )  # fmt: skip
         call = Call(handler, message, context)
+        if self._reports is not None:
+            call.keeps_result = message.headers.get(HEADER_RESULTS) != NO_RESULTS
         error: Exception | None = None
         if retry is not None and attempt > attempts:
             error = RuntimeError(f"{attempts} attempts ended without a word: their workers died, or lost it")
@@ -173,6 +215,8 @@ class Line:
             if self._reports is not None:
                 self._reports.began(call)
             error = await self._timed(call)
+            if call.stored is not None:
+                error = await self._stored(call, call.stored)
         reason = described(error) if error is not None else ""
         verdict = judge(
             error,
@@ -197,33 +241,55 @@ class Line:
             log.debug("%r was settled by its handler, or lost", message)
             return call.lingering
         if error is not None and self._reports is not None:
+            self._hold()
             await self._reports.failed(call, verdict, detail)
         await self._settle(message, verdict, detail)
         return call.lingering
 
     async def _timed(self, call: Call) -> Exception | None:
         counts, began = self._metrics.of(call.message.topic, call.handler.name), perf_counter()
+        depth, loop = self._depth, asyncio.get_running_loop()
+        now = loop.time()
         counts.in_flight += 1
         try:
             return await self._run(call)
         finally:
             counts.in_flight -= 1
             counts.took(perf_counter() - began)
+            if depth is not None:
+                depth.took(loop.time() - now)
+            if self._reports is not None:
+                self._reports.ended(call)
 
     async def _run(self, call: Call) -> Exception | None:
-        """What went wrong, if anything did; a result is stored by then."""
+        """What went wrong, if anything did; storing a result has begun by then."""
         app = self._app
         try:
             result = await call.run(app.providers, app.middleware, self._threads)
             if self._reports is not None and call.message.is_held:
                 try:
-                    await self._reports.done(call, result)
+                    call.stored = self._reports.done(call, result)
                 except UNREADABLE:
                     call.hopeless = True
                     raise
         except Exception as error:
             return from_handler(error)
         return None
+
+    async def _stored(self, call: Call, stored: asyncio.Future[Any]) -> Exception | None:
+        """Why the result of a task was not stored, if it was not. Others may begin meanwhile."""
+        self._storing.add(asyncio.current_task())
+        self._room.set()
+        try:
+            await stored
+        except Exception as error:
+            call.hopeless = isinstance(error, UNREADABLE)
+            return from_handler(error)
+        return None
+
+    def _hold(self) -> None:
+        """This record has a place in ``concurrency`` again: its attempt has failed, and is not over yet."""
+        self._storing.discard(asyncio.current_task())
 
     async def _settle(self, message: QueueMessage[Any], verdict: Verdict, detail: str) -> None:
         if verdict.action == ACK:

@@ -1,26 +1,29 @@
 """The queue of some tasks: its two topics, and what can be learned there of a job.
 
 Jobs stand in the topic of the queue's name, read by the group `GROUP`; what became of them in ``<queue>.results``,
-keyed by job. There are eight partitions of results: whoever looks for a job reads one of them, from the job's
-submission on. Results are kept for a day.
+keyed by job. There are eight partitions of results: whoever looks for a job reads one of them (`results_partition`),
+from the job's submission on. Results are kept for a day.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ferryline import tracing
+from ferryline.accumulator import Pairs
 from ferryline.app.job import Job
 from ferryline.app.reading import read_back
-from ferryline.app.results import SKEW_MS, ResultsReader, now_ms
+from ferryline.app.results import SKEW_MS, Entry, ResultsReader, now_ms
 from ferryline.app.statuses import JobStatus, StatusRecord, combined, new_id, told_by_id
-from ferryline.protocol.errors import OutcomeUnknown, UnknownGroup
+from ferryline.delivery import delivery_headers
+from ferryline.message import RecordMetadata
+from ferryline.protocol.errors import BufferFull, FerrylineError, OutcomeUnknown, UnknownGroup
 from ferryline.protocol.limits import check_name
 from ferryline.protocol.partitioner import partition_of
 from ferryline.queue_admin import Queue
@@ -34,6 +37,9 @@ log = logging.getLogger("ferryline.app")
 
 GROUP = "tasks"
 HEADER_TASK = "fl-task"  # name of the task that a record is a call of
+HEADER_RESULTS = "fl-results"  # `NO_RESULTS`: nobody asks what became of it, unless it fails
+NO_RESULTS = b"none"
+STICK_MS = 5  # jobs without a key that are submitted so close together share a partition, and a batch
 RESULTS = ".results"
 RESULT_PARTITIONS = 8
 RESULT_RETENTION_MS = 86_400_000
@@ -41,11 +47,23 @@ DEDUPE_MS = 300_000  # for so long a queue remembers ids
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the record of a job stands in its queue, and since when."""
+    """Where the record of a job stands in its queue, and since when. ``kept``: its result will be, too."""
 
     partition: int
     offset: int
     at_ms: int
+    kept: bool = True
+
+
+class Submission(msgspec.Struct, frozen=True):
+    """A job that is about to be sent: what its record needs beside the arguments, and the entry of what comes of it."""
+
+    name: str
+    partition: int
+    headers: Pairs
+    entry: Entry
+    place_ms: int  # when it was made; -1: somebody chose its id, so its record may be an older one
+    kept: bool
 
 
 class TaskQueue:
@@ -59,7 +77,8 @@ class TaskQueue:
         self._reader: ResultsReader | None = None
         self._there = False
         self._making = asyncio.Lock()
-        self._turn = itertools.count(secrets.randbits(10))
+        self._turn = secrets.randbits(10)
+        self._turned_ms = 0
 
     # -- topics ------------------------------------------------------------------------------------
 
@@ -68,6 +87,12 @@ class TaskQueue:
         """How many attempts the queue's own policy allows, as far as that is known."""
         meta = self._app.client.routing.topic(self.topic)
         return meta.config.retry.attempts if meta is not None else 0
+
+    @property
+    def result_partitions(self) -> int:
+        """How many partitions the topic of results has."""
+        meta = self._app.client.routing.topic(self.results_topic)
+        return meta.config.partitions if meta is not None else RESULT_PARTITIONS
 
     async def ensure(self) -> None:
         """Make the topics that are not there, and allow as many attempts as any of the tasks asks for."""
@@ -104,32 +129,81 @@ class TaskQueue:
     # -- submitting --------------------------------------------------------------------------------
 
     async def submit(
-        self, task: str, data: bytes, *, key: str | bytes | None, delay: float | None, priority: int | None,
+        self, task: Task[Any, Any], data: bytes, *, key: str | bytes | None, delay: float | None, priority: int | None,
         job_id: str | None,
     ) -> Job[Any]:  # fmt: skip
         """Store a call of a task. Returns once it is committed."""
         await self.ensure()
-        meta = await self._app.client.learn_topic(self.topic)
-        count, ms = meta.config.partitions, now_ms()
-        raw = key.encode() if isinstance(key, str) else key
+        raw, count = key.encode() if isinstance(key, str) else key, await self._partitions()
+        one = self._prepared(task, raw, count, delivery_headers(priority=priority, delay=delay), job_id)
+        return await self._sent(one, data, raw)
+
+    async def submit_many(
+        self, task: Task[Any, Any], calls: Iterable[bytes], *, key: str | bytes | None, delay: float | None,
+        priority: int | None,
+    ) -> list[Job[Any] | FerrylineError]:  # fmt: skip
+        """Store calls of a task, together. Returns once each of them is committed, or has failed."""
+        await self.ensure()
+        raw, count = key.encode() if isinstance(key, str) else key, await self._partitions()
+        delivery = delivery_headers(priority=priority, delay=delay)
+        send = self._app.producer.send_nowait
+        begun: list[tuple[Submission, asyncio.Future[RecordMetadata]] | Job[Any] | FerrylineError] = []
+        for data in calls:
+            one = self._prepared(task, raw, count, delivery, None)
+            headers = one.headers if tracing.active is None else tracing.active.injected(one.headers)
+            try:
+                try:
+                    begun.append((one, send(self.topic, data, raw, headers, partition=one.partition)))
+                except BufferFull:
+                    begun.append(await self._sent(one, data, raw))  # waits for room
+            except FerrylineError as error:
+                begun.append(error)
+        return [await self._outcome(*one) if isinstance(one, tuple) else one for one in begun]
+
+    async def _outcome(self, one: Submission, sent: asyncio.Future[RecordMetadata]) -> Job[Any] | FerrylineError:
+        try:
+            return self._job(one, await sent)
+        except FerrylineError as error:
+            return _with_job(error, one.name)
+
+    async def _sent(self, one: Submission, data: bytes, raw: bytes | None) -> Job[Any]:
+        try:
+            stored = await self._app.producer.send(self.topic, data, raw, one.headers, partition=one.partition)
+        except FerrylineError as error:
+            raise _with_job(error, one.name) from None
+        return self._job(one, stored)
+
+    async def _partitions(self) -> int:
+        meta = self._app.client.routing.topic(self.topic) or await self._app.client.learn_topic(self.topic)
+        return meta.config.partitions
+
+    def _prepared(
+        self, task: Task[Any, Any], raw: bytes | None, count: int, delivery: Pairs, job_id: str | None
+    ) -> Submission:
+        ms = now_ms()
         if job_id is None:
-            partition = next(self._turn) % count if raw is None else partition_of(raw, count)
-            name = new_id(task, ms, partition, secrets.token_hex(8))
+            partition = self._next_partition(ms) % count if raw is None else partition_of(raw, count)
+            name = new_id(task.name, ms, partition, secrets.token_hex(8))
             entry = self.results.entry(name, ms, new=True)
         else:
             # Copies meet in one partition, whose queue drops all but the first; that may be minutes old.
             name, partition = job_id, partition_of(job_id.encode() if raw is None else raw, count)
             entry = self.results.entry(name, ms - DEDUPE_MS)
-        headers = [(HEADER_TASK, task.encode()), (CONTENT_TYPE, JSON)]
-        try:
-            stored = await self._app.producer.send(
-                self.topic, data, key, headers, partition=partition, priority=priority, delay=delay, id=name
-            )
-        except OutcomeUnknown as error:
-            error.details["job"] = name  # app.job(name).status() tells later
-            raise
-        place = Place(stored.partition, stored.offset, ms) if job_id is None else None
-        return Job(self, name, entry, place)
+        headers = [(HEADER_TASK, task.name.encode()), (CONTENT_TYPE, JSON), *delivery, *delivery_headers(id=name)]
+        if not task.keeps_results:
+            headers.append((HEADER_RESULTS, NO_RESULTS))
+        return Submission(name, partition, headers, entry, ms if job_id is None else -1, task.keeps_results)
+
+    def _next_partition(self, ms: int) -> int:
+        if not 0 <= ms - self._turned_ms < STICK_MS:
+            self._turned_ms = ms
+            self._turn += 1
+        return self._turn
+
+    def _job(self, one: Submission, stored: RecordMetadata) -> Job[Any]:
+        known = one.place_ms >= 0
+        place = Place(stored.partition, stored.offset, one.place_ms, one.kept) if known else None
+        return Job(self, one.name, one.entry, place)
 
     def job(self, job_id: str) -> Job[Any]:
         """A job that was submitted somewhere."""
@@ -156,7 +230,8 @@ class TaskQueue:
         async for batch in read_back(self._app.client, self.topic, partitions, since_ms - SKEW_MS, timeout):
             for message in batch:
                 if message.id == job_id and (found is None or message.timestamp_ms - found.at_ms >= DEDUPE_MS):
-                    found = Place(message.partition, message.offset, message.timestamp_ms)
+                    kept = message.headers.get(HEADER_RESULTS) != NO_RESULTS
+                    found = Place(message.partition, message.offset, message.timestamp_ms, kept)
         return found
 
     async def explain(self, place: Place, timeout: float) -> Mapping[str, Any]:
@@ -168,7 +243,7 @@ class TaskQueue:
             return {"state": "available", "attempts": 0}
 
     def place_of(self, record: StatusRecord) -> Place:
-        return Place(record.partition, record.offset, record.at_ms)
+        return Place(record.partition, record.offset, record.at_ms, record.kept)
 
     def combined(
         self, job_id: str, known: JobStatus | None, told: Mapping[str, Any] | None, place: Place | None
@@ -178,9 +253,19 @@ class TaskQueue:
         by_id = told_by_id(job_id)
         at_ms = place.at_ms if place is not None else by_id[0] if by_id is not None else now_ms()
         kept_ms = meta.config.retention_ms if meta is not None and told is None else RESULT_RETENTION_MS
-        return combined(job_id, known, told, self.attempts, old=0 <= kept_ms < now_ms() - at_ms)
+        return combined(
+            job_id, known, told, self.attempts, old=0 <= kept_ms < now_ms() - at_ms,
+            kept=place is None or place.kept,
+        )  # fmt: skip
 
     def decode_result(self, record: StatusRecord) -> Any:
         """The result of a job; as plain JSON when its task is not known here."""
         task = self.tasks.get(record.task)
         return task.results.decode(record.result) if task is not None else msgspec.json.decode(record.result)
+
+
+def _with_job(error: FerrylineError, job_id: str) -> FerrylineError:
+    """The error of a submission; where nobody knows whether it was stored, ``app.job(id).status()`` tells later."""
+    if isinstance(error, OutcomeUnknown):
+        error.details["job"] = job_id
+    return error

@@ -16,10 +16,9 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from ferryline.app.reading import read_back
-from ferryline.app.statuses import JobState, StatusRecord, supersedes
+from ferryline.app.statuses import JobState, StatusRecord, results_partition, supersedes
 from ferryline.message import Message
 from ferryline.protocol.errors import FerrylineError
-from ferryline.protocol.partitioner import partition_of
 from ferryline.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -119,14 +118,14 @@ class ResultsReader:
     async def reread(self, entry: Entry, timeout: float) -> None:
         """Read again up to the present end, for this job and all others of its partition that want it."""
         meta = await self._client.learn_topic(self.topic)
-        partition = partition_of(entry.job_id.encode(), meta.config.partitions)
         count = meta.config.partitions
+        partition = results_partition(entry.job_id, count)
         async with self._scanning.setdefault(partition, asyncio.Lock()):
             following = self._following
             wanting = [
                 one
                 for one in list(self._entries.values())
-                if (one is entry or not one.complete) and partition_of(one.job_id.encode(), count) == partition
+                if (one is entry or not one.complete) and results_partition(one.job_id, count) == partition
             ]
             since_ms = min(one.since_ms for one in wanting) - SKEW_MS
             async for batch in read_back(self._client, self.topic, [partition], since_ms, timeout):

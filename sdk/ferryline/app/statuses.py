@@ -10,7 +10,7 @@ an answer about a job without an end asks the queue itself, too (`combined`).
     retrying          attempt n of m has failed, and another one will follow
     done              its result is kept
     dead              it will not be tried again: failed, rejected, or given up by the queue
-    forgotten         it has ended, so long ago that how is not kept any more
+    forgotten         it has ended, and how is not kept: it is long ago, or its task keeps no results
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from typing import Any
 
 import msgspec
 
+from ferryline.protocol.partitioner import partition_of
+
 ID_SEPARATOR = "@"
+RESULTS_SPREAD_MS = 1_000
 _GIVEN_UP = "the queue gave it up: its workers ended, or it was purged"
 _GENERATED = re.compile(r".+@(?P<ms>[0-9a-f]{11,12})\.(?P<partition>\d{1,6})\.[0-9a-f]{16}", re.ASCII)
 
@@ -59,6 +62,7 @@ class StatusRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str = ""  # traceback
     retry_ms: int = -1  # until the next attempt, as far as the worker knows
     result: msgspec.Raw = msgspec.Raw(b"null")
+    kept: bool = True  # the result will be; else nothing is written when the job has succeeded
 
 
 class JobStatus(msgspec.Struct, frozen=True):
@@ -116,13 +120,24 @@ def told_by_id(job_id: str) -> tuple[int, int] | None:
     return (int(match["ms"], 16), int(match["partition"])) if match else None
 
 
+def results_partition(job_id: str, partitions: int) -> int:
+    """Which partition of the results tells of a job.
+
+    Jobs that were submitted about the same time share one, for they mostly end together, too: what a worker writes of
+    them is one batch then, and not one for each. Whoever looks for a job still reads one partition only.
+    """
+    told = told_by_id(job_id)
+    return told[0] // RESULTS_SPREAD_MS % partitions if told is not None else partition_of(job_id.encode(), partitions)
+
+
 def combined(
-    job_id: str, known: JobStatus | None, queue: Mapping[str, Any] | None, attempts: int, *, old: bool
-) -> JobStatus:
+    job_id: str, known: JobStatus | None, queue: Mapping[str, Any] | None, attempts: int, *, old: bool,
+    kept: bool = True,
+) -> JobStatus:  # fmt: skip
     """What is to be said of a job that has not ended by what workers wrote (``known``; None: they wrote nothing).
 
     ``queue``: what the queue explains of its record; None: it has none. ``attempts``: how many the queue would make.
-    ``old``: it was submitted so long ago that records about it may have been deleted.
+    ``old``: it was submitted so long ago that records about it may have been deleted. ``kept``: whether its result is.
     """
     status = known or JobStatus(job_id, JobState.QUEUED, attempts=attempts)
     if queue is None:
@@ -136,7 +151,7 @@ def combined(
         reason = status.error or _last_reason(queue) or "its attempts are used up"
         return replace(status, state=JobState.DEAD, attempt=made, attempts=total, error=reason)
     if state == "settled":
-        if known is None and old:
+        if not kept or (known is None and old):
             return replace(status, state=JobState.FORGOTTEN)
         # Whoever finishes a job writes it down before the queue hears of it: the queue has ended this one by itself.
         return replace(status, state=JobState.DEAD, attempts=total, error=status.error or _GIVEN_UP)

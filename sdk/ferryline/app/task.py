@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from ferryline.app.arguments import Arguments, Results
@@ -10,7 +10,7 @@ from ferryline.app.handler import Handler
 from ferryline.app.job import Job
 from ferryline.app.providers import Providers
 from ferryline.app.signatures import ARGUMENT, named, unparseable
-from ferryline.protocol.errors import ClientClosed, InvalidArgument
+from ferryline.protocol.errors import ClientClosed, FerrylineError, InvalidArgument
 from ferryline.protocol.limits import check_name
 from ferryline.retry import Retry
 
@@ -29,10 +29,18 @@ class Task(Handler, Generic[P, R]):
     is_task = True
 
     def __init__(
-        self, queue: TaskQueue, function: Callable[P, Any], *, name: str, retry: Retry | None, timeout: float | None
+        self,
+        queue: TaskQueue,
+        function: Callable[P, Any],
+        *,
+        name: str,
+        retry: Retry | None,
+        timeout: float | None,
+        keeps_results: bool = True,
     ) -> None:
         super().__init__(function, name=check_name(name, "task"), retry=retry, timeout=timeout)
         self.queue = queue
+        self.keeps_results = keeps_results
         self._codecs: tuple[Arguments, Results] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
@@ -58,8 +66,26 @@ class Task(Handler, Generic[P, R]):
         ``producer.send`` raises: after OutcomeUnknown, ``error.details["job"]`` is the id to ask for.
         """
         data = self.codecs[0].encode(args, kwargs)
-        job = await self.queue.submit(self.name, data, key=key, delay=delay, priority=priority, job_id=id)
+        job = await self.queue.submit(self, data, key=key, delay=delay, priority=priority, job_id=id)
         return cast("Job[R]", job)
+
+    async def submit_many(
+        self,
+        calls: Iterable[tuple[Any, ...] | Mapping[str, Any]],
+        *,
+        key: str | bytes | None = None,
+        delay: float | None = None,
+        priority: int | None = None,
+    ) -> list[Job[R] | FerrylineError]:
+        """Have it called for each of ``calls``: a tuple of arguments, or a mapping of them by name. They travel
+        together, which is many times as fast as one `submit` after the other.
+
+        Returns once each was committed or not: its job or its error, in order. The options are as of `submit`, the same
+        for all. Raises InvalidArgument for arguments that the function would not take, before anything is sent.
+        """
+        encode = self.codecs[0].encode
+        data = [encode((), dict(one)) if isinstance(one, Mapping) else encode(tuple(one), {}) for one in calls]
+        return await self.queue.submit_many(self, data, key=key, delay=delay, priority=priority)
 
     # -- for workers -------------------------------------------------------------------------------
 

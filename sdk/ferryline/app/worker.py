@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from ferryline.app.context import Stop
+from ferryline.app.depth import Depth
 from ferryline.app.handler import Handler
 from ferryline.app.line import Line
 from ferryline.app.metrics import MetricsPage, WorkerMetrics
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ferryline.app")
 
 MAX_PROCESSING_S = 3600.0
+GATHER_S = 0.003  # acknowledgements of a stream of records leave together
 _SLACK_S = 60.0  # a record is given up as stuck only well after its handler's own timeout
 
 
@@ -133,6 +135,7 @@ class Worker:
             value=subscriber.signature.value,
             lease=subscriber.lease,
             prefetch=subscriber.prefetch or 2 * concurrency,
+            gather=GATHER_S,
             ordering=subscriber.ordering,
             start=subscriber.start,
             max_processing=_max_processing([subscriber]),
@@ -145,14 +148,14 @@ class Worker:
         return Line(
             app, receiver, subscriber.name, lambda _: subscriber, concurrency=concurrency, ordering=subscriber.ordering,
             attempts=attempts, stop=self._stop, metrics=self.metrics,
+            depth=Depth(concurrency, 2 * concurrency) if subscriber.prefetch is None else None,
         )  # fmt: skip
 
     def _queue_line(self, queue: TaskQueue) -> Line:
         tasks = queue.tasks
-        # No more than can be begun at once: tasks are long, and what waits here could run elsewhere.
         receiver = self._app.client.receiver(
             queue.topic, group=GROUP, prefetch=self._concurrency, lease=self._app.lease,
-            max_processing=_max_processing([*tasks.values()]),
+            max_processing=_max_processing([*tasks.values()]), gather=GATHER_S,
         )  # fmt: skip
 
         def find(message: QueueMessage[Any]) -> Handler | None:
@@ -160,8 +163,9 @@ class Worker:
 
         return Line(
             self._app, receiver, queue.topic, find, concurrency=self._concurrency, ordering=ORDER_KEY,
-            attempts=lambda: queue.attempts, stop=self._stop, reports=Reports(queue, self._app.producer),
-            metrics=self.metrics,
+            attempts=lambda: queue.attempts, stop=self._stop, metrics=self.metrics,
+            reports=Reports(queue, self._app.producer, running_after=self._app.running_after),
+            depth=Depth(self._concurrency, self._concurrency),
         )  # fmt: skip
 
 

@@ -85,15 +85,18 @@ class Peer:
 
 
 class Asking:
-    """See the module. ``out`` gets the effects; ``stopped``: ask for nothing more, but go on telling what is held."""
+    """See the module. ``out`` gets the effects; ``stopped``: ask for nothing more, but go on telling what is held.
+
+    ``prefetch`` may change at any time; what was asked for before may still come.
+    """
 
     def __init__(self, table: LeaseTable, *, prefetch: int, prefetch_bytes: int, seed: int) -> None:
         self.parts: dict[PartitionKey, Part] = {}
         self.stopped = False
         self.full = False  # of bytes: the table does not tell when some are handed out
         self.next_deadline_ms = _FOREVER
+        self.prefetch = prefetch
         self._table = table
-        self._prefetch = prefetch
         self._prefetch_bytes = prefetch_bytes
         self._peers: dict[int, Peer] = {}
         self._asks: dict[int, Ask] = {}
@@ -232,7 +235,7 @@ class Asking:
             self._look(now_ms, out)
         if self.stopped:
             return
-        room = self._prefetch - self._table.unsettled
+        room = self.prefetch - self._table.unsettled
         bytes_free = self._prefetch_bytes - self._table.bytes
         self.full = bytes_free <= 0
         if room <= 0 or self.full or self._table.settling >= SETTLING_MAX:

@@ -18,6 +18,7 @@ from ferryline.core.receiving_events import (
     GiveBack,
     KeepAnswered,
     Parting,
+    PrefetchChanged,
     RaiseError,
     Received,
     ReceiveFailed,
@@ -120,6 +121,8 @@ class ReceiverCore:
             self._asking.session_lost(event.broker)
         elif isinstance(event, RecordsLost):
             self._lost(event)
+        elif isinstance(event, PrefetchChanged):
+            self._prefetch = self._asking.prefetch = event.records
         elif isinstance(event, Stopped):
             self._asking.stopped = True
         elif isinstance(event, Parting):

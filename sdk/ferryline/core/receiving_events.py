@@ -96,6 +96,12 @@ class TimePassed(Event, frozen=True):
     """`next_deadline_ms` has come."""
 
 
+class PrefetchChanged(Event, frozen=True):
+    """From now on so many records may be here unsettled. What waits beyond that is given back, if it stays."""
+
+    records: int
+
+
 class Stopped(Event, frozen=True):
     """Ask for nothing more. Settling goes on."""
 

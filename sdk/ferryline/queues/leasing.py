@@ -22,6 +22,7 @@ from ferryline.core.receiving_events import (
     ForgetReceive,
     GiveBack,
     Parting,
+    PrefetchChanged,
     RaiseError,
     RecordsLost,
     RefreshMetadata,
@@ -67,7 +68,7 @@ class Leasing:
         )
         self.table = self.core.table
         self.loop = asyncio.get_running_loop()
-        self.settlements = Settlements(self.core, meta.name, self.feed)
+        self.settlements = Settlements(self.core, meta.name, self.feed, gather_s=options.gather)
         # Nobody may work on what is left of a lease that ended: others may have it. If not, they need not wait.
         self.buffer = Buffer(self.table, lambda lease: self.settlements.end_waiting(lease, RELEASE))
         self.working = 0
@@ -176,6 +177,10 @@ class Leasing:
             self._timer.cancel()
             self._timer = None
         self.feed(TimePassed())
+
+    def prefetch(self, records: int) -> None:
+        """How many may be here from now on."""
+        self.feed(PrefetchChanged(records))
 
     def _look_at_routes(self) -> None:
         routing = self._client.routing

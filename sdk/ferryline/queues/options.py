@@ -13,6 +13,7 @@ from ferryline.serializers import Decoder, decoder_for
 
 PREFETCH_MAX = 100_000
 LEASE_S_MIN, LEASE_S_MAX = 1.0, 12 * 3600.0
+GATHER_S_MAX = 0.5  # settled or not is known that much later
 DELAY_S_MAX = 365 * 86_400.0
 REASON_BYTES_MAX, DETAIL_BYTES_MAX = 256, 4096
 _STARTS = {"start": "start", "earliest": "start", "end": "end", "latest": "end"}
@@ -33,6 +34,7 @@ class ReceiverOptions:
     strict: bool  # priorities, without ageing
     max_processing: float
     close_timeout: float
+    gather: float
 
     @classmethod
     def checked(
@@ -49,6 +51,7 @@ class ReceiverOptions:
         strict: bool,
         max_processing: float,
         close_timeout: float,
+        gather: float,
     ) -> ReceiverOptions:
         """Raises InvalidName or InvalidArgument, naming the field and the limit."""
         if ordering not in ORDERINGS:
@@ -67,6 +70,7 @@ class ReceiverOptions:
             bool(strict),
             check_seconds(max_processing, "max_processing", 0.1, 7 * 86_400.0),
             check_seconds(close_timeout, "close_timeout", 0.0, 3600.0),
+            check_seconds(gather, "gather", 0.0, GATHER_S_MAX),
         )
 
 

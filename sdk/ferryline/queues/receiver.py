@@ -37,7 +37,8 @@ class Receiver(Generic[T]):
     its records; a living one renews them, at most until one has been worked on for ``max_processing``. ``prefetch``:
     how many records may be here unsettled. ``ordering``: "key", "partition" or "none"; the first receiver of a group
     sets it. ``start``: where a new group begins, "start" or "end". ``strict``: the highest priority first, always;
-    otherwise a record that has waited long goes before it.
+    otherwise a record that has waited long goes before it. ``gather``: an acknowledgement that comes less than so many
+    seconds after others were sent waits until then, and leaves with those that come meanwhile.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Receiver(Generic[T]):
         strict: bool = False,
         max_processing: float = 3600.0,
         close_timeout: float = 10.0,
+        gather: float = 0.0,
     ) -> None:
         self._client = client
         self._options = ReceiverOptions.checked(
@@ -69,6 +71,7 @@ class Receiver(Generic[T]):
             strict=strict,
             max_processing=max_processing,
             close_timeout=close_timeout,
+            gather=gather,
         )
         self._leasing: Leasing | None = None
         self._renewing: Hosted | None = None
@@ -166,8 +169,7 @@ class Receiver(Generic[T]):
 
     async def _breathe(self, leasing: Leasing) -> None:
         self._breath = 0
-        if leasing.settlements.gathered:
-            leasing.settlements.flush()
+        leasing.settlements.came_round()
         await asyncio.sleep(0)
 
     async def _news(self, leasing: Leasing, timeout: float | None) -> bool:
@@ -202,6 +204,10 @@ class Receiver(Generic[T]):
         """Wait until all that was settled so far has had its last word. Raises DeadlineExceeded; settling goes on."""
         if not await self._running().settle_all(check_seconds(timeout, "timeout", 0.0, 86_400.0)):
             raise DeadlineExceeded(f"flush: some records have had no last word after {timeout:g} s")
+
+    def set_prefetch(self, records: int) -> None:
+        """Let so many records be here unsettled from now on. Those beyond it that wait are given back in a moment."""
+        self._running().prefetch(check_range(records, "prefetch", 1, PREFETCH_MAX))
 
     # -- questions ---------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""What the application settles, gathered until the loop comes round, and who waits for the outcome."""
+"""What the application settles, gathered until the loop comes round or for a moment longer, and who waits for the
+outcome."""
 
 from __future__ import annotations
 
@@ -23,10 +24,13 @@ SettleFuture = asyncio.Future[Any]  # of nothing, but for one that stands for se
 class Settlements:
     """Settlements of one receiver, from the call to the last word. ``feed(event)`` gives them to the core.
 
-    ``gathered``: how many records were settled since the last frame.
+    ``gathered``: how many records were settled since the last frame. ``gather_s``: acknowledgements leave no sooner
+    after those before them. One that comes after a pause leaves at once: nothing is lost where nothing is gathered.
     """
 
-    def __init__(self, core: ReceiverCore, topic: str, feed: Callable[[SettleAsked], None]) -> None:
+    def __init__(
+        self, core: ReceiverCore, topic: str, feed: Callable[[SettleAsked], None], *, gather_s: float = 0.0
+    ) -> None:
         self.gathered = 0
         self.closed = False
         self._core = core
@@ -40,6 +44,8 @@ class Settlements:
         self._outcomes: dict[int, tuple[Settle, list[SettleFuture]]] = {}  # sent, without a last word
         self._numbers = 0
         self._flushing: asyncio.Handle | None = None
+        self._gather_s = gather_s
+        self._flushed_at = float("-inf")  # loop time
 
     @property
     def last(self) -> int:
@@ -63,7 +69,7 @@ class Settlements:
             found[1].append(future)
         self.gathered += 1
         if self._flushing is None:
-            self._flushing = self._loop.call_soon(self.flush)
+            self._flushing = self._soon()
         elif self.gathered >= GATHER_MAX:
             self.flush()
         return future
@@ -124,7 +130,22 @@ class Settlements:
         self._others.append((settle, [future]))
         if self._flushing is None:
             self._flushing = self._loop.call_soon(self.flush)
+        elif self._gather_s:
+            self._flushing.cancel()
+            self._flushing = self._loop.call_soon(self.flush)  # somebody else may want the record
         return future
+
+    def _soon(self) -> asyncio.Handle:
+        if self._gather_s:
+            due = self._flushed_at + self._gather_s
+            if due > self._loop.time():
+                return self._loop.call_at(due, self.flush)
+        return self._loop.call_soon(self.flush)
+
+    def came_round(self) -> None:
+        """The application has let the loop run: send what it settled, unless that shall be gathered for longer."""
+        if self.gathered and not self._gather_s:
+            self.flush()
 
     def flush(self) -> None:
         """Send what was settled since the last time."""
@@ -132,6 +153,8 @@ class Settlements:
             self._flushing.cancel()
             self._flushing = None
         self.gathered = 0
+        if self._gather_s:
+            self._flushed_at = self._loop.time()
         acks, self._acks = self._acks, {}
         asked, self._others = self._others, []
         now_ms = self._now_ms()
