@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,28 @@ def test_a_cluster_comes_up_heals_stops_on_ctrl_c_and_keeps_its_data(
     assert cli(found, "consume", "kept", "--from", "start", "--exit") == "hello\n"
 
 
+# What FalconQ's own README tells its users to type, but for the texts; the address stands for the gateway's.
+FALCONQ_README = """
+curl -X POST http://localhost:8080/topic/orders/publish \\
+  -H "Content-Type: application/json" \\
+  -d '{"message": "a refund 🔥", "priority": "high"}'
+curl -X POST http://localhost:8080/topic/orders/publish \\
+  -H "Content-Type: application/json" \\
+  -d '{"message": "an order", "priority": "low"}'
+curl "http://localhost:8080/topic/orders/consume?consumerID=worker1&batch=1"
+curl "http://localhost:8080/topic/orders/peek?offset=0&batch=5"
+curl http://localhost:8080/topics
+curl http://localhost:8080/topics/orders/partitions
+"""
+
+
+def falconq_readme(url: str) -> list[Any]:
+    """The answer to each command."""
+    script = FALCONQ_README.replace("http://localhost:8080", url).replace("curl ", "echo; curl --fail --silent ")
+    done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=120, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line]
+
+
 @pytest.mark.timeout(180)
 def test_falconq_is_served_when_it_is_asked_for_and_started_again(
     up: Any, eventually_blocking: Any, tmp_path: Path
@@ -106,6 +129,12 @@ def test_falconq_is_served_when_it_is_asked_for_and_started_again(
         with urllib.request.urlopen(gateway["url"] + path, data=data, timeout=30) as response:
             return json.loads(response.read())
 
+    if shutil.which("curl"):
+        *_, consumed, peeked, topics, partitions = falconq_readme(gateway["url"])
+        assert [one["message"] for one in consumed["messages"]] == ["a refund 🔥"]
+        assert [one["message"] for one in peeked["messages"]] == ["a refund 🔥", "an order"]
+        assert "orders" in json.dumps(topics)
+        assert len(partitions["partitions"]) == 1
     for number in range(2):
         ask("/topic/kept/publish", json.dumps({"message": number}))
     assert [one["message"] for one in ask("/topic/kept/consume?consumerID=c&batch=1")["messages"]] == [0]
