@@ -138,6 +138,14 @@ def test_definitions_go_out_and_in_again(ferryline: Run, tmp_path: Path) -> None
 
 
 EXAMPLES: dict[str, list[str]] = {
+    "work_queue": [
+        "job 1: done",
+        "job 2: done",
+        "job 3: done at attempt 2",
+        "job 4: done",
+        "job 5: done",
+        "job 6: done",
+    ],
     "publish_subscribe": [
         "screen: the disk is filling up",
         "screen: the disk is full",
