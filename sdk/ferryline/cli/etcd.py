@@ -107,6 +107,6 @@ def _ports(path: Path, members: int, taken: set[int]) -> tuple[list[int], list[i
 def run_coordinator(arguments: list[str], env: Mapping[str, str]) -> None:
     """One of the coordinator program's own commands. Raises ProcessFailed."""
     command = [sys.executable, "-m", "ferryline_coordinator", *arguments]
-    ended = subprocess.run(command, env=dict(env), capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=dict(env), capture_output=True, text=True, timeout=180, check=False)
     if ended.returncode != 0:
         raise ProcessFailed(f"{' '.join(arguments[:2])}: status {ended.returncode}\n{ended.stderr[-2000:]}")
