@@ -45,7 +45,6 @@ async def test_the_submitter_of_the_page_gets_its_results(capsys: pytest.Capture
     assert "https://example.org/cat.png?width=128" in printed
     assert [line for line in printed.splitlines() if line.startswith("dog-1")] == [
         "dog-1 queued",
-        "dog-1 running (attempt 1 of 3)",
         "dog-1 done",
     ]
 

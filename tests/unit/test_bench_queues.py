@@ -19,6 +19,7 @@ from benchmarks.compare.peers.catalogue import PEERS
 from benchmarks.compare.plan import HEADLINE
 from benchmarks.compare.queue_goals import queue_verdicts
 from benchmarks.compare.queue_plan import (
+    NO_RESULTS,
     QUEUE_VARIANTS,
     QUEUE_WORKLOADS,
     SUBSCRIBER,
@@ -299,7 +300,8 @@ def test_tasks_are_compared_with_how_tasks_are_usually_run() -> None:
     found = verdicts_of(
         {
             f"tasks|tasks|{HEADLINE}": [queued(4_000.0)],
-            f"tasks|tasks|{SUBSCRIBER}": [queued(9_000.0)],
+            f"tasks|tasks|{NO_RESULTS}": [queued(9_000.0)],
+            f"tasks|tasks|{SUBSCRIBER}": [queued(20_000.0)],
             "tasks|tasks|celery": [queued(1_000.0)],
             "tasks|tasks|dramatiq": [queued(2_000.0)],
             "tasks|tasks|dramatiq, always": [queued(500.0)],
@@ -309,6 +311,7 @@ def test_tasks_are_compared_with_how_tasks_are_usually_run() -> None:
     assert not found["tasks, best peer"].met
     assert found["tasks, best flushed peer"].value == pytest.approx(8.0)
     assert found["tasks without results, best peer"].value == pytest.approx(4.5)
+    assert found["a subscriber, best peer of tasks"].value == pytest.approx(10.0)
 
 
 def test_a_run_that_would_take_too_long_leaves_rounds_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Ferryline's tasks, as docs/workers.md says: `submit_many`, so many together.
 
-``BENCH_HANDLER=no-results``: a task whose results nobody asks for, as Celery's ``ignore_result``. ``BENCH_HANDLER=subscriber``: a handler of a topic instead, whose records are sent: what a task is without id, status
+``BENCH_HANDLER=no-results``: a task whose results nobody asks for, as Celery's ``ignore_result``;
+``BENCH_HANDLER=subscriber``: a handler of a topic instead, whose records are sent: what a task is without id, status
 and result.
 """
 

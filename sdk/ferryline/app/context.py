@@ -24,8 +24,9 @@ class Context:
     __slots__ = ("_loop", "app", "attempt", "attempts", "job_id", "message", "name", "stop")
 
     def __init__(
-        self, app: App, message: QueueMessage[Any], *, name: str, attempt: int, attempts: int, job_id: str, stop: Stop
-    ) -> None:
+        self, app: App, message: QueueMessage[Any], *, name: str, attempt: int, attempts: int, job_id: str, stop: Stop,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
         self.app = app
         self.message = message
         self.name = name
@@ -33,7 +34,7 @@ class Context:
         self.attempts = attempts
         self.job_id = job_id
         self.stop = stop
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
 
     @property
     def stopping(self) -> bool:

@@ -98,6 +98,8 @@ class Call:
         for around in reversed(middleware):
             step = partial(_through, around, step)
         limit = self.handler.timeout
+        if limit is None:
+            return await step(self.message)
         try:
             async with asyncio.timeout(limit) as clock:
                 return await step(self.message)

@@ -29,7 +29,6 @@ from ferryline.protocol.errors import (
 )
 from ferryline.protocol.queue_messages import ACK, NACK, ORDER_PARTITION, REJECT
 from ferryline.queues.message import described, detailed
-from ferryline.tasks import Tasks
 
 if TYPE_CHECKING:
     from ferryline.app.app import App
@@ -83,11 +82,11 @@ class Line:
         self._threads = Threads(concurrency, name)
         self._depth = depth
         self._decided_at = float("-inf")  # loop time
+        self._loop = asyncio.get_running_loop()  # which asks the kernel for our pid each time
         self._running: set[asyncio.Task[None]] = set()
-        self._storing: set[asyncio.Task[Any] | None] = (
-            set()
-        )  # those of them that only wait for their result to be stored
-        self._handling = Tasks()
+        self._busy = (
+            0  # of them, those that have a place in `concurrency`; the others wait for their result to be stored
+        )
         self._room = asyncio.Event()
         # Where a whole partition is one lane, its records may be here together; they are worked on in order.
         self._lanes: dict[int, asyncio.Lock] | None = defaultdict(asyncio.Lock) if ordering == ORDER_PARTITION else None
@@ -97,8 +96,8 @@ class Line:
     async def run(self) -> None:
         """Take records until `stop`. Raises a FerrylineError that will not pass by itself."""
         while not self._stop.asked:
-            room = self._concurrency - (len(self._running) - len(self._storing))
-            if room <= 0 or len(self._storing) >= STORING_MAX:
+            room = self._concurrency - self._busy
+            if room <= 0 or len(self._running) - self._busy >= STORING_MAX:
                 await self._until_room()
                 continue
             if self._depth is not None:
@@ -124,14 +123,14 @@ class Line:
         if depth is None or depth.records == depth.least:
             await self._room.wait()
             return
-        timer = asyncio.get_running_loop().call_later(STALL_S, self._stalled, depth)
+        timer = self._loop.call_later(STALL_S, self._stalled, depth)
         try:
             await self._room.wait()
         finally:
             timer.cancel()
 
     def _decide(self, depth: Depth) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if now - self._decided_at >= DECIDE_S:
             self._decided_at = now
             before = depth.records
@@ -146,14 +145,15 @@ class Line:
         return self._stop.asked
 
     def _begin(self, message: QueueMessage[Any]) -> None:
-        task = self._handling.spawn(self._work(message))
+        task = self._loop.create_task(self._work(message, Place(self)))
         self._running.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._storing.discard(task)
         self._room.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: a record's handling failed", self.name, exc_info=error)
 
     async def stop(self, grace: float) -> None:
         """Give back what waits, let the work in hand end for ``grace`` seconds, cancel what is left and give it back.
@@ -175,15 +175,18 @@ class Line:
 
     # -- one record --------------------------------------------------------------------------------
 
-    async def _work(self, message: QueueMessage[Any]) -> None:
-        if self._lanes is None:
-            await self._process(message)
-            return
-        async with self._lanes[message.partition]:
-            if message.is_held:  # else one before it failed, and both come again, in order
-                await self._process(message)
+    async def _work(self, message: QueueMessage[Any], place: Place) -> None:
+        try:
+            if self._lanes is None:
+                await self._process(message, place)
+                return
+            async with self._lanes[message.partition]:
+                if message.is_held:  # else one before it failed, and both come again, in order
+                    await self._process(message, place)
+        finally:
+            place.leave()
 
-    async def _process(self, message: QueueMessage[Any]) -> None:
+    async def _process(self, message: QueueMessage[Any], place: Place) -> None:
         lingering: list[asyncio.Future[Any]] = []
         # `processing` makes the end of the receiver wait, and gives the record back if this is cancelled.
         async with message.processing():
@@ -192,17 +195,18 @@ class Line:
                 self._metrics.of(message.topic, UNKNOWN).ended(NACK)
                 await self._settle(message, Verdict(NACK, reason="no task of its name is known to this worker"), "")
                 return
-            lingering = await self._attempt(handler, message)
+            lingering = await self._attempt(handler, message, place)
         if lingering and not self._stop.asked:
-            self._hold()
+            place.take()
             await asyncio.wait(lingering)  # the place in `concurrency` is taken until its thread ends
 
-    async def _attempt(self, handler: Handler, message: QueueMessage[Any]) -> list[asyncio.Future[Any]]:
+    async def _attempt(self, handler: Handler, message: QueueMessage[Any], place: Place) -> list[asyncio.Future[Any]]:
         attempt, retry = message.delivery_count, handler.retry
         attempts = retry.attempts if retry is not None else self._attempts()
         context = Context(
             self._app, message, name=handler.name, attempt=attempt, attempts=attempts,
             job_id=message.id if self._reports is not None else "", stop=self._stop,
+            loop=self._loop,
         )  # fmt: skip
         call = Call(handler, message, context)
         if self._reports is not None:
@@ -216,7 +220,8 @@ class Line:
                 self._reports.began(call)
             error = await self._timed(call)
             if call.stored is not None:
-                error = await self._stored(call, call.stored)
+                place.leave()
+                error = await _stored(call, call.stored)
         reason = described(error) if error is not None else ""
         verdict = judge(
             error,
@@ -241,14 +246,14 @@ class Line:
             log.debug("%r was settled by its handler, or lost", message)
             return call.lingering
         if error is not None and self._reports is not None:
-            self._hold()
+            place.take()
             await self._reports.failed(call, verdict, detail)
         await self._settle(message, verdict, detail)
         return call.lingering
 
     async def _timed(self, call: Call) -> Exception | None:
         counts, began = self._metrics.of(call.message.topic, call.handler.name), perf_counter()
-        depth, loop = self._depth, asyncio.get_running_loop()
+        depth, loop = self._depth, self._loop
         now = loop.time()
         counts.in_flight += 1
         try:
@@ -276,21 +281,6 @@ class Line:
             return from_handler(error)
         return None
 
-    async def _stored(self, call: Call, stored: asyncio.Future[Any]) -> Exception | None:
-        """Why the result of a task was not stored, if it was not. Others may begin meanwhile."""
-        self._storing.add(asyncio.current_task())
-        self._room.set()
-        try:
-            await stored
-        except Exception as error:
-            call.hopeless = isinstance(error, UNREADABLE)
-            return from_handler(error)
-        return None
-
-    def _hold(self) -> None:
-        """This record has a place in ``concurrency`` again: its attempt has failed, and is not over yet."""
-        self._storing.discard(asyncio.current_task())
-
     async def _settle(self, message: QueueMessage[Any], verdict: Verdict, detail: str) -> None:
         if verdict.action == ACK:
             message.ack_nowait().add_done_callback(_told)
@@ -302,6 +292,40 @@ class Line:
                 await message.nack(verdict.delay, verdict.reason, detail)
         except FerrylineError as error:
             log.warning("%r: %s", message, error)
+
+
+class Place:
+    """A place in the ``concurrency`` of a line. Taken from the start; `leave` and `take` may be repeated."""
+
+    __slots__ = ("_line", "_taken")
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._taken = True
+        line._busy += 1
+
+    def leave(self) -> None:
+        """Another record may be begun."""
+        if self._taken:
+            self._taken = False
+            self._line._busy -= 1
+            self._line._room.set()
+
+    def take(self) -> None:
+        """The attempt is not over after all; for this moment there may be one too many."""
+        if not self._taken:
+            self._taken = True
+            self._line._busy += 1
+
+
+async def _stored(call: Call, stored: asyncio.Future[Any]) -> Exception | None:
+    """Why the result of a task was not stored, if it was not."""
+    try:
+        await stored
+    except Exception as error:
+        call.hopeless = isinstance(error, UNREADABLE)
+        return from_handler(error)
+    return None
 
 
 def _told(settled: asyncio.Future[None]) -> None:
