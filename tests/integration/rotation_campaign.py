@@ -208,7 +208,7 @@ def main() -> int:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="ferryline-rotation-") as folder:
             result = asyncio.run(run(options, Path(folder)))
-        tell({"good": good(result), **result}, options.ledger)
+        tell({"good": good(result), "coordinators": options.coordinators, **result}, options.ledger)
         bad += not good(result)
     return 1 if bad else 0
 
