@@ -115,11 +115,10 @@ class PartitionDriver:
             effects = hosted.core.handle(event, now_ms())
             if effects:
                 self._carry_out(hosted, effects)
+            self._fed[hosted] = None
+            self.end_pass_soon()
         except Exception as error:  # an assertion, or a mistake that leaves core and log in doubt about each other
             self._break(hosted, event, error)
-            return
-        self._fed[hosted] = None
-        self.end_pass_soon()
 
     def feed_all(self, event: ev.Event, role: str = "") -> None:
         """Feed ``event`` to every core, or to those in ``role``."""
@@ -183,8 +182,7 @@ class PartitionDriver:
         self.end_pass_soon()
 
     def _append(self, hosted: HostedReplica, effect: ev.Append) -> None:
-        headers = effect.headers
-        log = hosted.logs[effect.log]
+        log, headers = hosted.logs[effect.log], effect.headers
         begin = log.log_end
         log.append(effect.data, headers)
         hosted.fresh = (effect.log, begin, log.log_end, effect.data)
