@@ -26,7 +26,7 @@ from ferryline.protocol.queue_messages import (
     Receive,
     Settle,
 )
-from ferryline.protocol.records import BatchBuilder, DecodedRecord
+from ferryline.protocol.records import DecodedRecord
 from ferryline_broker.access_rules import QUEUE_LOOKS, TopicCheck, refusal, topic_check
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core.events import Bytes, Key
@@ -50,7 +50,7 @@ from ferryline_broker.queue_checks import (
     check_one_of,
     check_settle,
 )
-from ferryline_broker.queue_records import QueueRecords
+from ferryline_broker.queue_records import QueueRecords, batch_of
 from ferryline_broker.queue_requests import RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
 from ferryline_broker.told import told
@@ -269,7 +269,7 @@ class QueueHandler:
             self.driver.storage_failed(hosted, RECORDS, failure)
             parked.refuse(hosted.key, failure.info())
             return
-        payload = _payload(records)
+        payload = batch_of(records)
         if len(payload) > parked.room and len(fitting := parked.fitting(records)) < len(records):
             # The core knows sizes on average only: the rest is leased with another answer.
             rest = [record.offset for record in records[len(fitting) :]]
@@ -277,7 +277,7 @@ class QueueHandler:
             records = fitting
             if not records:
                 return
-            payload = _payload(records)
+            payload = batch_of(records)
         offsets, attempts = answer.offsets, answer.attempts
         if len(records) != len(offsets):  # or retention was faster; the rest is still theirs to settle
             there = {record.offset for record in records}
@@ -308,7 +308,7 @@ class QueueHandler:
                 records.append(record)
             if size >= bytes_max:
                 break
-        return {"offsets": [record.offset for record in records]}, _payload(records) if records else b""
+        return {"offsets": [record.offset for record in records]}, batch_of(records) if records else b""
 
     # -- waiting ------------------------------------------------------------------------------------
 
@@ -393,10 +393,3 @@ class QueueHandler:
         if not self._view.claim_key:
             raise NotReady("this broker has no key for receipts yet; it is not registered")
         return self._view.claim_key
-
-
-def _payload(records: list[DecodedRecord]) -> bytearray:
-    """One batch of exactly these records."""
-    builder = BatchBuilder(2**30)
-    builder.extend([(record.timestamp, record.key, record.value, record.headers) for record in records])
-    return builder.build()

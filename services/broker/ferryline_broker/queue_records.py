@@ -19,7 +19,7 @@ from ferryline.protocol.queue_messages import (
     PRIORITIES,
     PRIORITY_DEFAULT,
 )
-from ferryline.protocol.records import BatchHeader, DecodedRecord, decode_batch
+from ferryline.protocol.records import BatchBuilder, BatchHeader, DecodedRecord, decode_batch
 from ferryline_broker.core.events import Key
 from ferryline_broker.core.queue_events import ReadWindow, Scanned, WindowRead
 from ferryline_broker.hosted import HostedReplica
@@ -147,6 +147,13 @@ class QueueRecords:
             self._bases[owner].remove(first)
             if not self._bases[owner]:
                 del self._bases[owner]
+
+
+def batch_of(records: list[DecodedRecord]) -> bytearray:
+    """One batch of exactly these records."""
+    builder = BatchBuilder(2**30)
+    builder.extend([(record.timestamp, record.key, record.value, record.headers) for record in records])
+    return builder.build()
 
 
 def _with_headers(record: DecodedRecord, now_ms: int, wall_ms: int) -> Scanned:

@@ -206,7 +206,7 @@ QUEUE_MUTANTS = (
         "Q8",
         "the lane of a parked record goes on",
         QUEUES,
-        ("Queue._kill", "self.window.stop(offset, now_ms)", "self.window.gone(offset, now_ms)"),
+        ("Queue._kill", "self.window.stop(offset, now_ms)", "self.window.gone([offset], now_ms)"),
         (
             "Queue._available",
             "if offset not in self.window.lane_of:\n        return",

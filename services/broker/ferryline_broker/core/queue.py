@@ -166,30 +166,7 @@ class Queue:
         table, window = self.table, self.window
         if table.paused or self.rebuilding or not self.filled:
             return None
-        run = LANE_RUN[table.ordering]
-        taken = window.take(limit) if run == 1 and not strict and window.plain else []
-        expired: list[int] = []
-        barrier = window.barrier() if run > 1 else 0
-        while len(taken) < limit and window.ready:
-            offset = window.pick(now_ms, strict)
-            if offset is None:
-                break
-            if window.expired(offset, now_ms):
-                expired.append(offset)
-                window.gone([offset], now_ms)
-                continue
-            taken.append(offset)
-            followed = 1
-            while followed < run and len(taken) < limit:
-                more = window.follow(offset, barrier)
-                if more is None:
-                    break
-                if window.expired(more, now_ms):
-                    expired.append(more)
-                    window.gone([more], now_ms)
-                    continue
-                taken.append(more)
-                followed += 1
+        taken, expired = window.choose(limit, LANE_RUN[table.ordering], now_ms, strict)
         if expired:
             self._put(Settled(self.table.group, EXPIRED, packed(sorted(expired)), self._epoch_at(max(expired))))
         if not taken:

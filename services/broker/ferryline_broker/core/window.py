@@ -282,13 +282,38 @@ class Window:
 
     # -- choosing -----------------------------------------------------------------------------------
 
-    @property
-    def plain(self) -> bool:
-        """Nothing is to be weighed: all have the same priority, and nobody's time ends."""
-        return self._ageing is None and not self._expires
+    def choose(self, limit: int, run: int, now_ms: int, strict: bool = False) -> tuple[list[int], list[int]]:
+        """(taken, expired): up to ``limit`` records to lease, ``run`` of a lane at most, in the order in which they are
+        to be worked on; and those met on the way whose time is over: they are gone."""
+        if run == 1 and not strict and self._ageing is None and not self._expires:
+            return self._plain(limit), []
+        taken: list[int] = []
+        expired: list[int] = []
+        barrier = self.barrier() if run > 1 else 0
+        while len(taken) < limit and self.ready:
+            offset = self.pick(now_ms, strict)
+            if offset is None:
+                break
+            if self.expired(offset, now_ms):
+                expired.append(offset)
+                self.gone([offset], now_ms)
+                continue
+            taken.append(offset)
+            followed = 1
+            while followed < run and len(taken) < limit:
+                more = self.follow(offset, barrier)
+                if more is None:
+                    break
+                if self.expired(more, now_ms):
+                    expired.append(more)
+                    self.gone([more], now_ms)
+                    continue
+                taken.append(more)
+                followed += 1
+        return taken, expired
 
-    def take(self, limit: int) -> list[int]:
-        """What `pick` would choose, ``limit`` times over, where the window is `plain`; in ascending order."""
+    def _plain(self, limit: int) -> list[int]:
+        """What `pick` would choose, where all have the same priority and nobody's time ends; in ascending order."""
         heap, ready = self._heaps[PRIORITY_DEFAULT], self.ready
         taken: list[int] = []
         while heap and len(taken) < limit:
