@@ -160,9 +160,7 @@ class PartitionCore:
     def queue_waited_for(self, group: str, ordering: str, now_ms: int) -> bool:
         """Whether a request to lease would find nothing, and somebody else's was told the same a moment ago."""
         primary = self.primary
-        return (
-            primary is not None and primary.queues is not None and primary.queues.waited_for(group, ordering, now_ms)
-        )
+        return primary is not None and primary.queues is not None and primary.queues.waited_for(group, ordering, now_ms)
 
     def check_read(self, offset: int, offset_epoch: int = -1, secondary: bool = False) -> ReadVerdict:
         """See `reading.check_read`."""
