@@ -76,29 +76,34 @@ class Crew:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FERRYLINE_")}
         self._env = clean | {"FERRYLINE_URL": cluster.url, "FERRYLINE_CA": str(cluster.ca), "HOME": str(folder)}
         self._logs: list[Path] = []
-        self._starting: list[Path] = []
+        self._starting: dict[Path, subprocess.Popen[bytes]] = {}
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def spawn(self) -> None:
         command = [sys.executable, "-m", "ferryline.cli", "worker", "run", "crew:app", "--here"]
         command += ["--concurrency", str(CONCURRENCY)]
         self._logs.append(self.folder / f"log-{len(self._logs)}")
-        self._starting.append(self._logs[-1])
         with self._logs[-1].open("w") as log:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=self._env, stdout=log, stderr=log,
                 preexec_fn=die_with_parent(signal.SIGKILL),
             )  # fmt: skip
         self.workers.append(process)
+        self._starting[self._logs[-1]] = process
 
     async def ready(self) -> None:
         """All that were started are at work."""
         await until(lambda: all(self._at_work(log) for log in list(self._starting)), "workers start")
 
     def _at_work(self, log: Path) -> bool:
-        found = "at work on" in log.read_text()
-        if found:
-            self._starting.remove(log)
+        """A worker that found no cluster in time, on a busy machine, ends: another one takes its place, as it would
+        under whatever watches workers."""
+        found, process = "at work on" in log.read_text(), self._starting[log]
+        if found or process.poll() is not None:
+            del self._starting[log]
+        if not found and process.poll() is not None:
+            self.workers.remove(process)
+            self.spawn()
         return found
 
     async def replace(self, worker: subprocess.Popen[bytes], number: int) -> None:
