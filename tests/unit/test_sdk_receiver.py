@@ -328,7 +328,7 @@ async def test_a_stale_record_is_told_so_and_its_neighbours_are_settled(
             await second.nack()
 
 
-async def test_many_are_acknowledged_in_any_order_and_each_of_them_once(cluster: FakeCluster, client: fl.Client) -> None:
+async def test_many_are_acknowledged_in_any_order_and_each_once(cluster: FakeCluster, client: fl.Client) -> None:
     await fill(client, "one", b"1", b"2", b"3", b"4", b"5")
     async with client.receiver("one", group="g") as receiver:
         first, second, third, fourth, fifth = await take(receiver, 5)
