@@ -13,7 +13,7 @@ from ferryline_broker.core.epochs import EpochIndex
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, encode_entry
 from ferryline_broker.core.queue import Queue
 from ferryline_broker.core.queue_config import QueueConfig
-from ferryline_broker.core.queue_entries import Dying, Opened, Purged
+from ferryline_broker.core.queue_entries import Dying, Leased, Opened, Purged, Settled, packed
 from ferryline_broker.core.queue_table import QueueTable
 from unit.core_pair import KEY, part
 from unit.test_core_queue import QueuePair
@@ -267,3 +267,14 @@ def test_a_dead_letter_does_not_wait_for_those_that_died_after_it() -> None:
     assert pair.effects(qe.MoveDead, 1) == []
     pair.tell(2, ev.Flushed(STATE, first_ends))
     assert [move.sequence for move in pair.effects(qe.MoveDead, 1)] == [0]
+
+
+def test_what_is_leased_again_is_in_its_last_lease_only() -> None:
+    """A record was leased, lost, and another one leased in its place; then retention took both, and a replay could not
+    tell any more that the first lease was void. It stayed, ended, and attempts fell below 0 (seed 101187)."""
+    table = QueueTable("g", "key", 0)
+    table.apply(Leased("g", 5, 4, "lost", 500, [9], 5))
+    table.apply(Leased("g", 13, 6, "kept", 500, packed([5, 9]), 13))
+    assert [(one, sorted(lease.offsets)) for one, lease in table.leases.items()] == [((13, 6), [5, 9])]
+    table.apply(Settled("g", "acked", packed([5, 9]), 13))
+    assert (table.leases, table.holder, table.stories) == ({}, {}, {})

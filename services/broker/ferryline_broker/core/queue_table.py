@@ -123,6 +123,9 @@ class QueueTable:
 
     def _leased(self, entry: Leased) -> None:
         offsets = unpacked(entry.offsets)
+        if not self.holder.keys().isdisjoint(offsets):  # of records that were lost: below the log start nobody can tell
+            for offset in offsets:
+                self._end_lease(offset)
         lease = Lease((entry.epoch, entry.lease), entry.member, entry.lease_ms, offsets)
         self.leases[lease.id] = lease
         self.next_lease = max(self.next_lease, entry.lease + 1)
