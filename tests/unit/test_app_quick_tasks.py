@@ -219,7 +219,7 @@ async def test_what_was_fetched_ahead_of_handlers_that_turn_slow_goes_to_others(
         began = loop.time()
         async with client.receiver("media", group="tasks", prefetch=18) as other:
             for _ in range(18):
-                message = await anext(aiter(other))
+                message = await asyncio.wait_for(anext(aiter(other)), 60)
                 assert message.delivery_count == 1  # it was given back, and that is no attempt
                 await message.ack()
         assert loop.time() - began < STALL_S + 5

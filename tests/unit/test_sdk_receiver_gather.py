@@ -60,7 +60,12 @@ async def test_a_nack_waits_for_nobody_and_takes_gathered_acks_along(cluster: Fa
         first, second, third = await take(receiver, 3)
         await first.ack()
         acked = second.ack_nowait()
-        await third.nack(60)
+        nacked = asyncio.create_task(third.nack(60))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert receiver._leasing is not None
+        assert not receiver._leasing.settlements.gathered, "sent within a pass or two of the loop"
+        await nacked
         assert acked.done()
 
 
