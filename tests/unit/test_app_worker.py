@@ -394,6 +394,43 @@ async def test_a_worker_that_stops_finishes_what_it_has_and_gives_back_the_rest_
             assert not await other.receive(1, 120)
 
 
+@pytest.mark.parametrize("passes", range(4))
+async def test_what_comes_in_the_moment_in_which_a_worker_stops_is_handled_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    """1. a record arrives  2. before it is in hand, the worker is told to stop  3. it goes to another one, as new."""
+    handled: list[tuple[int, int]] = []
+    stopping: list[asyncio.Task[None]] = []
+
+    @bench.app.subscriber("one", group="g")
+    async def handle(order: Order, context: fl.Context) -> None:
+        handled.append((order.n, context.attempt))
+        await asyncio.sleep(1)  # what nobody waits for is freed meanwhile
+
+    receive = fl.Receiver.receive
+
+    async def received(receiver: fl.Receiver[Any], *args: Any) -> Any:
+        batch = await receive(receiver, *args)
+        if batch and not stopping:
+            stopping.append(asyncio.create_task(first.stop()))
+            for _ in range(passes):
+                await asyncio.sleep(0)
+        return batch
+
+    async with bench.app.connected(bench.client):
+        first = bench.app.worker()
+        with monkeypatch.context() as patch:
+            patch.setattr(fl.Receiver, "receive", received)
+            await first.start()
+            await bench.send("one", 1)
+            await poll(lambda: stopping)
+            await stopping[0]
+        async with bench.app.worker():
+            await poll(lambda: handled)
+            await asyncio.sleep(60)
+    assert handled == [(1, 1)]
+
+
 async def test_what_is_not_done_after_the_grace_is_cancelled_and_given_back(bench: Bench) -> None:
     loop = asyncio.get_running_loop()
     ended: list[str] = []

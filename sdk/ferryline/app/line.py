@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +114,17 @@ class Line:
                 log.warning("%s: %s", self.name, error)
                 await asyncio.sleep(AGAIN_S)
                 continue
+            if self._stop.asked:  # it came in the pass in which the end began: `stop` waits for what was begun only
+                await self._give_back(batch)
+                return
             for message in batch:
                 self._begin(message)
+
+    async def _give_back(self, batch: Sequence[QueueMessage[Any]]) -> None:
+        outcomes = await asyncio.gather(*(message.release() for message in batch), return_exceptions=True)
+        for message, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, FerrylineError):
+                log.debug("%r was not given back: %s", message, outcome)
 
     async def _until_room(self) -> None:
         self._room.clear()
@@ -181,7 +190,11 @@ class Line:
                 await self._process(message, place)
                 return
             async with self._lanes[message.partition]:
-                if message.is_held:  # else one before it failed, and both come again, in order
+                if not message.is_held:  # one before it failed, and both come again, in order
+                    return
+                if self._stop.asked:  # nobody waits for what only stood in line
+                    await self._give_back([message])
+                else:
                     await self._process(message, place)
         finally:
             place.leave()
