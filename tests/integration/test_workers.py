@@ -193,16 +193,16 @@ async def test_a_subscriber_acks_retries_and_gives_up(client: fl.Client) -> None
 async def test_a_handler_that_blocks_the_loop_loses_nothing_and_is_named(
     client: fl.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1. leases of two seconds  2. a handler blocks the loop for seven  3. nobody else gets the record  4. the log says
+    """1. leases of four seconds  2. a handler blocks the loop for nine  3. nobody else gets the record  4. the log says
     where it stood.
     """
     await client.admin.create_topic("blocked", partitions=1)
     app, attempts = fl.App(name="blocking"), []
 
-    @app.subscriber("blocked", lease=2)
+    @app.subscriber("blocked", lease=4)
     async def handle(context: fl.Context) -> None:
         attempts.append(context.attempt)
-        time.sleep(7)  # noqa: ASYNC251  (this line is looked for below)
+        time.sleep(9)  # noqa: ASYNC251  (this line is looked for below)
 
     caplog.set_level(logging.WARNING)
     async with app.connected(client), app.worker(), client.receiver("blocked", group="blocking") as other:
@@ -213,11 +213,11 @@ async def test_a_handler_that_blocks_the_loop_loses_nothing_and_is_named(
         await other.close()
         await poll(lambda: attempts, within_s=60)
         async with client.receiver("blocked", group="blocking") as third:
-            assert not await third.receive(1, 3)
+            assert not await third.receive(1, 5)
     assert attempts == [1]
     [told] = [record.getMessage() for record in caplog.records if "has not come round" in record.getMessage()]
     source, first = Path(__file__).read_text().splitlines(), told.split(f"{__file__}:")[1]
-    assert "time.sleep(7)" in source[int(first.split()[0]) - 1]
+    assert "time.sleep(9)" in source[int(first.split()[0]) - 1]
 
 
 async def test_a_worker_that_stops_gives_back_long_before_its_leases_end(client: fl.Client) -> None:
