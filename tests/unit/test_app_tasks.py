@@ -373,6 +373,26 @@ async def test_an_outcome_that_is_unknown_can_be_asked_for_later(shop: Shop, clu
         assert (await shop.app.job(unknown.value.details["job"]).status()).state in (State.QUEUED, State.NEVER_ACCEPTED)
 
 
+async def test_each_of_many_jobs_can_be_asked_for_when_their_outcome_is_unknown(
+    shop: Shop, cluster: fl.testing.Cluster
+) -> None:
+    async with shop.app.client.producer(delivery_timeout=5) as producer:
+        shop.app._producer = producer
+        await shop.echo.submit(0)
+        for broker in (1, 2):
+            cluster.partition(broker, "client", one_way=True)
+        outcomes = await shop.echo.submit_many([(number,) for number in range(3)])
+        assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown] * 3
+        ids = {outcome.details["job"] for outcome in outcomes if isinstance(outcome, OutcomeUnknown)}
+        assert len(ids) == 3, "they travelled in one batch, which has one error"
+
+
+@pytest.mark.parametrize("wrong", ["", "\ud800", 5])
+async def test_an_id_that_is_no_text_is_refused_by_name(shop: Shop, wrong: Any) -> None:
+    with pytest.raises(InvalidArgument, match="id"):
+        await shop.echo.submit(id=wrong)
+
+
 async def test_the_topics_of_a_queue_are_made_as_its_tasks_need_them(shop: Shop, client: fl.Client) -> None:
     await client.admin.create_topic("media", retry=fl.Retry(2, backoff=fl.exponential(7, 9), on_dead="park"))
     await shop.app.queues["media"].ensure()

@@ -184,12 +184,14 @@ class TaskQueue:
         if job_id is None:
             partition = self._next_partition(ms) % count if raw is None else partition_of(raw, count)
             name = new_id(task.name, ms, partition, secrets.token_hex(8))
+            identity = delivery_headers(id=name)
             entry = self.results.entry(name, ms, new=True)
         else:
+            name, identity = job_id, delivery_headers(id=job_id)
             # Copies meet in one partition, whose queue drops all but the first; that may be minutes old.
-            name, partition = job_id, partition_of(job_id.encode() if raw is None else raw, count)
+            partition = partition_of(job_id.encode() if raw is None else raw, count)
             entry = self.results.entry(name, ms - DEDUPE_MS)
-        headers = [(HEADER_TASK, task.name.encode()), (CONTENT_TYPE, JSON), *delivery, *delivery_headers(id=name)]
+        headers = [(HEADER_TASK, task.name.encode()), (CONTENT_TYPE, JSON), *delivery, *identity]
         if not task.keeps_results:
             headers.append((HEADER_RESULTS, NO_RESULTS))
         return Submission(name, partition, headers, entry, ms if job_id is None else -1, task.keeps_results)
@@ -265,7 +267,10 @@ class TaskQueue:
 
 
 def _with_job(error: FerrylineError, job_id: str) -> FerrylineError:
-    """The error of a submission; where nobody knows whether it was stored, ``app.job(id).status()`` tells later."""
+    """The error of a submission; where nobody knows whether it was stored, ``app.job(id).status()`` tells later.
+
+    All records of a batch fail with one error, so each job gets one of its own.
+    """
     if isinstance(error, OutcomeUnknown):
-        error.details["job"] = job_id
+        return OutcomeUnknown(error.message, **{**error.details, "job": job_id})
     return error
