@@ -55,6 +55,28 @@ async def test_acks_that_follow_others_leave_together_and_a_lone_one_at_once(
         assert len(cluster.queues.settles) - frames < 10
 
 
+async def test_an_ack_leaves_at_once_when_nothing_else_is_here_that_could_come_meanwhile(
+    cluster: FakeCluster, client: fl.Client
+) -> None:
+    """Records of one key come one after the other, each when the one before it is acknowledged."""
+    async with client.receiver("one", group="g", gather=LONG_S, prefetch=2) as receiver:
+        first, second = await take(receiver, 2)
+        await first.ack()
+        await poll(lambda: receiver.unsettled == 2)
+        (third,) = await take(receiver, 1)
+        assert receiver._leasing is not None
+        settlements = receiver._leasing.settlements
+        receiver.set_prefetch(1)  # no more come
+        futures = [second.ack_nowait()]
+        await asyncio.sleep(0)
+        assert settlements.gathered == 1, "the third is still here"
+        futures.append(third.ack_nowait())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not settlements.gathered
+        await asyncio.gather(*futures)
+
+
 async def test_a_nack_waits_for_nobody_and_takes_gathered_acks_along(cluster: FakeCluster, client: fl.Client) -> None:
     async with client.receiver("one", group="g", gather=LONG_S) as receiver:
         first, second, third = await take(receiver, 3)

@@ -38,7 +38,7 @@ class Receiver(Generic[T]):
     how many records may be here unsettled. ``ordering``: "key", "partition" or "none"; the first receiver of a group
     sets it. ``start``: where a new group begins, "start" or "end". ``strict``: the highest priority first, always;
     otherwise a record that has waited long goes before it. ``gather``: an acknowledgement that comes less than so many
-    seconds after others were sent waits until then, and leaves with those that come meanwhile.
+    seconds after others were sent waits until then, while other records are here, and leaves with theirs.
     """
 
     def __init__(

@@ -25,7 +25,8 @@ class Settlements:
     """Settlements of one receiver, from the call to the last word. ``feed(event)`` gives them to the core.
 
     ``gathered``: how many records were settled since the last frame. ``gather_s``: acknowledgements leave no sooner
-    after those before them. One that comes after a pause leaves at once: nothing is lost where nothing is gathered.
+    after those before them. One that comes after a pause, or when nothing else is here to be acknowledged, leaves at
+    once: nothing is lost where nothing is gathered, and the next record of its key waits for it.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Settlements:
             self._flushing = self._soon()
         elif self.gathered >= GATHER_MAX:
             self.flush()
+        elif self._gather_s and not self._table.unsettled:
+            self._flush_soon()
         return future
 
     def ack_together(self, lease: Lease, places: dict[int, int]) -> Together:
@@ -128,15 +131,18 @@ class Settlements:
         settle = Settle(self._numbers, lease, action, sorted(indexes), deadline_ms, delay_ms, reason, detail)
         future = self._new_future()
         self._others.append((settle, [future]))
-        if self._flushing is None:
-            self._flushing = self._loop.call_soon(self.flush)
-        elif self._gather_s:
-            self._flushing.cancel()
-            self._flushing = self._loop.call_soon(self.flush)  # somebody else may want the record
+        if self._flushing is None or self._gather_s:
+            self._flush_soon()  # somebody else may want the record
         return future
 
+    def _flush_soon(self) -> None:
+        """At the end of this pass of the loop, whatever was to be waited for."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+        self._flushing = self._loop.call_soon(self.flush)
+
     def _soon(self) -> asyncio.Handle:
-        if self._gather_s:
+        if self._gather_s and self._table.unsettled:
             due = self._flushed_at + self._gather_s
             if due > self._loop.time():
                 return self._loop.call_at(due, self.flush)
