@@ -103,6 +103,42 @@ async def test_a_coordinator_that_was_away_learns_of_all_steps_at_once(tmp_path:
     assert not await Authority(tmp_path / "alone").refresh(), "nobody shares it"
 
 
+async def test_what_was_read_before_a_step_is_not_taken_over_after_it(tmp_path: Path) -> None:
+    vault = DictVault()
+    one, read, held = await Authority.shared(tmp_path, vault), vault.read, asyncio.Event()
+
+    async def slow(name: str) -> bytes | None:
+        known = await read(name)
+        await held.wait()
+        return known
+
+    vault.read = slow  # type: ignore[method-assign]
+    looking = asyncio.create_task(one.refresh())
+    await asyncio.sleep(0.01)
+    vault.read = read  # type: ignore[method-assign]
+    changing = asyncio.create_task(one.change_ca(TRUST))
+    await asyncio.sleep(0.01)
+    held.set()
+    await asyncio.gather(looking, changing)
+    assert (one.phase, len(trusted(one.directory))) == (TRUSTED, 2)
+
+
+async def test_a_full_disk_hides_no_step_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vault = DictVault()
+    one, two = [await Authority.shared(tmp_path / name, vault) for name in ("1", "2")]
+    await one.change_ca(TRUST)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ferryline_coordinator.authority.write_durably", full)
+        with pytest.raises(OSError, match="no space"):
+            await two.refresh()
+    assert await two.refresh(), "the file is still to be written"
+    assert two.ca_path.read_text() == one.ca_pem
+
+
 async def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> bytes:
     """What the server shows (DER)."""
     shown: bytes = b""

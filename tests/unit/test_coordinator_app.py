@@ -48,9 +48,11 @@ from ferryline.protocol.partitioner import partition_of
 from ferryline_coordinator.app import Coordinator
 from ferryline_coordinator.authority import Authority
 from ferryline_coordinator.config import CoordinatorConfig
+from ferryline_coordinator.rotation import TRUST, pem_of, trusted
 from ferryline_service.node import NodeConnection
 from ferryline_service.tls import node_client_context, node_identity
 from tests.rest_contract import Contract
+from unit.test_coordinator_standby import DictVault
 
 Eventually = Callable[..., Awaitable[Any]]
 
@@ -157,6 +159,19 @@ async def test_clients_verify_the_ca_and_the_host_name(here: Here) -> None:
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(aiohttp.ClientError):
         await here.http.get(here.url + "/healthz", ssl=old)
+
+
+async def test_a_coordinator_that_learns_of_a_new_ca_from_a_join_shows_at_once_that_it_trusts_it(here: Here) -> None:
+    """Whoever changes the CA waits until each coordinator shows the step."""
+    authority, vault = here.coordinator.authority, DictVault()
+    authority.rotate(TRUST)  # as another one would, with whom the vault is shared
+    folder = authority.directory
+    vault.things["ca"] = b"".join((folder / name).read_bytes() for name in ("ca.key", "ca-next.key", "ca.crt"))
+    authority.ca_pem = pem_of(trusted(folder)[:1]).decode()
+    authority._vault = vault
+    assert (await here.join("s-1"))[1]["ca"].count("BEGIN CERTIFICATE") == 2
+    shown = (await here.rest("GET", "/healthz"))[1]["certificates"]
+    assert len(shown["authorities"]) == 2
 
 
 async def test_a_join_token_gives_an_id_and_a_certificate_that_names_the_role(here: Here) -> None:

@@ -15,6 +15,7 @@ and not on any coordinator's disk.
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hashlib
 import hmac
@@ -71,6 +72,7 @@ class Authority:
         self.crl_url = ""  # where certificates say that revoked ones are listed
         self._vault: Vault | None = None
         self._phase = ""  # of a CA that is shared
+        self._looking = asyncio.Lock()  # or what was read of the vault first might be taken over last
         if secrets_of_all is None:
             self._key, self.ca = self._open_ca()
             self._token_key = self._open_token_key()
@@ -101,32 +103,36 @@ class Authority:
         if self._vault is None:
             self.rotate(step)
             return
-        while True:
-            known = await self._vault.read(_CA)
-            assert known is not None, "the CA is never deleted"
-            bundle = Bundle.read(known)
-            if not due(step, bundle.phase):
-                break
-            changed = bundle.after(step, _new_ca).pem()
-            if await self._vault.replace(_CA, known, changed):
-                known = changed
-                break
-        self._take(known)
+        async with self._looking:
+            while True:
+                known = await self._vault.read(_CA)
+                assert known is not None, "the CA is never deleted"
+                bundle = Bundle.read(known)
+                if not due(step, bundle.phase):
+                    break
+                changed = bundle.after(step, _new_ca).pem()
+                if await self._vault.replace(_CA, known, changed):
+                    known = changed
+                    break
+            self._take(known)
 
     async def refresh(self) -> bool:
         """Take over what another coordinator has made of the CA; whether there was anything."""
-        known = await self._vault.read(_CA) if self._vault is not None else None
-        return known is not None and self._take(known)
+        if self._vault is None:
+            return False
+        async with self._looking:
+            known = await self._vault.read(_CA)
+            return known is not None and self._take(known)
 
     def _take(self, pem: bytes) -> bool:
         """The CA as the vault has it; whether that is news."""
         bundle = Bundle.read(pem)
-        known, self.ca_pem = self.ca_pem, pem_of(bundle.certs).decode()
-        self._key, self.ca, self._phase = bundle.keys[0], bundle.certs[0], bundle.phase
-        if known == self.ca_pem:
-            return False
-        write_durably(self.ca_path, self.ca_pem.encode(), mode=0o644)
-        return True
+        ca_pem = pem_of(bundle.certs).decode()
+        news = ca_pem != self.ca_pem
+        if news:
+            write_durably(self.ca_path, ca_pem.encode(), mode=0o644)  # first: what fails is news at the next look, too
+        self.ca_pem, self._key, self.ca, self._phase = ca_pem, bundle.keys[0], bundle.certs[0], bundle.phase
+        return news
 
     @property
     def phase(self) -> str:
