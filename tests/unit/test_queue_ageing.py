@@ -50,3 +50,13 @@ def test_every_priority_that_is_overdue_has_its_turn() -> None:
 def test_before_the_bound_priority_alone_decides() -> None:
     window = filled(0, 3, 9, 3, 9)
     assert [window.pick(BOUND_MS - 1) for _ in range(5)] == [2, 4, 1, 3, 0]
+
+
+def test_what_is_picked_by_age_alone_leaves_nothing_behind() -> None:
+    """A backlog of higher ones that never ends: nobody ever looks for the next low one by its priority."""
+    window = filled(*[9] * 100)
+    for offset in range(100, 5_000):
+        window.scan(Scanned(offset, None, 9 if offset % 2 else 0), offset)
+        window.pick(offset + BOUND_MS)
+    assert len(window.ready) == 100
+    assert sum(map(len, window._heaps)) <= 300

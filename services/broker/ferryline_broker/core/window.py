@@ -332,6 +332,7 @@ class Window:
                 self._ageing.shorten()
             elif (overdue := self._ageing.pick(now_ms)) is not None:
                 del self.ready[overdue]
+                self._forget_gone(self._heaps[self._priority.get(overdue, PRIORITY_DEFAULT)])
                 return overdue
         for heap in reversed(self._heaps):
             while heap:
@@ -339,6 +340,11 @@ class Window:
                 if self.ready.pop(offset, None) is not None:
                     return offset
         return None
+
+    def _forget_gone(self, heap: list[int]) -> None:
+        """What is always picked by age leaves its heap only here: higher ones may never let anybody look at it."""
+        while heap and heap[0] not in self.ready:
+            heapq.heappop(heap)
 
     def follow(self, offset: int, below: float) -> int | None:
         """The next record of the same lane joins a lease that ``offset`` is in. None: there is none ``below``."""
