@@ -201,6 +201,10 @@ async def test_what_a_record_waits_for_is_named(scene: Scene, act: Case, state: 
     assert re.fullmatch(because, sentence(told)), sentence(told)
 
 
+def test_a_broker_of_an_older_release_says_less_of_what_is_in_front() -> None:
+    assert sentence({"state": "waiting", "attempts": 0, "behind": 3}) == "behind offset 3 of its key"
+
+
 def test_the_table_is_as_long_as_promised() -> None:
     assert len(CASES) >= 12
 

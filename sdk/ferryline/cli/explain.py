@@ -82,7 +82,7 @@ def app(
         invocation.output.one(one)
         typer.echo()
         invocation.output.rows(
-            ({"group": name, "state": told["state"], "because": sentence(told)} for name, told in readers.items()),
+            ({"group": name, "state": says["state"], "because": sentence(says)} for name, says in readers.items()),
             empty="nobody reads this topic",
         )
 
@@ -236,8 +236,9 @@ def sentence(told: dict[str, Any]) -> str:
         parts.append(f"with {told['member']} for {show_time(told['leased_for_ms'])}")
         parts.append(f"lease ends in {show_time(max(0, told['lease_ends_in_ms']))}")
     if "behind" in told:
-        front = {"delayed": "backs off"}.get(told["behind_state"], f"is {told['behind_state']}")
-        parts.append(f"behind offset {told['behind']} of its key, which {front}")
+        state = told.get("behind_state")  # brokers of older releases do not say
+        front = ", which backs off" if state == "delayed" else f", which is {state}" if state else ""
+        parts.append(f"behind offset {told['behind']} of its key{front}")
     if "due_in_ms" in told:
         parts.append(f"due in {show_time(told['due_in_ms'])}")
     if "committed" in told:
