@@ -165,6 +165,10 @@ async def test_of_many_jobs_none_is_sent_when_one_would_not_be_taken(client: fl.
     async with shop.app.connected(client):
         with pytest.raises(InvalidArgument, match="value"):
             await shop.echo.submit_many([(1,), {"other": 2}])
+        wrong: list[Any] = ["7", b"7", 7]  # text is no tuple of its characters
+        for one in wrong:
+            with pytest.raises(InvalidArgument, match="calls"):
+                await shop.echo.submit_many([(1,), one])
         with pytest.raises(UnknownTopic):
             await client.admin.describe_topic("media")
 

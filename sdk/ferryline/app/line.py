@@ -82,11 +82,9 @@ class Line:
         self._threads = Threads(concurrency, name)
         self._depth = depth
         self._decided_at = float("-inf")  # loop time
-        self._loop = asyncio.get_running_loop()  # which asks the kernel for our pid each time
+        self._loop = asyncio.get_running_loop()  # kept: that call asks the kernel for our pid
         self._running: set[asyncio.Task[None]] = set()
-        self._busy = (
-            0  # of them, those that have a place in `concurrency`; the others wait for their result to be stored
-        )
+        self._busy = 0  # of them, those that have a place in `concurrency`; others wait for their result to be stored
         self._room = asyncio.Event()
         # Where a whole partition is one lane, its records may be here together; they are worked on in order.
         self._lanes: dict[int, asyncio.Lock] | None = defaultdict(asyncio.Lock) if ordering == ORDER_PARTITION else None

@@ -83,9 +83,15 @@ class Task(Handler, Generic[P, R]):
         Returns once each was committed or not: its job or its error, in order. The options are as of `submit`, the same
         for all. Raises InvalidArgument for arguments that the function would not take, before anything is sent.
         """
-        encode = self.codecs[0].encode
-        data = [encode((), dict(one)) if isinstance(one, Mapping) else encode(tuple(one), {}) for one in calls]
+        data = [self._encoded(one) for one in calls]
         return await self.queue.submit_many(self, data, key=key, delay=delay, priority=priority)
+
+    def _encoded(self, call: tuple[Any, ...] | Mapping[str, Any]) -> bytes:
+        if isinstance(call, Mapping):
+            return self.codecs[0].encode((), dict(call))
+        if not isinstance(call, (tuple, list)):
+            raise InvalidArgument(f"calls: {call!r:.80} is no tuple of arguments, and no mapping", field="calls")
+        return self.codecs[0].encode(tuple(call), {})
 
     # -- for workers -------------------------------------------------------------------------------
 
