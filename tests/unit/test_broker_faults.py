@@ -180,6 +180,28 @@ async def test_a_broker_whose_coordinator_is_gone_stops_at_once_and_cleanly(tmp_
         assert asyncio.get_running_loop().time() - began < 20
 
 
+async def test_a_mistake_after_a_flush_of_one_partition_keeps_no_other_waiting(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        one, two = [await world.topic(name, [(broker.id,)]) for name in ("one", "two")]
+        client = await world.client(broker.url)
+        driver = broker.broker.partitions
+        feed, mistakes = driver.feed, [ValueError("a mistake of ours")]
+
+        def mistaken(hosted: HostedReplica, event: ev.Event) -> None:
+            if isinstance(event, ev.Flushed) and hosted.topic_name == "one" and mistakes:
+                raise mistakes.pop()
+            feed(hosted, event)
+
+        driver.feed = mistaken  # type: ignore[method-assign]
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        waiting = asyncio.create_task(client.produce(one, 0, [b"a"]))
+        await eventually(lambda: not mistakes, "the mistake")
+        assert (await asyncio.wait_for(client.produce(two, 0, [b"b"]), 5)).error is None
+        assert (await client.produce(one, 0, [b"c"])).error is None
+        assert (await waiting).error is None
+
+
 async def test_a_deadline_that_is_not_cleared_does_not_spin_the_loop(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         broker = await world.broker()

@@ -338,16 +338,18 @@ class PartitionDriver:
         failures = dict(self._group.flush([hosted.logs[log] for hosted, log in due]))
         self.metrics.flush_seconds.observe(perf_counter() - started)
         self._pass_due = True  # it ends below
-        for hosted, log in due:
-            failure = failures.get(hosted.logs[log])
-            if failure is None:
-                self.feed(hosted, ev.Flushed(log, hosted.logs[log].flushed_end))
-            else:
-                self.storage_failed(hosted, log, failure)
-        for failure in failures.values():
-            # Rule L10: what a failed fsync has lost nobody knows, and asking again would be told "done".
-            self._on_fatal(f"flush failed: {failure}")
-        self._end_pass()
+        try:
+            for hosted, log in due:
+                failure = failures.get(hosted.logs[log])
+                if failure is None:
+                    self.feed(hosted, ev.Flushed(log, hosted.logs[log].flushed_end))
+                else:
+                    self.storage_failed(hosted, log, failure)
+            for failure in failures.values():
+                # Rule L10: what a failed fsync has lost nobody knows, and asking again would be told "done".
+                self._on_fatal(f"flush failed: {failure}")
+        finally:
+            self._end_pass()
 
     # -- time ---------------------------------------------------------------------------------------
 
