@@ -50,10 +50,9 @@ class Lease:
         self.since_ms = 0
 
 
-class Story(
-    msgspec.Struct, gc=False, eq=False
-):  # made for every record that is leased: three times faster than a class
-    """A record that has been leased at least once and is not terminal."""
+class Story(msgspec.Struct, gc=False, eq=False):
+    """A record that has been leased at least once and is not terminal. Made for every one: a class takes three times as
+    long."""
 
     attempts: int = 0
     last: LeaseId = NO_LEASE  # its last lease: a receipt of an earlier one is stale
