@@ -112,7 +112,7 @@ class Line:
                 log.warning("%s: %s", self.name, error)
                 await asyncio.sleep(AGAIN_S)
                 continue
-            if self._stop.asked:  # it came in the pass in which the end began: `stop` waits for what was begun only
+            if self._stopping():  # it came in the pass in which the end began: `stop` waits for what was begun only
                 await self._give_back(batch)
                 return
             for message in batch:
