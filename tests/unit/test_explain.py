@@ -246,6 +246,14 @@ async def test_what_queues_pass_over_says_what_its_sender_asked_for(scene: Scene
     assert [one["groups"][GROUP]["state"] for one in (first, second, third)] == ["settled"] * 3
 
 
+@pytest.mark.parametrize("text", ["", "soon", "-1", "\u00b2", "9" * 16])
+async def test_an_end_of_time_that_is_no_number_is_none(scene: Scene, text: str) -> None:
+    await scene.made()
+    async with scene.client.producer() as producer:
+        stored = await producer.send(TOPIC, b"a", headers={"fl-expires-at": text.encode()})
+    assert "expired" not in await scene.told(stored.offset)
+
+
 async def test_consumer_groups_are_asked_too(scene: Scene) -> None:
     await scene.made()
     offsets = await scene.send("a", "b")

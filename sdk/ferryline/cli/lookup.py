@@ -80,7 +80,9 @@ def moment(at_ms: int) -> str:
 def expired(message: Message[bytes], now_ms: int) -> str:
     """When the time that it may be delivered in ended; "" if it has not, or it has no such limit."""
     text = message.headers.text("fl-expires-at")
-    return moment(int(text)) if text.isdigit() and len(text) <= 15 and int(text) <= now_ms else ""
+    if not (text.isascii() and text.isdigit() and len(text) <= 15) or int(text) > now_ms:
+        return ""
+    return moment(int(text))
 
 
 def not_found(identity: str, topics: Sequence[str], since_ms: int) -> dict[str, Any]:
