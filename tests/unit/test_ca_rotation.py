@@ -70,6 +70,17 @@ def test_whatever_a_crash_leaves_is_put_right(tmp_path: Path) -> None:
     assert signing(folder)[1] == new
 
 
+def test_a_key_without_its_certificate_is_replaced_with_it(tmp_path: Path) -> None:
+    """Whoever makes both may end in between; it has to start again all the same."""
+    authority = Authority(tmp_path)
+    cert, key = authority.coordinator_files(CLUSTER, [])
+    before = cert.read_bytes()
+    assert authority.coordinator_files(CLUSTER, []) == (cert, key)
+    assert cert.read_bytes() == before
+    key.write_bytes((authority.directory / "ca.key").read_bytes())
+    TlsFiles(*authority.coordinator_files(CLUSTER, []), authority.ca_path)
+
+
 async def test_coordinators_that_share_a_ca_change_it_together(tmp_path: Path) -> None:
     vault = DictVault()
     one, two = [await Authority.shared(tmp_path / name, vault) for name in ("1", "2")]

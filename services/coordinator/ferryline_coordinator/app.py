@@ -302,15 +302,9 @@ class Coordinator:
                 self.access.quotas.live(sum(not record.meta.fenced for record in brokers))
                 await self._bootstrap()
                 await self._tell_members(loop.time())
-                async with asyncio.timeout(_SHARED_S):
-                    await self._follow_ca()
+                await asyncio.wait_for(self._follow_ca(), _SHARED_S)
             except (OSError, FerrylineError, StoreUnusable) as error:
                 _log.error("upkeep failed", error=f"{type(error).__name__}: {error}")
-
-    async def _follow_ca(self) -> None:
-        """Take over what another coordinator has made of the CA; new sessions see it at once."""
-        if await self.authority.refresh():
-            self._renew_own()
 
     def _renew_own(self, anew: bool = False) -> Path | None:
         """See `OwnCertificate.renew`; None without TLS."""
@@ -395,8 +389,8 @@ class Coordinator:
         return await self._certified(body.csr, broker_id, cluster_id)
 
     async def _certified(self, csr: str, broker_id: int, cluster_id: str) -> web.Response:
-        await self._follow_ca()  # it may have been changed by the one that was active before
+        if await self.authority.refresh():  # the CA may have been changed by the one that was active before
+            self._renew_own()
         cert = self.authority.sign_broker(csr, broker_id, cluster_id)
-        return web.json_response(
-            {"broker_id": broker_id, "cert": cert, "ca": self.authority.ca_pem, "cluster_id": cluster_id}
-        )
+        told = {"broker_id": broker_id, "cert": cert, "ca": self.authority.ca_pem, "cluster_id": cluster_id}
+        return web.json_response(told)

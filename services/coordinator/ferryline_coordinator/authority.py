@@ -160,7 +160,11 @@ class Authority:
         if cert_path.exists() and key_path.exists() and not anew:
             known = x509.load_pem_x509_certificate(cert_path.read_bytes())
             signed = known.issuer == self.ca.subject and _names_of(known) == wanted
-            if signed and known.not_valid_after_utc - _now() > datetime.timedelta(days=_RENEW_DAYS):
+            if (
+                signed
+                and _key_of(key_path) == known.public_key()
+                and known.not_valid_after_utc - _now() > datetime.timedelta(days=_RENEW_DAYS)
+            ):
                 return cert_path, key_path
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), node_names(cluster_id, None), names)
@@ -256,6 +260,11 @@ class Authority:
 
     def _mac(self, number: str) -> str:
         return hmac.new(self._token_key, number.encode(), hashlib.sha256).hexdigest()
+
+
+def _key_of(path: Path) -> object:
+    """The public half of a private key; whoever ended between writing it and its certificate left two of them."""
+    return serialization.load_pem_private_key(path.read_bytes(), None).public_key()
 
 
 def _new_ca() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
