@@ -340,8 +340,7 @@ class PartitionDriver:
         self._pass_due = True  # it ends below
         try:
             for hosted, log in due:
-                failure = failures.get(hosted.logs[log])
-                if failure is None:
+                if (failure := failures.get(hosted.logs[log])) is None:
                     self.feed(hosted, ev.Flushed(log, hosted.logs[log].flushed_end))
                 else:
                     self.storage_failed(hosted, log, failure)
@@ -398,5 +397,4 @@ class PartitionDriver:
         self._end_pass()
 
 
-def _ignore(*_: object) -> None:
-    return
+def _ignore(*_: object) -> None: ...

@@ -291,25 +291,20 @@ class Window:
         expired: list[int] = []
         barrier = self.barrier() if run > 1 else 0
         while len(taken) < limit and self.ready:
-            offset = self.pick(now_ms, strict)
+            offset = found = self.pick(now_ms, strict)
+            left = run
+            while found is not None:
+                if self.expired(found, now_ms):
+                    expired.append(found)
+                    self.gone([found], now_ms)
+                    if found == offset:
+                        break  # it stood for its lane
+                else:
+                    taken.append(found)
+                    left -= 1
+                found = self.follow(offset, barrier) if left and len(taken) < limit else None
             if offset is None:
                 break
-            if self.expired(offset, now_ms):
-                expired.append(offset)
-                self.gone([offset], now_ms)
-                continue
-            taken.append(offset)
-            followed = 1
-            while followed < run and len(taken) < limit:
-                more = self.follow(offset, barrier)
-                if more is None:
-                    break
-                if self.expired(more, now_ms):
-                    expired.append(more)
-                    self.gone([more], now_ms)
-                    continue
-                taken.append(more)
-                followed += 1
         return taken, expired
 
     def _plain(self, limit: int) -> list[int]:
