@@ -86,7 +86,7 @@ class Task(Handler, Generic[P, R]):
         data = [self._encoded(one) for one in calls]
         return await self.queue.submit_many(self, data, key=key, delay=delay, priority=priority)
 
-    def _encoded(self, call: tuple[Any, ...] | Mapping[str, Any]) -> bytes:
+    def _encoded(self, call: object) -> bytes:
         if isinstance(call, Mapping):
             return self.codecs[0].encode((), dict(call))
         if not isinstance(call, (tuple, list)):
