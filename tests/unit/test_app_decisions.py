@@ -107,6 +107,11 @@ def test_of_what_is_long_ago_nothing_is_claimed() -> None:
     assert said(None, {"state": "available", "attempts": 0}, old=True) == "queued"
 
 
+def test_an_attempt_that_failed_says_nothing_of_how_a_job_without_a_result_ended() -> None:
+    status = combined("j", status_of(RETRYING), {"state": "settled", "attempts": 0}, 5, old=False, kept=False)
+    assert (str(status), status.error, status.traceback) == ("forgotten", "", "")
+
+
 def test_an_id_tells_where_its_job_is() -> None:
     name = new_id("make.pdf", 1_790_000_000_000, 11, "0123456789abcdef")
     assert told_by_id(name) == (1_790_000_000_000, 11)

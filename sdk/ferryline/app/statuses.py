@@ -152,7 +152,8 @@ def combined(
         return replace(status, state=JobState.DEAD, attempt=made, attempts=total, error=reason)
     if state == "settled":
         if not kept or (known is None and old):
-            return replace(status, state=JobState.FORGOTTEN)
+            # The next attempt has mostly succeeded: what went wrong before is not how it ended.
+            return replace(status, state=JobState.FORGOTTEN, error="", traceback="")
         # Whoever finishes a job writes it down before the queue hears of it: the queue has ended this one by itself.
         return replace(status, state=JobState.DEAD, attempts=total, error=status.error or _GIVEN_UP)
     if state == "leased":
