@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -11,7 +12,7 @@ import pytest
 
 import ferryline as fl
 from ferryline.cli.explain import explain, explain_id, sentence
-from ferryline.cli.failures import NOT_FOUND, Failed
+from ferryline.cli.failures import NOT_FOUND, UNAVAILABLE, Failed
 
 TOPIC, GROUP = "orders", "g"
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
@@ -298,6 +299,9 @@ async def test_a_partition_without_primary_is_named_at_once(scene: Scene) -> Non
     await scene.cluster.advance(seconds=10)
     told = await scene.told(offset)
     assert told["record"] == f"not known: the partition has no primary; what is committed is on broker {primary}"
+    with pytest.raises(Failed, match=rf"not read, as it has no primary: {TOPIC}/0") as refused:
+        await asyncio.wait_for(explain_id(scene.client, "order-1", [], 0, None), 5)
+    assert refused.value.status == UNAVAILABLE
 
 
 async def test_a_record_is_found_by_the_id_of_its_sender(scene: Scene) -> None:

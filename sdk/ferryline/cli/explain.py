@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ferryline.cli.failures import NOT_FOUND, Failed
+from ferryline.cli.failures import NOT_FOUND, UNAVAILABLE, Failed
 from ferryline.cli.invocation import of
 from ferryline.cli.offsets import parse_time_ms
 from ferryline.cli.quantities import show_time
@@ -96,9 +96,8 @@ async def explain_id(
     named = topics or sorted(meta.name for meta in client.routing.cluster.topics.values())
     found = await find(client, identity, named, since_ms)
     if not found.places:
-        told = not_found(identity, named, found.since_ms)
-        text = f"{identity!r} is {told['record']}"
-        raise Failed(text, NOT_FOUND, code="UNKNOWN_MESSAGE", remedy="a place is written TOPIC/PARTITION/OFFSET")
+        text, status = not_found(identity, named, found), UNAVAILABLE if found.unread else NOT_FOUND
+        raise Failed(text, status, code="UNKNOWN_MESSAGE", remedy="a place is written TOPIC/PARTITION/OFFSET")
     return [await explain(client, *place, groups) for place in found.places]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ferryline.app.reading import read_back
 from ferryline.positions import look_up
+from ferryline.protocol.metadata import NO_BROKER
 
 if TYPE_CHECKING:
     from ferryline.client import Client
@@ -23,10 +24,11 @@ _PULL_S = 2.0
 
 class Found(msgspec.Struct):
     """``places``: (topic, partition, offset), in the order of the topics. ``since_ms``: everything that came from then
-    on was looked through; 0: everything there ever was."""
+    on was looked through; 0: everything there ever was. ``unread``: partitions that nobody can read at the moment."""
 
     places: list[tuple[str, int, int]] = []
     since_ms: int = 0
+    unread: list[str] = []
 
 
 async def find(client: Client, identity: str, topics: Sequence[str], since_ms: int) -> Found:
@@ -34,9 +36,15 @@ async def find(client: Client, identity: str, topics: Sequence[str], since_ms: i
     found = Found(since_ms=since_ms)
     for topic in topics:
         meta = await client.learn_topic(topic)
+        readable: list[int] = []
         for partition in range(meta.config.partitions):
+            part = client.routing.cluster.partition(meta.id, partition)
+            if part is not None and part.primary == NO_BROKER:
+                found.unread.append(f"{topic}/{partition}")
+                continue
+            readable.append(partition)
             found.since_ms = max(found.since_ms, await complete_since(client, meta, partition))
-        async for batch in read_back(client, topic, range(meta.config.partitions), since_ms, client.timeout):
+        async for batch in read_back(client, topic, readable, since_ms, client.timeout):
             places = [(topic, one.partition, one.offset) for one in batch if one.id == identity]
             found.places += sorted(places)[: PLACES_MAX - len(found.places)]
     return found
@@ -85,8 +93,9 @@ def expired(message: Message[bytes], now_ms: int) -> str:
     return moment(int(text))
 
 
-def not_found(identity: str, topics: Sequence[str], since_ms: int) -> dict[str, Any]:
+def not_found(identity: str, topics: Sequence[str], found: Found) -> str:
     """What is said of an id that no record has."""
     where = f"topic {topics[0]}" if len(topics) == 1 else f"any of {len(topics)} topics"
-    since = moment(since_ms) if since_ms else "the beginning"
-    return {"id": identity, "record": f"not in the retained log since {since} of {where}"}
+    since = moment(found.since_ms) if found.since_ms else "the beginning"
+    unread = f"; not read, as it has no primary: {', '.join(found.unread)}" if found.unread else ""
+    return f"{identity!r} is not in the retained log since {since} of {where}{unread}"
