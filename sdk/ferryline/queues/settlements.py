@@ -45,6 +45,7 @@ class Settlements:
         self._outcomes: dict[int, tuple[Settle, list[SettleFuture]]] = {}  # sent, without a last word
         self._numbers = 0
         self._flushing: asyncio.Handle | None = None
+        self._gathering = False  # it waits for more to come
         self._gather_s = gather_s
         self._flushed_at = float("-inf")  # loop time
 
@@ -70,10 +71,10 @@ class Settlements:
             found[1].append(future)
         self.gathered += 1
         if self._flushing is None:
-            self._flushing = self._soon()
+            self._gather()
         elif self.gathered >= GATHER_MAX:
             self.flush()
-        elif self._gather_s and not self._table.unsettled:
+        elif self._gathering and not self._table.unsettled:
             self._flush_soon()
         return future
 
@@ -131,22 +132,26 @@ class Settlements:
         settle = Settle(self._numbers, lease, action, sorted(indexes), deadline_ms, delay_ms, reason, detail)
         future = self._new_future()
         self._others.append((settle, [future]))
-        if self._flushing is None or self._gather_s:
-            self._flush_soon()  # somebody else may want the record
+        self._flush_soon()  # somebody else may want the record
         return future
 
-    def _flush_soon(self) -> None:
-        """At the end of this pass of the loop, whatever was to be waited for."""
-        if self._flushing is not None:
-            self._flushing.cancel()
-        self._flushing = self._loop.call_soon(self.flush)
-
-    def _soon(self) -> asyncio.Handle:
+    def _gather(self) -> None:
         if self._gather_s and self._table.unsettled:
             due = self._flushed_at + self._gather_s
             if due > self._loop.time():
-                return self._loop.call_at(due, self.flush)
-        return self._loop.call_soon(self.flush)
+                self._gathering = True
+                self._flushing = self._loop.call_at(due, self.flush)
+                return
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """When the loop comes round, whatever was to be waited for."""
+        if self._flushing is not None:
+            if not self._gathering:
+                return
+            self._flushing.cancel()
+        self._gathering = False
+        self._flushing = self._loop.call_soon(self.flush)
 
     def came_round(self) -> None:
         """The application has let the loop run: send what it settled, unless that shall be gathered for longer."""
@@ -158,6 +163,7 @@ class Settlements:
         if self._flushing is not None:
             self._flushing.cancel()
             self._flushing = None
+        self._gathering = False
         self.gathered = 0
         if self._gather_s:
             self._flushed_at = self._loop.time()
