@@ -252,9 +252,9 @@ async def test_a_lease_that_ended_here_is_not_handed_out(cluster: FakeCluster, c
 async def test_a_receiver_whose_core_fails_says_so_and_nobody_waits(
     cluster: FakeCluster, client: fl.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await fill(client, "one", 2)
+    await fill(client, "one", 4)
     async with client.receiver("one", group="g") as receiver:
-        batch = await take(receiver, 2)
+        *batch, third, fourth = await take(receiver, 4)
         leasing = receiver._leasing
         assert leasing is not None
         leasing.table.end_all = lambda *_: _fail("a rule is broken")  # type: ignore[method-assign, assignment]
@@ -262,6 +262,9 @@ async def test_a_receiver_whose_core_fails_says_so_and_nobody_waits(
         assert [type(outcome) for outcome in outcomes] == [fl.errors.InternalError] * 2
         with pytest.raises(fl.errors.InternalError, match="a rule is broken"):
             await asyncio.wait_for(anext(receiver), SOON_S)
+        for late in (third.ack, fourth.nack):
+            with pytest.raises(fl.errors.InternalError, match="a rule is broken"):
+                await asyncio.wait_for(late(), SOON_S)
     assert "the receiver stops" in caplog.text
 
 

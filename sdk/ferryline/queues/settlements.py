@@ -48,6 +48,7 @@ class Settlements:
         self._gathering = False  # it waits for more to come
         self._gather_s = gather_s
         self._flushed_at = float("-inf")  # loop time
+        self._failed: FerrylineError | None = None  # why the core says nothing any more
 
     @property
     def last(self) -> int:
@@ -177,6 +178,8 @@ class Settlements:
         if asked:
             self._outcomes.update((settle.number, (settle, futures)) for settle, futures in asked)
             self._feed(SettleAsked([settle for settle, _ in asked]))
+            if self._failed is not None:
+                self.fail(self._failed)
 
     def _now_ms(self) -> int:
         return int(self._loop.time() * 1000)
@@ -228,7 +231,8 @@ class Settlements:
                 future.set_result(None)
 
     def fail(self, error: FerrylineError) -> None:
-        """Nobody waits for what cannot come."""
+        """Nobody waits for what cannot come, from now on either."""
+        self._failed = error
         outcomes, self._outcomes = self._outcomes, {}
         for _, futures in outcomes.values():
             for future in futures:
