@@ -229,3 +229,37 @@ async def test_what_was_fetched_ahead_of_handlers_that_turn_slow_goes_to_others(
         assert loop.time() - began < STALL_S + 5
         assert line.receiver.unsettled == 2
         await worker.stop(0)
+
+
+async def test_a_last_attempt_begins_when_nothing_is_here_that_could_die_with_it(
+    client: fl.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deep(Depth):
+        """Knows its handlers to be quick from the beginning."""
+
+        def __init__(self, concurrency: int, least: int) -> None:
+            super().__init__(concurrency, least)
+            self._mean_s = 0.0
+
+    monkeypatch.setattr("ferryline.app.worker.Depth", Deep)
+    app, here = fl.App(name="deep"), list[int]()
+
+    @app.subscriber("orders", retry=TWO, concurrency=2)
+    async def handle(context: fl.Context) -> None:
+        here.append(worker.lines[0].receiver.unsettled)
+        await asyncio.sleep(1_000)
+
+    await client.admin.create_topic("orders", partitions=1, retry=TWO)
+    async with client.producer() as producer:
+        for number in range(40):
+            await producer.send("orders", b"x", key=str(number))
+    async with app.connected(client), client.receiver("orders", group="deep", prefetch=40) as other:
+        for _ in range(40):
+            await (await anext(aiter(other))).nack(5)  # when the worker is there, and has asked for many
+        await other.close()
+        async with app.worker() as worker:
+            await poll(lambda: len(here) == 2)
+            await asyncio.sleep(STALL_S / 2)  # time for more to come, and not yet for it to go back for another reason
+            here.append(worker.lines[0].receiver.unsettled)
+            assert max(here) <= 4, "what a worker holds in any case"
+            await worker.stop(0)

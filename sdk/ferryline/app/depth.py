@@ -3,7 +3,7 @@
 What waits here could run elsewhere: a worker whose handlers take an hour should hold no more than it can begin. One
 whose handlers take a millisecond would mostly wait, if it fetched each when it can begin it. So a worker fetches ahead
 what its handlers would do in `AHEAD_S`, going by how long they took of late; and nothing when all of them are at work
-and none has ended for `STALL_S`: what waits here then goes back, to whoever has time.
+and none has ended for `STALL_S`, or before a last attempt: what waits here then goes back, to whoever has time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ class Depth:
         return self.records
 
     def stalled(self) -> int:
-        """All handlers are at work, and none has ended for `STALL_S`. As `decide`."""
+        """Nothing is fetched ahead until handlers have shown that they are quick. As `decide`."""
         self._mean_s = max(self._mean_s, STALL_S)
         return self.decide()

@@ -7,6 +7,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +113,31 @@ class Line:
                 log.warning("%s: %s", self.name, error)
                 await asyncio.sleep(AGAIN_S)
                 continue
+            if self._depth is not None and self._last_attempts(batch):
+                await self._hold_nothing_ahead(self._depth)
             if self._stopping():  # it came in the pass in which the end began: `stop` waits for what was begun only
                 await self._give_back(batch)
                 return
             for message in batch:
                 self._begin(message)
+
+    def _last_attempts(self, batch: Sequence[QueueMessage[Any]]) -> bool:
+        """Whether one of these is dead if its worker dies now."""
+        allowed = self._attempts()
+        for message in batch:
+            handler = self._find(message)
+            limit = handler.retry.attempts if handler is not None and handler.retry is not None else allowed
+            if 0 < limit <= message.delivery_count:
+                return True
+        return False
+
+    async def _hold_nothing_ahead(self, depth: Depth) -> None:
+        """Before a last attempt begins: processes may have died of that record, and what was fetched ahead would
+        be dead with it, without ever having been begun."""
+        if depth.records > depth.least:
+            self.receiver.set_prefetch(depth.stalled())
+            with suppress(FerrylineError):  # then it is in doubt; it cannot be held up for ever
+                await self.receiver.flush(CLOSE_S)
 
     async def _give_back(self, batch: Sequence[QueueMessage[Any]]) -> None:
         outcomes = await asyncio.gather(*(message.release() for message in batch), return_exceptions=True)
