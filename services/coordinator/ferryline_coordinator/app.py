@@ -306,6 +306,11 @@ class Coordinator:
             except (OSError, FerrylineError, StoreUnusable) as error:
                 _log.error("upkeep failed", error=f"{type(error).__name__}: {error}")
 
+    async def _follow_ca(self) -> None:
+        """Take over what another coordinator has made of the CA; new sessions see it at once."""
+        if await self.authority.refresh():
+            self._renew_own()
+
     def _renew_own(self, anew: bool = False) -> Path | None:
         """See `OwnCertificate.renew`; None without TLS."""
         return self._own.renew(anew) if self._own is not None else None
@@ -389,8 +394,7 @@ class Coordinator:
         return await self._certified(body.csr, broker_id, cluster_id)
 
     async def _certified(self, csr: str, broker_id: int, cluster_id: str) -> web.Response:
-        if await self.authority.refresh():  # the CA may have been changed by the one that was active before
-            self._renew_own()
+        await self._follow_ca()  # it may have been changed by the one that was active before
         cert = self.authority.sign_broker(csr, broker_id, cluster_id)
         told = {"broker_id": broker_id, "cert": cert, "ca": self.authority.ca_pem, "cluster_id": cluster_id}
         return web.json_response(told)

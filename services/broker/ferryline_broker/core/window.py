@@ -291,7 +291,10 @@ class Window:
         expired: list[int] = []
         barrier = self.barrier() if run > 1 else 0
         while len(taken) < limit and self.ready:
-            offset = found = self.pick(now_ms, strict)
+            offset = self.pick(now_ms, strict)
+            if offset is None:
+                break
+            found: int | None = offset
             left = run
             while found is not None:
                 if self.expired(found, now_ms):
@@ -303,8 +306,6 @@ class Window:
                     taken.append(found)
                     left -= 1
                 found = self.follow(offset, barrier) if left and len(taken) < limit else None
-            if offset is None:
-                break
         return taken, expired
 
     def _plain(self, limit: int) -> list[int]:
