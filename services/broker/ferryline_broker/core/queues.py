@@ -322,7 +322,7 @@ class Queues:
             self._postponed.append(event)
 
     def next_deadline_ms(self) -> int | None:
-        earliest = self.blocked_ms if self._postponed else None
+        earliest: int | None = self.blocked_ms if self._postponed else None
         for queue in self._queues.values():
             due = queue.next_deadline_ms()
             if due is not None and (earliest is None or due < earliest):
