@@ -253,10 +253,12 @@ class QueueShell:
     def _on_its_way(self, key: Key, hosted: Hosted, effect: MoveDead, primary: Any) -> None:
         late = self.part.chance(self.part.drawn.slow_target)
         delay_us = self.part.between(500, 5_000) + (self.part.between(100, 2_500) * MS if late else 0)
+        self.part.target.travelling[key] += 1
         # it travels on its own: the broker may die meanwhile
         self.world.engine.after(delay_us, self._arrived, key, hosted, effect, primary, self.broker.host.life)
 
     def _arrived(self, key: Key, hosted: Hosted, effect: MoveDead, primary: Any, life: int) -> None:
+        self.part.target.travelling[key] -= 1
         outcome = self.part.target.take(key, hosted.core, effect)
         delay_us = self.part.between(500, 5_000)
         self.world.engine.after(

@@ -7,6 +7,7 @@ as if there were none.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -123,13 +124,13 @@ class DeadLetterTopic:
     def __init__(self, part: QueuePart) -> None:
         self.part = part
         self.sources: dict[Key, Source] = {}
-        self.copies: dict[tuple[Key, int], int] = {}
+        self.travelling: Counter[Key] = Counter()  # moves that were sent and have not arrived
 
     def take(self, key: Key, core: PartitionCore, move: MoveDead) -> str:
         """DONE, FORGOTTEN, or "" where the answer is lost."""
         source = self.sources.setdefault(key, Source())
         new = (move.producer_epoch, move.sequence) > (source.epoch, source.last)
-        if new and move.sequence and self.settled(core) and self.part.chance(self.part.drawn.forgetful_target):
+        if new and move.sequence and self.settled(key, core) and self.part.chance(self.part.drawn.forgetful_target):
             self.part.world.count("dead-letter producers forgotten")
             source = self.sources[key] = Source()
         if move.producer_epoch < source.epoch:
@@ -147,10 +148,10 @@ class DeadLetterTopic:
             return FORGOTTEN
         return "" if self.part.chance(self.part.drawn.lossy_target) else DONE
 
-    @staticmethod
-    def settled(core: PartitionCore) -> bool:
-        """All moves before this one are committed: only then may the target forget that there were any."""
-        return core.high_watermark[STATE] == core.log_end[STATE]
+    def settled(self, key: Key, core: PartitionCore) -> bool:
+        """All moves before this one are committed, and none travels: only then may the target forget that there were
+        any. The product forgets a producer after days, no request is on its way for so long."""
+        return not self.travelling[key] and core.high_watermark[STATE] == core.log_end[STATE]
 
 
 class QueuePart:
