@@ -157,11 +157,7 @@ class Window:
             if key is not None:
                 lane = self.lanes[key] = Lane(key, {offset})
             self.lane_of[offset] = lane
-            self.ready[offset] = now_ms
-            level = self._priority.get(offset, PRIORITY_DEFAULT)
-            heapq.heappush(self._heaps[level], offset)
-            if self._ageing is not None:
-                self._ageing.add(level, offset, now_ms)
+            self._offer(offset, now_ms)
             return
         assert key is not None, "with runs all records are one lane"
         lane = self._lane(key)
@@ -209,6 +205,9 @@ class Window:
     def _ready(self, offset: int, now_ms: int) -> None:
         self.backing_off.pop(offset, None)
         self.stopped.discard(offset)
+        self._offer(offset, now_ms)
+
+    def _offer(self, offset: int, now_ms: int) -> None:
         self.ready[offset] = now_ms
         level = self._priority.get(offset, PRIORITY_DEFAULT)
         heapq.heappush(self._heaps[level], offset)
