@@ -58,7 +58,6 @@ class ReceiverCore:
         self.table = LeaseTable()
         self.history: deque[tuple[int, Event]] = deque(maxlen=history)  # shown with a failed assertion
         self._ordering = ordering
-        self._prefetch = prefetch
         self._asking = Asking(self.table, prefetch=prefetch, prefetch_bytes=prefetch_bytes, seed=seed)
         self._settling = Settling(self.table, self._asking.broker_of, seed=seed + 1)
         self._surplus_at_ms = 0  # since when too much waits, plus SURPLUS_MS; 0: it does not
@@ -122,7 +121,7 @@ class ReceiverCore:
         elif isinstance(event, RecordsLost):
             self._lost(event)
         elif isinstance(event, PrefetchChanged):
-            self._prefetch = self._asking.prefetch = event.records
+            self._asking.prefetch = event.records
         elif isinstance(event, Stopped):
             self._asking.stopped = True
         elif isinstance(event, Parting):
@@ -190,7 +189,7 @@ class ReceiverCore:
 
     def _surplus(self, now_ms: int, out: list[Effect]) -> None:
         table = self.table
-        surplus = min(table.waiting, table.unsettled - self._prefetch)
+        surplus = min(table.waiting, table.unsettled - self._asking.prefetch)
         if surplus <= 0 or self._asking.stopped:
             self._surplus_at_ms = 0
         elif not self._surplus_at_ms:
