@@ -19,21 +19,34 @@ WINDOW = 2_000
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 
 
+async def open_channel(servers: str) -> tuple[Any, Any]:
+    """A connection to the first of ``servers``, and a channel of it."""
+    port = int(servers.split(",", maxsplit=1)[0].split(":")[1])
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[Any] = loop.create_future()
+    AsyncioConnection(
+        pika.ConnectionParameters("127.0.0.1", port),
+        on_open_callback=opened.set_result,
+        on_open_error_callback=lambda _, error: opened.set_exception(RuntimeError(repr(error))),
+        custom_ioloop=loop,
+    )
+    connection = await opened
+    ready: asyncio.Future[Any] = loop.create_future()
+    connection.channel(on_open_callback=ready.set_result)
+    return connection, await ready
+
+
+async def close_connection(connection: Any) -> None:
+    """Returns when the server has closed it, too."""
+    closed = asyncio.Event()
+    connection.add_on_close_callback(lambda *_: closed.set())
+    connection.close()
+    await closed.wait()
+
+
 class Pika(RabbitQueue):
     async def _open(self) -> None:
-        port = int(self.spec.servers.split(",", maxsplit=1)[0].split(":")[1])
-        loop = asyncio.get_running_loop()
-        opened: asyncio.Future[Any] = loop.create_future()
-        AsyncioConnection(
-            pika.ConnectionParameters("127.0.0.1", port),
-            on_open_callback=opened.set_result,
-            on_open_error_callback=lambda _, error: opened.set_exception(RuntimeError(repr(error))),
-            custom_ioloop=loop,
-        )
-        self._connection = await opened
-        ready: asyncio.Future[Any] = loop.create_future()
-        self._connection.channel(on_open_callback=ready.set_result)
-        self._channel = await ready
+        self._connection, self._channel = await open_channel(self.spec.servers)
         # fan-out: the exchange has the topic's name, the queues those of the groups
         self._route = (self.spec.topic, "") if self.spec.fan_out else ("", self.spec.topic)
 
@@ -114,10 +127,7 @@ class Pika(RabbitQueue):
         self._unacked = 0
 
     async def close(self) -> None:
-        closed = asyncio.Event()
-        self._connection.add_on_close_callback(lambda *_: closed.set())
-        self._connection.close()
-        await closed.wait()
+        await close_connection(self._connection)
 
 
 def make(spec: Spec) -> Adapter:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from time import monotonic_ns
 
 from benchmarks.compare.spec import KEY_BYTES, Spec, sent_ns
@@ -70,6 +72,19 @@ class Receiving(ABC):
 
     @abstractmethod
     async def close(self) -> None: ...
+
+
+class Pushed(Receiving):
+    """A receiver whose server calls back with each record; the callback sets ``came``."""
+
+    def __init__(self, spec: Spec, handler: Handler) -> None:
+        super().__init__(spec, handler)
+        self.came = asyncio.Event()
+
+    async def step(self) -> None:
+        self.came.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.came.wait(), STEP_S)
 
 
 def receiving(spec: Spec, handler: Handler) -> Receiving:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import aio_pika
-from benchmarks.compare.receivers import PREFETCH, STEP_S, Handler, Receiving
+from benchmarks.compare.receivers import PREFETCH, Handler, Pushed, Receiving
 from benchmarks.compare.spec import Spec
 
 
-class AioPika(Receiving):
+class AioPika(Pushed):
     async def connect(self) -> None:
         server = self.spec.servers.split(",", maxsplit=1)[0]
         self._connection = await aio_pika.connect(f"amqp://guest:guest@{server}/")
         self._channel = await self._connection.channel()
-        self._came = asyncio.Event()
 
     async def subscribe(self) -> None:
         await self._channel.set_qos(prefetch_count=PREFETCH)
@@ -25,14 +23,7 @@ class AioPika(Receiving):
     async def _deliver(self, message: Any) -> None:
         self.handler.body(message.body)
         await message.ack()
-        self._came.set()
-
-    async def step(self) -> None:
-        self._came.clear()
-        try:
-            await asyncio.wait_for(self._came.wait(), STEP_S)
-        except TimeoutError:
-            return
+        self.came.set()
 
     async def settled(self) -> None:
         await self._channel.get_queue(self.spec.topic)  # answered behind all acknowledgements of the channel
