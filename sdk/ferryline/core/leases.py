@@ -143,12 +143,10 @@ class LeaseTable:
 
     def begin_all(self, lease: Lease, indexes: list[int]) -> list[int]:
         """`begin` for several records, at once if they stand in a row. Returns those for which it was too late."""
-        first, end = indexes[0], indexes[-1] + 1
-        if not _in_a_row(indexes) or lease.states.count(HANDED, first, end) != end - first:
+        if not _move(lease, indexes, HANDED, SETTLING):
             return [index for index in indexes if not self.begin(lease, index)]
-        lease.states[first:end] = bytes((SETTLING,)) * (end - first)
-        self.handed -= end - first
-        self.settling += end - first
+        self.handed -= len(indexes)
+        self.settling += len(indexes)
         return []
 
     def end(self, lease: Lease, index: int, state: int) -> None:
@@ -160,14 +158,12 @@ class LeaseTable:
 
     def end_all(self, lease: Lease, indexes: list[int], state: int) -> None:
         """`end` for several records, at once if they stand in a row."""
-        first, end = indexes[0], indexes[-1] + 1
-        if not _in_a_row(indexes) or lease.states.count(SETTLING, first, end) != end - first:
+        if not _move(lease, indexes, SETTLING, state):
             for index in indexes:
                 self.end(lease, index, state)
             return
-        lease.states[first:end] = bytes((state,)) * (end - first)
-        self.settling -= end - first
-        self._closed(lease, end - first)
+        self.settling -= len(indexes)
+        self._closed(lease, len(indexes))
 
     def lose(self, lease: Lease, index: int) -> bool:
         """A record is not ours any more. False: nothing was open about it, or its settlement will tell."""
@@ -204,9 +200,14 @@ class LeaseTable:
             del self.held[lease.id]
 
 
-def _in_a_row(indexes: list[int]) -> bool:
-    """Whether each is the one after the last: handlers end in any order, and [1, 0, 3] spans a record of its own."""
-    return indexes == list(range(indexes[0], indexes[-1] + 1))
+def _move(lease: Lease, indexes: list[int], state: int, to: int) -> bool:
+    """All of these from one state to another, at once. False, and nothing is changed, unless all are in it and each is
+    the one after the last: handlers end in any order, and [1, 0, 3] spans a record of its own."""
+    first, end = indexes[0], indexes[-1] + 1
+    if indexes != list(range(first, end)) or lease.states.count(state, first, end) != len(indexes):
+        return False
+    lease.states[first:end] = bytes((to,)) * len(indexes)
+    return True
 
 
 class Renewal(msgspec.Struct, frozen=True):

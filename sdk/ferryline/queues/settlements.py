@@ -193,17 +193,19 @@ class Settlements:
         if lease.states[index] != LOST:
             return self.settled_before(lease, index)
         if self.closed:
-            return ClientClosed(f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}: the receiver is closed")
+            return ClientClosed(f"{self._where(lease, index)}: the receiver is closed")
         return self._lost_error(lease, index)
 
     def settled_before(self, lease: Lease, index: int) -> InvalidArgument:
-        where = f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}"
-        return InvalidArgument(f"{where} was settled before", field="message")
+        return InvalidArgument(f"{self._where(lease, index)} was settled before", field="message")
+
+    def _where(self, lease: Lease, index: int) -> str:
+        return f"{self._topic}/{lease.key[1]}/{lease.offsets[index]}"
 
     def _lost_error(self, lease: Lease, index: int) -> LeaseLost:
         offset = lease.offsets[index]
         return LeaseLost(
-            f"{self._topic}/{lease.key[1]}/{offset} is not leased to this receiver any more",
+            f"{self._where(lease, index)} is not leased to this receiver any more",
             topic=self._topic, partition=lease.key[1], offset=offset,
         )  # fmt: skip
 
