@@ -17,6 +17,7 @@ from ferryline.core.receiving_events import (
     SettleFailed,
     TimePassed,
 )
+from ferryline.core.settling import HOLD_MS, HOLD_RECORDS
 from ferryline.protocol.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -241,6 +242,7 @@ def test_handlers_that_end_in_any_order_settle_their_own_records_only() -> None:
     lease = here.one_lease(10, 11, 12, 13)
     here.settle(lease, ACK, 1, 0, 3)
     first = here.one(SendSettle).frame
+    here.now += HOLD_MS  # the second shall not wait for the first
     here.settle(lease, ACK, 2)
     second = here.one(SendSettle).frame
     here.do(SettleAnswered(first, [SettleResult(0)]))
@@ -248,6 +250,73 @@ def test_handlers_that_end_in_any_order_settle_their_own_records_only() -> None:
     here.do(SettleAnswered(second, [SettleResult(0)]))
     assert lease.indexes(SETTLED) == [0, 1, 2, 3]
     assert (here.core.table.held, here.core.table.settling) == ({}, 0)
+
+
+def test_an_acknowledgement_waits_for_the_answer_to_those_before_it_and_leaves_with_others() -> None:
+    here = story()
+    lease = here.one_lease(10, 11, 12, 13)
+    here.settle(lease, ACK, 0)
+    first = here.one(SendSettle).frame
+    here.settle(lease, ACK, 1)
+    here.settle(lease, ACK, 2)
+    assert not here.pick(SendSettle)
+    here.do(SettleAnswered(first, [SettleResult(0)]))
+    assert [entry.offsets for entry in here.one(SendSettle).entries] == [[11], [12]]
+    assert lease.indexes(SETTLED) == [0]
+
+
+def test_acknowledgements_that_wait_leave_when_the_request_before_them_fails() -> None:
+    here = story()
+    lease = here.one_lease(10, 11)
+    here.settle(lease, ACK, 0)
+    first = here.one(SendSettle).frame
+    here.settle(lease, ACK, 1)
+    here.do(SettleFailed(first, RequestTimedOut("lost")))
+    assert [entry.offsets for entry in here.one(SendSettle).entries] == [[11]], "the failed one backs off"
+
+
+def test_an_acknowledgement_does_not_wait_for_ever() -> None:
+    here = story()
+    lease = here.one_lease(10, 11)
+    here.settle(lease, ACK, 0)
+    here.settle(lease, ACK, 1)
+    assert here.core.next_deadline_ms() == here.now + HOLD_MS
+    here.do(TimePassed(), HOLD_MS - 1)
+    assert not here.pick(SendSettle)
+    here.do(TimePassed(), 1)
+    assert [entry.offsets for entry in here.one(SendSettle).entries] == [[11]]
+
+
+@pytest.mark.parametrize("action", [NACK, REJECT, RELEASE, EXTEND])
+def test_anything_but_an_acknowledgement_leaves_at_once_and_takes_along_what_waits(action: str) -> None:
+    here = story()
+    lease = here.one_lease(10, 11, 12)
+    here.settle(lease, ACK, 0)
+    here.settle(lease, ACK, 1)
+    here.settle(lease, action, 2)
+    entries = here.one(SendSettle).entries
+    assert [(entry.action, entry.offsets) for entry in entries] == [(ACK, [11]), (action, [12])]
+
+
+def test_many_acknowledgements_wait_for_nothing() -> None:
+    here = story(prefetch=2 * HOLD_RECORDS)
+    lease = here.one_lease(*range(2 * HOLD_RECORDS))
+    here.settle(lease, ACK, 0)
+    here.settle(lease, ACK, *range(1, HOLD_RECORDS))
+    assert not here.pick(SendSettle)
+    here.settle(lease, ACK, HOLD_RECORDS)
+    assert sum(len(entry.offsets) for entry in here.one(SendSettle).entries) == HOLD_RECORDS
+
+
+def test_what_waits_follows_its_partition_to_another_broker() -> None:
+    here = story()
+    lease = here.one_lease(10, 11)
+    here.settle(lease, ACK, 0)
+    here.settle(lease, ACK, 1)
+    here.move(A, 2)
+    (sent,) = here.pick(SendSettle)
+    assert sent.broker == 2
+    assert sorted(entry.offsets for entry in sent.entries) == [[10], [11]]
 
 
 @pytest.mark.parametrize("indexes", [[1, 0, 3], [3, 1], [0, 2, 3], [0, 1, 2, 3], [2]])

@@ -3,6 +3,9 @@
 Rules:
 
 * What is settled together travels together, one frame for each broker.
+* A few acknowledgements wait for the answer to those before them at the same broker, `HOLD_MS` at most, and then travel
+  together: each frame costs both copies of every partition in it a batch and a flush, whatever is in it. Everything
+  else somebody may be waiting for, so it leaves at once, and takes what waits along.
 * A settlement without an answer is repeated, at whoever is the primary by then, until its deadline. It may have been
   done already (it is *in doubt*): then the broker finds an acknowledged record settled, and one that was given back in
   somebody else's hands. Both are what was asked for.
@@ -32,6 +35,8 @@ from ferryline.protocol.metadata import NO_BROKER
 from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, REJECT, RELEASE, SettleEntry, SettleResult
 
 FRAME_BYTES = 1024 * 1024  # of one SETTLE, roughly
+HOLD_MS = 20  # what an acknowledgement waits at most for the answer to those before it
+HOLD_RECORDS = 100  # so many acknowledged records wait for nothing
 _ENTRY_BYTES, _OFFSET_BYTES = 200, 9
 _TAKEN_BACK = (NACK, REJECT, RELEASE)  # in a run, the broker takes what comes behind, too
 _FOREVER = 2**62
@@ -40,13 +45,14 @@ _FOREVER = 2**62
 class Item:
     """One `Settle` until its last word. ``frame``: the one that it is in, 0: none."""
 
-    __slots__ = ("broker", "cause", "doubtful", "failures", "frame", "retry_at_ms", "sent_ms", "settle")
+    __slots__ = ("broker", "cause", "doubtful", "failures", "frame", "held", "retry_at_ms", "sent_ms", "settle")
 
     def __init__(self, settle: Settle) -> None:
         self.settle = settle
         self.broker = NO_BROKER
         self.frame = 0
         self.doubtful = False
+        self.held = False  # it waits for the answer to an earlier frame
         self.failures = 0
         self.retry_at_ms = self.sent_ms = 0
         self.cause: FerrylineError | None = None  # why it was not done the last time
@@ -61,6 +67,7 @@ class Settling:
         self._items: dict[int, Item] = {}
         self._unsent: list[Item] = []
         self._frames: dict[int, list[Item]] = {}
+        self._acking: dict[int, tuple[int, int]] = {}  # broker -> (last frame with acknowledgements, when it left)
         self._deadlines: list[tuple[int, int]] = []
         self._last_frame = 0
         self._own = 0  # numbers of what nobody waits for are negative
@@ -100,6 +107,7 @@ class Settling:
 
     def answered(self, frame: int, results: list[SettleResult], now_ms: int, out: list[Effect]) -> None:
         by_index = {result.index: result for result in results}
+        self._let_go(frame)
         for index, item in enumerate(self._frames.pop(frame, ())):
             if item.frame != frame:
                 continue  # it was repeated elsewhere meanwhile, and that answer counts
@@ -112,9 +120,19 @@ class Settling:
                 self._done(item, result, out)
 
     def failed(self, frame: int, error: FerrylineError, now_ms: int, out: list[Effect]) -> None:
+        self._let_go(frame)
         for item in self._frames.pop(frame, ()):
             if item.frame == frame:
                 self._again(item, error, now_ms, out)
+
+    def _let_go(self, frame: int) -> None:
+        """This frame has its answer: what waited for it may leave."""
+        for broker, (last, _) in list(self._acking.items()):
+            if last == frame:
+                del self._acking[broker]
+                for item in self._unsent:
+                    if item.held and item.broker == broker:
+                        item.held, item.retry_at_ms = False, 0
 
     def routes_changed(self) -> None:
         """What is on its way to a broker that is not the primary any more is sent to the new one at once."""
@@ -161,6 +179,8 @@ class Settling:
             else:
                 by_broker.setdefault(broker, []).append(item)
         for broker, items in by_broker.items():
+            if self._hold(broker, items, now_ms):
+                continue
             chunk: list[Item] = []
             size = 0
             for item in items:
@@ -172,11 +192,30 @@ class Settling:
                 size += wants
             self._send(broker, chunk, now_ms, out)
 
+    def _hold(self, broker: int, items: list[Item], now_ms: int) -> bool:
+        """Whether these wait for the answer to the acknowledgements before them. If not, what waits goes along."""
+        waiting = [item for item in self._unsent if item.held and item.broker == broker]
+        frame, sent_ms = self._acking.get(broker, (0, 0))
+        plain = all(item.settle.action == ACK and not item.failures and not item.doubtful for item in items)
+        few = sum(len(item.settle.indexes) for item in (*waiting, *items)) < HOLD_RECORDS
+        if frame and now_ms < sent_ms + HOLD_MS and plain and few:
+            for item in items:
+                item.held, item.broker, item.retry_at_ms = True, broker, sent_ms + HOLD_MS
+            self._unsent += items
+            return True
+        if waiting:
+            self._unsent = [item for item in self._unsent if item not in waiting]
+            items[:0] = waiting
+        return False
+
     def _send(self, broker: int, items: list[Item], now_ms: int, out: list[Effect]) -> None:
         self._last_frame += 1
         for item in items:
             item.frame = self._last_frame
             item.broker = broker
+            item.held = False
+            if item.settle.action == ACK:
+                self._acking[broker] = (self._last_frame, now_ms)
             item.sent_ms = now_ms
         self._frames[self._last_frame] = items
         out.append(SendSettle(broker, self._last_frame, [_entry(item.settle) for item in items]))
