@@ -194,11 +194,13 @@ class Settling:
 
     def _hold(self, broker: int, items: list[Item], now_ms: int) -> bool:
         """Whether these wait for the answer to the acknowledgements before them. If not, what waits goes along."""
+        if broker not in self._acking:
+            return False  # the common case: nothing is on its way, so nothing waits for it either
         waiting = [item for item in self._unsent if item.held and item.broker == broker]
-        frame, sent_ms = self._acking.get(broker, (0, 0))
+        _, sent_ms = self._acking[broker]
         plain = all(item.settle.action == ACK and not item.failures and not item.doubtful for item in items)
         few = sum(len(item.settle.indexes) for item in (*waiting, *items)) < HOLD_RECORDS
-        if frame and now_ms < sent_ms + HOLD_MS and plain and few:
+        if now_ms < sent_ms + HOLD_MS and plain and few:
             for item in items:
                 item.held, item.broker, item.retry_at_ms = True, broker, sent_ms + HOLD_MS
             self._unsent += items
@@ -214,9 +216,9 @@ class Settling:
             item.frame = self._last_frame
             item.broker = broker
             item.held = False
-            if item.settle.action == ACK:
-                self._acking[broker] = (self._last_frame, now_ms)
             item.sent_ms = now_ms
+        if any(item.settle.action == ACK for item in items):
+            self._acking[broker] = (self._last_frame, now_ms)
         self._frames[self._last_frame] = items
         out.append(SendSettle(broker, self._last_frame, [_entry(item.settle) for item in items]))
 
