@@ -84,7 +84,7 @@ class QueueShell:
             self.broker.host.deliver_after(wait_ms * MS, self._expire, parked)
         elif kind == "settle":
             member, item = rest
-            event = SettleAsked(token, QUEUE, member, [SettleItem(*item)], TIMEOUT_MS)
+            event = SettleAsked(token, QUEUE, member, [SettleItem(*item)], TIMEOUT_MS, self.part.chance(0.5))
             self.serving.ask(session, correlation, key, event)
         elif kind == "keep":
             member, leases = rest
@@ -211,6 +211,14 @@ class QueueShell:
     def _read(self, key: Key, hosted: Hosted, effect: ReadWindow) -> None:
         if self.broker.parts.get(key) is not hosted:
             return
+        event = self.window(hosted, effect)
+        if event.next_offset > effect.offset:
+            self.broker.replicas.feed(key, event)
+        else:  # rot, or retention was faster
+            self.broker.host.deliver_after(200 * MS, self._nothing_read, key, hosted, event)
+
+    def window(self, hosted: Hosted, effect: ReadWindow) -> WindowRead:
+        """What there is of the records that are asked for."""
         scanned: list[Scanned] = []
         next_offset, size = effect.offset, 0
         try:
@@ -226,11 +234,7 @@ class QueueShell:
                 scanned += [
                     self._scanned(record) for record in decode_batch(data[at : at + header.size], header)
                 ]  # fmt: skip
-        event = WindowRead(effect.group, effect.offset, next_offset, scanned, size)
-        if next_offset > effect.offset:
-            self.broker.replicas.feed(key, event)
-        else:  # rot, or retention was faster
-            self.broker.host.deliver_after(200 * MS, self._nothing_read, key, hosted, event)
+        return WindowRead(effect.group, effect.offset, next_offset, scanned, size, effect.ahead)
 
     def _nothing_read(self, key: Key, hosted: Hosted, event: WindowRead) -> None:
         if self.broker.parts.get(key) is hosted:

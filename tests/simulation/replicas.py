@@ -164,6 +164,8 @@ class Replicas:
                 self._send_to_primary(to, "fetch", fetch)
             case ev.SendProgress(to, progress):
                 self._send_to_primary(to, "progress", progress)
+            case ev.AwaitPassEnd():  # whatever else comes until then is taken in first
+                self.host.deliver_after(int(world.engine.rng.random() * 200) + 1, self._pass_ended, key, hosted)
             case ev.SendData():
                 self._send_data(hosted, effect)
             case ev.PersistEpoch(epoch):
@@ -176,6 +178,9 @@ class Replicas:
                 broker.serving.role_changed(key)
             case ev.ReplayState():
                 return core.handle(ev.StateReplayed(hosted.files.state_entries()), self.host.now_ms())
+            case ReadWindow(ahead=True):
+                assert broker.serving.queues is not None
+                return core.handle(broker.serving.queues.window(hosted, effect), self.host.now_ms())
             case ev.RebuildProducers():
                 return core.handle(ev.ProducersRebuilt(hosted.files.producers()), self.host.now_ms())
             case _:
@@ -223,6 +228,10 @@ class Replicas:
             case _:
                 raise AssertionError(f"unknown effect {effect!r}")
 
+    def _pass_ended(self, key: Key, hosted: Hosted) -> None:
+        if self.hosted.get(key) is hosted:
+            self.feed(key, ev.PassEnded())
+
     # -- replication -------------------------------------------------------------------------------
 
     def _send_to_primary(self, to: int, kind: str, message: Any) -> None:
@@ -262,6 +271,8 @@ class Replicas:
             if log == RECORDS and header.producer_id >= 0 and not header.is_control and hosted.core.role == "primary":
                 identity = (header.producer_id, header.producer_epoch, header.base_sequence)
                 copy.truth.named[header.base_offset, header.crc] = identity
+        if log == STATE and self.world.queues is not None and hosted.core.role == "primary":
+            self.world.checks.queues.appended(self.broker, key, hosted.core, _entries(data, headers))
         if log == STATE and self.asking is not None and not _is_snapshot(data, headers):
             self.asking.state_end, self.asking = headers[0][1].next_offset, None
 
@@ -326,8 +337,13 @@ class Replicas:
 
 def _is_snapshot(data: ev.Bytes, headers: list[Any]) -> bool:
     """Nobody's answer waits for a snapshot: a question that changes nothing may be what it is taken at."""
-    at, header = headers[0]
-    if header.is_control:
-        return False
-    record = next(iter(decode_batch(data[at : at + header.size], header)))
-    return isinstance(msgspec.msgpack.decode(record.value or b"", type=StateEntry), SnapshotEntry)
+    return any(isinstance(entry, SnapshotEntry) for entry in _entries(data, headers[:1])[:1])
+
+
+def _entries(data: ev.Bytes, headers: list[Any]) -> list[StateEntry]:
+    return [
+        msgspec.msgpack.decode(record.value or b"", type=StateEntry)
+        for at, header in headers
+        if not header.is_control
+        for record in decode_batch(data[at : at + header.size], header)
+    ]

@@ -304,7 +304,7 @@ class World:
     def _settle(self) -> None:
         """Until everything is as it should be; operators do what they would have to do."""
         # A queue is drained record by record, and on a wild network each may wait for the primary's next tick.
-        until_us = self.engine.now_us + SETTLE_MS * MS * (1 if self.queues is None else 3)
+        until_us = self.engine.now_us + SETTLE_MS * MS * (1 if self.queues is None else 6)
         while self.engine.now_us < until_us:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
                 break

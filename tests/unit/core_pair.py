@@ -136,6 +136,8 @@ class Pair:
             case ev.SendProgress(to, progress):
                 if not {broker, to} & self.cut:
                     self.send(to, ev.ProgressReceived(1, broker, self.live[broker], progress))
+            case ev.AwaitPassEnd():
+                self.send(broker, ev.PassEnded())
             case ev.SendData(_, to, data, reads):
                 if not {broker, to} & self.cut:
                     batches = tuple(self._read(disk, log, read) for log, read in enumerate(reads))

@@ -57,3 +57,23 @@ def test_a_new_session_ends_the_wait_for_a_flush() -> None:
     pair.produce(1, 7)
     assert [type(effect) for effect in pair.tell(2, ev.PeerUp(1))][:1] == [ev.SendFetch]
     assert [type(effect) for effect in pair.tell(2, ev.Flushed(RECORDS, 2))][:1] == [ev.SendProgress]
+
+
+def test_a_secondary_does_not_wait_for_what_nobody_asked_it_to_flush() -> None:
+    pair = Pair()
+    pair.meta(part(1, 1, 1, (1, 2), flush="replicated"))
+    pair.tell(1, ev.BarrierAsked(5, 30_000))
+    pair.meta(part(1, 1, 2, (1, 2)))  # flushed from now on; the state log was not until now
+    pair.produce(1, 9)
+    assert isinstance(pair.answers()[9], ev.AnswerProduce)
+
+
+def test_what_was_appended_while_another_was_to_join_is_flushed_when_it_may_not() -> None:
+    pair = Pair()
+    pair.meta(part(1, 1, 1, (1,), flush="replicated"))
+    (proposal,) = pair.proposals()[-1:]
+    pair.cut = {2}
+    pair.produce(1, 9)
+    assert 9 not in pair.answers()
+    pair.answer_alter(1, proposal, False, part(1, 1, 1, (1,), flush="replicated"))
+    assert isinstance(pair.answers()[9], ev.AnswerProduce)

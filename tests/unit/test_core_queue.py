@@ -28,7 +28,9 @@ class QueuePair(Pair):
 
     def _do(self, broker: int, effect: ev.Effect) -> None:
         super()._do(broker, effect)
-        if isinstance(effect, qe.ReadWindow):
+        if isinstance(effect, qe.ReadWindow) and effect.ahead:
+            self.inbox.insert(0, (broker, self.window(broker, effect)))
+        elif isinstance(effect, qe.ReadWindow):
             self.send(broker, self.window(broker, effect))
 
     def window(self, broker: int, ask: qe.ReadWindow) -> qe.WindowRead:
@@ -39,7 +41,7 @@ class QueuePair(Pair):
             end = header.next_offset
             if not header.is_control:
                 scanned += [qe.Scanned(record.offset, record.key) for record in decode_batch(raw)]
-        return qe.WindowRead(ask.group, ask.offset, end, scanned, 100)
+        return qe.WindowRead(ask.group, ask.offset, end, scanned, 100, ask.ahead)
 
     def put(self, broker: int, *keys: str) -> None:
         self.token += 1

@@ -19,6 +19,7 @@ from ferryline_broker.core.queue_view import explain, stats
 
 LEASE_MS = 10_000
 EPOCH = 3
+ALL_COMMITTED = 1 << 62
 
 
 class World:
@@ -71,7 +72,7 @@ class World:
 
     def tick(self, by_ms: int) -> None:
         self.now += by_ms
-        self.queue.tick(self.policy, self.now)
+        self.queue.tick(self.policy, self.now, ALL_COMMITTED)
         self._took()
 
     def _took(self) -> None:

@@ -317,7 +317,7 @@ class QueueMachine(RuleBasedStateMachine):
     def time_passes(self, by_ms: int) -> None:
         self.now += by_ms
         ended = [o for o in self.model.leased() if self.model.facts[o].until_ms <= self.now]
-        self.queue.tick(self.policy, self.now)
+        self.queue.tick(self.policy, self.now, 1 << 62)
         self.took()
         if self.ordering == ORDER_PARTITION:
             ended = ended[:1]  # of a run only the first is to blame

@@ -17,7 +17,7 @@ from ferryline_broker.core.queue_entries import Dying, Leased, Opened, Purged, S
 from ferryline_broker.core.queue_table import QueueTable
 from unit.core_pair import KEY, part
 from unit.test_core_queue import QueuePair
-from unit.test_queue_core import EPOCH, LEASE_MS, World
+from unit.test_queue_core import ALL_COMMITTED, EPOCH, LEASE_MS, World
 
 # -- runs --------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ def test_a_run_whose_lease_ends_while_the_window_is_read_again_blames_the_first_
     other = world.promoted()
     other.queue.restart(other.now)
     other.now += LEASE_MS
-    other.queue.tick(other.policy, other.now)
+    other.queue.tick(other.policy, other.now, ALL_COMMITTED)
     other.fill()
     assert other.lease() == [0, 1, 2]
     assert [other.queue.table.stories[offset].attempts for offset in (0, 1, 2)] == [2, 1, 1]

@@ -52,7 +52,8 @@ class Delivery(Message):
     """What was leased in one partition, together. Payload: one batch with exactly these records, in this order.
 
     The offsets of its records are in ``offsets`` (those in the batch itself mean nothing); ``attempts`` says for each
-    how often it has been leased, this time included. With ``error`` everything else is empty.
+    how often it has been leased, this time included. ``contended``: records of one of their lanes wait, or have waited,
+    for an acknowledgement. With ``error`` everything else is empty.
     """
 
     topic_id: str
@@ -65,6 +66,7 @@ class Delivery(Message):
     attempts: list[int] = []
     size: int = 0
     error: ErrorInfo | None = None
+    contended: bool = False
 
 
 class ReceiveAnswer(Message):
@@ -95,11 +97,13 @@ class SettleEntry(Message):
 
 
 class Settle(Message):
-    """Answered when all of it is committed."""
+    """Answered when all of it is committed. ``patient``: nobody waits for that, so it may take a moment longer, and be
+    committed together with what comes next."""
 
     group: str
     member: str
     entries: list[SettleEntry]
+    patient: bool = False
 
 
 class SettleResult(Message):

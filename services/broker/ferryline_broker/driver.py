@@ -2,8 +2,8 @@
 
 One pass of the loop, from a client's batch to its acknowledgement::
 
-    pass n      frame -> Produced -> [Append, SendData, Flush, ...]      write() to the page cache
-    pass n + 1  `_end_pass`: frames to peers and clients leave           the secondary starts its own write and flush
+    pass n      frame -> Produced -> [Append, Flush, AwaitPassEnd, ...]  write() to the page cache
+    pass n + 1  `_end_pass`: PassEnded -> SendData; all frames leave     the secondary starts its own write and flush
     pass n + 2  `_sync`: fdatasync of every dirty log, Flushed -> effects, `_end_pass` again
 
 The flush comes one pass after the frames because uvloop hands bytes to the kernel between passes: otherwise the
@@ -61,6 +61,7 @@ class PartitionDriver:
         self._waiters: dict[int, tuple[Request, int, HostedReplica]] = {}
         self._token = 0
         self._emitters: dict[Emitter, None] = {}
+        self._awaiting: dict[HostedReplica, None] = {}
         self._fed: dict[HostedReplica, None] = {}  # in this pass: their deadlines may be others now
         self._answered: dict[Asker, None] = {}
         self._pass_due = self._sync_due = False
@@ -73,7 +74,7 @@ class PartitionDriver:
             ev.Truncate: self._truncate,
             ev.ResetLog: self._reset,
             ev.AdvanceStart: self._advance_start,
-            ev.PersistEpoch: self._persist_epoch,
+            ev.PersistEpoch: lambda hosted, effect: hosted.store.persist_epoch(effect.epoch),
             ev.ReplayState: self._replay_state,
             ev.RebuildProducers: self._rebuild_producers,
             ev.AnswerProduce: self._answer,
@@ -82,13 +83,14 @@ class PartitionDriver:
             ev.Refuse: self._answer,
             ev.SendFetch: self._send_fetch,
             ev.SendProgress: self._send_progress,
+            ev.AwaitPassEnd: lambda hosted, _: self._awaiting.update({hosted: None}),
             ev.SendData: self._send_data,
             ev.SendAlterIsr: self._send_alter_isr,
             ev.SendResign: self._send_resign,
-            ev.SendReport: self._send_report,
+            ev.SendReport: lambda _, effect: self.link.add_report(effect.report),  # this pass ends like every other
             ev.WakeReaders: self._wake_readers,
             ev.RoleChanged: self._role_changed,
-            ev.RefreshMetadata: self._refresh_metadata,
+            ev.RefreshMetadata: lambda _, __: self.link.refresh_metadata(),
             ev.DeleteReplica: self._delete,
             qe.AnswerLease: self._answer,
             qe.AnswerSettle: self._answer,
@@ -135,6 +137,7 @@ class PartitionDriver:
         if (hosted := self.replicas.pop(key, None)) is None:
             return None
         hosted.broken = "deleted"
+        self.queues.cut(hosted)
         self._settle_all(hosted, "NOT_PRIMARY", "this broker does not hold the partition any more")
         self._wake(hosted)
         return hosted
@@ -151,8 +154,6 @@ class PartitionDriver:
             failed = self.write_failed if type(effect) in ev.WRITES else self.storage_failed
             failed(hosted, getattr(effect, "log", RECORDS), error)
             return
-        finally:
-            hosted.fresh = None
         if hosted.follow_ups:
             follow_ups, hosted.follow_ups = hosted.follow_ups, []
             for event in follow_ups:
@@ -185,7 +186,7 @@ class PartitionDriver:
         log, headers = hosted.logs[effect.log], effect.headers
         begin = log.log_end
         log.append(effect.data, headers)
-        hosted.fresh = (effect.log, begin, log.log_end, effect.data)
+        hosted.fresh[effect.log] = (begin, log.log_end, effect.data)
         hosted.unsaved = True
         self._appends += 1
         if effect.log == RECORDS:
@@ -193,28 +194,27 @@ class PartitionDriver:
         self.on_appended(len(effect.data))
 
     def _flush(self, hosted: HostedReplica, effect: ev.Flush) -> None:
-        log = effect.log
-        if not hosted.flush_due[log]:
-            hosted.flush_due[log] = True
-            self._dirty.append((hosted, log))
+        if not hosted.flush_due[effect.log]:
+            hosted.flush_due[effect.log] = True
+            self._dirty.append((hosted, effect.log))
             self.end_pass_soon()
 
     def _truncate(self, hosted: HostedReplica, effect: ev.Truncate) -> None:
         hosted.logs[effect.log].truncate(effect.offset)
-        self.queues.cut(hosted)
-        hosted.unsaved = True
+        self._cut(hosted)
 
     def _reset(self, hosted: HostedReplica, effect: ev.ResetLog) -> None:
         hosted.logs[effect.log].reset(effect.offset, effect.epoch)
+        self._cut(hosted)
+
+    def _cut(self, hosted: HostedReplica) -> None:
         self.queues.cut(hosted)
+        hosted.fresh = [None, None]
         hosted.unsaved = True
 
     def _advance_start(self, hosted: HostedReplica, effect: ev.AdvanceStart) -> None:
         hosted.logs[effect.log].advance_start(effect.offset)
         hosted.unsaved = True
-
-    def _persist_epoch(self, hosted: HostedReplica, effect: ev.PersistEpoch) -> None:
-        hosted.store.persist_epoch(effect.epoch)
 
     def _replay_state(self, hosted: HostedReplica, _: ev.ReplayState) -> None:
         hosted.follow_ups.append(ev.StateReplayed(replay_state(hosted.store)))
@@ -249,10 +249,6 @@ class PartitionDriver:
         self.link.add_resign(effect.entry)
         self.end_pass_soon()
 
-    def _send_report(self, _: HostedReplica, effect: ev.SendReport) -> None:
-        self.link.add_report(effect.report)
-        self.end_pass_soon()
-
     def _wake_readers(self, hosted: HostedReplica, effect: ev.WakeReaders) -> None:
         hosted.unsaved = True
         if effect.log == RECORDS:
@@ -267,9 +263,6 @@ class PartitionDriver:
         hosted.sampled_end = 0
         self._wake(hosted)
         self.queues.role_changed(hosted)
-
-    def _refresh_metadata(self, _: HostedReplica, __: ev.RefreshMetadata) -> None:
-        self.link.refresh_metadata()
 
     def _delete(self, _: HostedReplica, effect: ev.DeleteReplica) -> None:
         self._loop.call_soon(self.delete_replica, effect.key)  # not while its own effects are carried out
@@ -296,6 +289,11 @@ class PartitionDriver:
             self._loop.call_soon(self._end_pass)
 
     def _end_pass(self) -> None:
+        self._pass_due = True  # whatever is fed from here on ends with it
+        self._guarded(self.queues.ask_again)
+        awaiting, self._awaiting = self._awaiting, {}
+        for hosted in awaiting:
+            self._guarded(self.feed, hosted, ev.PassEnded())
         self._pass_due = False
         if self._dirty and not self._sync_due:
             self._sync_due = True
@@ -311,15 +309,16 @@ class PartitionDriver:
         self._guarded(self.link.emit)
         fed, self._fed = self._fed, {}
         for hosted in fed:  # last: nobody waits for it
+            hosted.fresh = [None, None]
             try:
                 self._deadlines.arm(hosted)
             except Exception as error:
                 self._break(hosted, ev.Tick(), error)
 
-    def _guarded(self, emit: Callable[[], None]) -> None:
+    def _guarded(self, emit: Callable[..., None], *args: Any) -> None:
         """One peer's trouble must not keep the others waiting."""
         try:
-            emit()
+            emit(*args)
         except Exception:
             _log.exception("frames could not be sent")
 
@@ -392,9 +391,10 @@ class PartitionDriver:
 
     def settle_everything(self, code: str, message: str) -> None:
         """At the very end: nobody may be left waiting."""
-        for token, waiter in list(self._waiters.items()):
-            self._answer(waiter[2], ev.Refuse(token, code, message))
-        self._end_pass()
+        for _ in range(2):  # again, for whoever was woken in this pass
+            for token, waiter in list(self._waiters.items()):
+                self._answer(waiter[2], ev.Refuse(token, code, message))
+            self._end_pass()
 
 
 def _ignore(*_: object) -> None: ...

@@ -58,7 +58,7 @@ class HostedReplica:
         self.counts = counts
         self.broken = ""
         self.follow_ups: list[Event] = []  # what the core is told after the effects of its last event
-        self.fresh: tuple[int, int, int, Bytes] | None = None  # appended by this very event: log, from, to, bytes
+        self.fresh: list[tuple[int, int, Bytes] | None] = [None, None]  # last appended in this pass: from, to, bytes
         self.flush_due = [False, False]
         self.unsaved = False  # moved since the last checkpoint
         self.deadline_ms: int | None = None  # of the core
@@ -126,11 +126,11 @@ class HostedReplica:
         return data
 
     def _for_secondary(self, log: int, start: int, below: int, bytes_max: int, room: int) -> Bytes:
-        """From memory if it is what this event appended, which a secondary at the log end waits for: sooner than from
+        """From memory if it is the one batch of this pass, which a secondary at the log end waits for: sooner than from
         the log, and without a copy."""
-        bytes_max = min(bytes_max, room)
-        if self.fresh is not None and self.fresh[:3] == (log, start, below) and len(self.fresh[3]) <= bytes_max:
-            return self.fresh[3]
+        bytes_max, fresh = min(bytes_max, room), self.fresh[log]
+        if fresh is not None and fresh[:2] == (start, below) and len(fresh[2]) <= bytes_max:
+            return fresh[2]
         return self.logs[log].read(start, bytes_max, below)
 
     def read_for_secondary(self, effect: SendData, room: int) -> tuple[ReplicaData, list[Bytes]]:

@@ -85,6 +85,9 @@ class QueuePort(Protocol):
 
     def wake(self, hosted: HostedReplica, effect: qe.WakeReceivers) -> None: ...
 
+    def ask_again(self) -> None:
+        """At the end of each pass: whoever was woken in it may ask."""
+
     def move_dead(self, hosted: HostedReplica, effect: qe.MoveDead) -> None: ...
 
     def role_changed(self, hosted: HostedReplica) -> None: ...

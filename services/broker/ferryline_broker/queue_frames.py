@@ -26,10 +26,9 @@ from ferryline.protocol.queue_messages import (
     Receive,
     Settle,
 )
-from ferryline.protocol.records import DecodedRecord
 from ferryline_broker.access_rules import QUEUE_LOOKS, TopicCheck, refusal, topic_check
 from ferryline_broker.clock import now_ms
-from ferryline_broker.core.events import Bytes, Key
+from ferryline_broker.core.events import Key
 from ferryline_broker.core.queue_events import (
     AnswerLease,
     KeepAsked,
@@ -75,11 +74,12 @@ class QueueHandler:
         self.driver = driver
         self._view = view
         self._metrics = metrics
-        self._records = records
+        self.records = records
         self._quotas = quotas or Quotas()
         self._loop = asyncio.get_running_loop()
         self._parked: dict[tuple[Key, str], dict[ParkedReceive, int]] = {}  # (partition, group) -> in order of arrival
         self._askers: dict[Asker, set[ParkedReceive]] = {}
+        self._woken: dict[tuple[HostedReplica, str], None] = {}  # in this pass
         self._parked_count = self._count = 0
 
     # -- frames -------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class QueueHandler:
             counts = hosted.counts.group(ask.group)
             counts.saw(ask.member, now_ms())
             token = self.driver.token(request, request.part(numbers, told, counts), hosted)
-            self.driver.feed(hosted, SettleAsked(token, ask.group, ask.member, told))
+            self.driver.feed(hosted, SettleAsked(token, ask.group, ask.member, told, patient=ask.patient))
         self.driver.at_end(request)
 
     def ask_keep(self, asker: Asker, correlation: int, ask: Keep, check: TopicCheck | None = None) -> None:
@@ -264,7 +264,7 @@ class QueueHandler:
             parked.expired = True  # nobody hears the answer, but it waits no longer, in the way of others
             return
         try:
-            records = self._records.records(hosted, answer.offsets)
+            records = self.records.records(hosted, answer.offsets)
         except StorageFailed as failure:
             self.driver.storage_failed(hosted, RECORDS, failure)
             parked.refuse(hosted.key, failure.info())
@@ -285,8 +285,9 @@ class QueueHandler:
             offsets = [record.offset for record in records]
         hosted.counts.group(ask.group).handed_out(attempts)
         delivery = Delivery(
-            *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload)
-        )
+            *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload), None,
+            answer.contended,
+        )  # fmt: skip
         mac = receipt(self._key(), ask.group, ask.member, delivery)
         self._quotas.charge(parked.asker.caller, records=len(records), bytes=len(payload))
         parked.add(replace(delivery, receipt=mac), payload)
@@ -298,25 +299,26 @@ class QueueHandler:
         event = SettleAsked(token, ask.group, ask.member, [item])
         self._loop.call_soon(self.driver.feed, hosted, event)  # not while the core's effects are carried out
 
-    def peeked(self, hosted: HostedReplica, offsets: list[int], bytes_max: int) -> tuple[dict[str, object], Bytes]:
-        """The records at these offsets; the first ones, if all of them are too much for one answer."""
-        records: list[DecodedRecord] = []
-        size = 0
-        for offset in offsets:
-            for record in self._records.records(hosted, [offset]):
-                size += len(record.key or b"") + len(record.value or b"")
-                records.append(record)
-            if size >= bytes_max:
-                break
-        return {"offsets": [record.offset for record in records]}, batch_of(records) if records else b""
-
     # -- waiting ------------------------------------------------------------------------------------
 
     def wake(self, hosted: HostedReplica, effect: WakeReceivers) -> None:
         """Records became ready: those who wait the longest ask for them, each for a fair share."""
-        waiting = self._parked.get((hosted.key, effect.group))
-        if waiting:
-            self._loop.call_soon(self._ask_again, hosted, effect.group)
+        if (hosted.key, effect.group) in self._parked:
+            self._woken[hosted, effect.group] = None
+            self.driver.end_pass_soon()
+
+    def ask_again(self) -> None:
+        """At the end of a pass: for those who were woken in it. Whoever is woken by that asks in the next one."""
+        woken, self._woken = self._woken, {}
+        try:
+            while woken:
+                who = next(iter(woken))
+                del woken[who]
+                self._ask_again(*who)
+        finally:
+            self._woken.update(woken)  # after a mistake in one, the others ask in the next pass
+            if self._woken:
+                self._loop.call_soon(self.driver.end_pass_soon)
 
     def _ask_again(self, hosted: HostedReplica, group: str) -> None:
         waiting = self._parked.get((hosted.key, group))

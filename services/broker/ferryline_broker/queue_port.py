@@ -27,7 +27,10 @@ class Queues:
 
     def read_window(self, hosted: HostedReplica, effect: ReadWindow) -> None:
         """In a later pass of the loop: a long backlog is looked at piece by piece, between other work."""
-        self._loop.call_soon(self._read, hosted, effect)
+        if effect.ahead:
+            hosted.follow_ups.append(self._records.window(hosted, effect, now_ms(), wall_ms()))
+        else:
+            self._loop.call_soon(self._read, hosted, effect)
 
     def _read(self, hosted: HostedReplica, effect: ReadWindow) -> None:
         if hosted.broken:
@@ -41,6 +44,9 @@ class Queues:
 
     def wake(self, hosted: HostedReplica, effect: WakeReceivers) -> None:
         self._handler.wake(hosted, effect)
+
+    def ask_again(self) -> None:
+        self._handler.ask_again()
 
     def move_dead(self, hosted: HostedReplica, effect: MoveDead) -> None:
         self._loop.call_soon(self.move, hosted, effect)

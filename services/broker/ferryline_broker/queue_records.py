@@ -1,7 +1,7 @@
 """What queues read of the record log: keys and headers for the window, whole records for deliveries.
 
 A batch is decoded once and kept while there is room (one budget for all partitions); a delivery mostly finds its
-records here. Only committed records are asked for, and those never change: nothing but whole partitions is thrown away.
+records here. What is there can only change where a log is cut, which throws away all that is known of the partition.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ferryline.protocol.queue_messages import (
     PRIORITY_DEFAULT,
 )
 from ferryline.protocol.records import BatchBuilder, BatchHeader, DecodedRecord, decode_batch
-from ferryline_broker.core.events import Key
+from ferryline_broker.core.events import Bytes, Key
 from ferryline_broker.core.queue_events import ReadWindow, Scanned, WindowRead
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.walk import checked_batches
@@ -65,7 +65,7 @@ class QueueRecords:
                 _with_headers(record, now_ms, wall_ms) if record.headers else Scanned(record.offset, record.key)
                 for record in batch.records
             ]
-        return WindowRead(ask.group, ask.offset, next_offset, scanned, size)
+        return WindowRead(ask.group, ask.offset, next_offset, scanned, size, ask.ahead)
 
     def records(self, hosted: HostedReplica, offsets: list[int]) -> list[DecodedRecord]:
         """The records at these offsets, in ascending order. An offset that is not there (retained away) is left out."""
@@ -81,6 +81,18 @@ class QueueRecords:
             if records:
                 found.append(records[offset - base])
         return found
+
+    def peeked(self, hosted: HostedReplica, offsets: list[int], bytes_max: int) -> tuple[dict[str, object], Bytes]:
+        """The records at these offsets; the first ones, if all of them are too much for one answer."""
+        records: list[DecodedRecord] = []
+        size = 0
+        for offset in offsets:
+            for record in self.records(hosted, [offset]):
+                size += len(record.key or b"") + len(record.value or b"")
+                records.append(record)
+            if size >= bytes_max:
+                break
+        return {"offsets": [record.offset for record in records]}, batch_of(records) if records else b""
 
     def forget(self, key: Key) -> None:
         """The replica is gone, or was cut: another record may come to stand where one stood."""

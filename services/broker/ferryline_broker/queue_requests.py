@@ -225,7 +225,7 @@ class QueueRequest:
         if self.ask.op == "peek":
             try:
                 share = BYTES_MAX // len(self.ask.entries)
-                details, payload = self._handler.peeked(self._hosted[index], details["offsets"], share)
+                details, payload = self._handler.records.peeked(self._hosted[index], details["offsets"], share)
             except StorageFailed as failure:
                 self.refuse(index, failure.info())
                 return

@@ -10,7 +10,7 @@ BROKERS = (
         "L5",
         "acknowledged when appended",
         ALL,
-        ("WaitList.add", "if self._replica.high_watermark[log] > last:", "if True:"),
+        ("WaitList.add", "elif high[log] > last:", "elif True:"),
     ),
     mutant(
         "only-own-flush",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.simulation.mutants.model import QUEUES, mutant
 
-_ANSWER = 'self.waits.add(STATE, last, token, outcome.answer, now_ms + getattr(event, "timeout_ms", 0))'
+_ANSWER = "self.waits.add(STATE, last, token, outcome.answer, deadline_ms, record=outcome.record)"
 _EARLY = 'self.replica.out.append(outcome.answer) if type(outcome.answer).__name__ == "{}" else ' + _ANSWER
 
 QUEUE_MUTANTS = (
@@ -14,6 +14,27 @@ QUEUE_MUTANTS = (
         "a lease is answered before it is committed",
         QUEUES,
         ("Primary.queue", _ANSWER, _EARLY.format("AnswerLease")),
+    ),
+    mutant(
+        "lease-answered-before-its-record",
+        "queues ahead",
+        "a lease is answered when its entry is committed, though its record is not",
+        QUEUES,
+        ("WaitList.add", "if record >= high[RECORDS]:", "if False:"),
+    ),
+    mutant(
+        "settled-ahead",
+        "queues ahead",
+        "records are settled by looking at them before they are committed",
+        QUEUES,
+        ("Queues._read", "event.ahead and not event.plain", "False"),
+    ),
+    mutant(
+        "uncommitted-lease-ends",
+        "queues ahead",
+        "a lease of records that are not committed ends by time",
+        QUEUES,
+        ("Queue.tick", "max(lease.offsets) >= high_watermark", "False"),
     ),
     mutant(
         "settle-answered-early",
@@ -90,7 +111,7 @@ QUEUE_MUTANTS = (
         "Q6",
         "a lease whose deadline passed is not released",
         QUEUES,
-        ("Queue.tick", "if lease is not None and lease.deadline_ms == deadline_ms:", "if False:"),
+        ("Queue.tick", "if lease is None or lease.deadline_ms != deadline_ms:", "if True:"),
     ),
     mutant(
         "keep-drops-everything",

@@ -53,6 +53,10 @@ class Tick(Event):
     """A deadline passed (or may have)."""
 
 
+class PassEnded(Event):
+    """Answer to AwaitPassEnd: what came in together has been handled."""
+
+
 class MetaReceived(Event):
     """The coordinator's record of this partition. May be late, repeated, reordered.
 
@@ -350,6 +354,11 @@ class SendFetch(Effect):
 class SendProgress(Effect):
     to: int
     progress: ReplicaProgress
+
+
+class AwaitPassEnd(Effect):
+    """Report PassEnded when everything that came in together with the present event has been handled, and before
+    anything is sent: what is appended until then travels in one answer to a secondary."""
 
 
 class SendData(Effect):

@@ -125,6 +125,22 @@ class Feeder:
         data = ReplicaData(*replica.key, self.sync.epoch, fetch.fetch_id, (logs[RECORDS], logs[STATE]), version=version)
         replica.out.append(SendData(member.session, to, data, (reads[RECORDS], reads[STATE])))
 
+    @property
+    def anybody_waits(self) -> bool:
+        return any(member.parked is not None for member in self.sync.members.values())
+
+    def all_wait_at(self, offset: int) -> bool:
+        """Whether all records before ``offset`` are committed, and every secondary that counts waits for that one."""
+        sync, high = self.sync, self.replica.high_watermark
+        if high[RECORDS] != offset:
+            return False
+        for broker_id in sync.maximal_isr:
+            if broker_id != self.replica.broker_id:
+                member = sync.members.get(broker_id)
+                if member is None or member.parked is None or member.fetched[RECORDS] != offset:
+                    return False
+        return True
+
     def serve_parked(self, now_ms: int) -> None:
         """There may be news for whoever waits."""
         for broker_id, member in self.sync.members.items():

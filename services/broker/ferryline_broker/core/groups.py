@@ -4,8 +4,8 @@ The state log is the truth; `GroupTable` is what its entries add up to. The prim
 when appended, and answered when committed. A new primary rebuilds the table from the whole state log.
 
 Void rule: an entry that names a record which is not in the record log (other epoch, or beyond its end) counts for
-nothing. It can only exist after an unflushed power loss, and without the rule records written later at the same offsets
-would inherit the commits of the lost ones.
+nothing. It exists after an unflushed power loss, and where a lease was appended together with a record that was lost
+with the primaryship. Without the rule, records written later at the same offsets would inherit what was said of them.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from ferryline_broker.core.events import (
     Key,
     LogStartAdvanced,
     MetaReceived,
+    PassEnded,
     PeerDown,
     PeerUp,
     PersistEpoch,
@@ -58,7 +59,8 @@ from ferryline_broker.core.events import (
     Tick,
 )
 from ferryline_broker.core.full import OutOfSpace
-from ferryline_broker.core.primary import GroupEvent, Primary
+from ferryline_broker.core.group_asks import GroupEvent
+from ferryline_broker.core.primary import Primary
 from ferryline_broker.core.queue_events import DeadMoved, WindowRead
 from ferryline_broker.core.queues import QueueEvent
 from ferryline_broker.core.reading import ReadVerdict, check_read
@@ -220,6 +222,8 @@ class PartitionCore:
     def _primary_event(self, primary: Primary, event: Event, now_ms: int) -> None:
         if isinstance(event, ProgressReceived):
             primary.progress(event, now_ms)
+        elif isinstance(event, PassEnded):
+            primary.pass_ended(now_ms)
         elif isinstance(event, StateReplayed):
             primary.replayed(event.entries)
         elif isinstance(event, HandOverAsked):

@@ -21,13 +21,10 @@ from ferryline_broker.core.events import (
     AnswerBarrier,
     AnswerGroup,
     AnswerProduce,
+    AwaitPassEnd,
     BarrierAsked,
-    Claimed,
-    CommitAsked,
-    CommittedAsked,
     Effect,
     FetchReceived,
-    GroupForgotten,
     HandOverAsked,
     Produced,
     ProgressReceived,
@@ -36,21 +33,13 @@ from ferryline_broker.core.events import (
     SendResign,
 )
 from ferryline_broker.core.feeder import Feeder
-from ferryline_broker.core.groups import (
-    BarrierEntry,
-    ForgetEntry,
-    GroupTable,
-    Refused,
-    StateEntry,
-    batches_of,
-)
+from ferryline_broker.core.group_asks import GroupEvent, decide
+from ferryline_broker.core.groups import BarrierEntry, GroupTable, Refused, StateEntry, batches_of
 from ferryline_broker.core.insync import InSyncSet
 from ferryline_broker.core.queue_events import DeadMoved, WindowRead
 from ferryline_broker.core.queues import QueueEvent, Queues
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
 from ferryline_broker.core.waiting import WaitList
-
-GroupEvent = Claimed | CommitAsked | CommittedAsked | GroupForgotten | BarrierAsked
 
 
 class HandOver(msgspec.Struct):
@@ -76,6 +65,8 @@ class Primary:
         self.queues: Queues | None = None  # once ready
         self.snapshot_bytes = 0  # of the last snapshot
         self.snapshot_offset = -1  # of a snapshot that was appended and is not yet committed
+        self.pass_end_awaited = False  # there is news for the secondaries
+        self.patient_until_ms = 0  # until when what could wait is not flushed and sent; 0: there is none
         self.moved_ms = now_ms  # when the high watermark last moved, or the tail last became non-empty
 
     def begin(self, now_ms: int) -> None:
@@ -130,6 +121,8 @@ class Primary:
         stamp(event.data, base, self.epoch)
         stamped = msgspec.structs.replace(header, base_offset=base, epoch=self.epoch)
         self._append(RECORDS, [(event.data, stamped)], now_ms)
+        if self.queues is not None and self.feeder.all_wait_at(base):
+            self.queues.look_ahead(base, stamped)
         answer = AnswerProduce(event.token, base, self.epoch)
         self.waits.add(RECORDS, stamped.next_offset - 1, event.token, answer, now_ms + event.timeout_ms)
 
@@ -143,7 +136,7 @@ class Primary:
         if refusal is not None:
             self._refuse(event.token, *refusal)
             return
-        entry = self._decide(event)
+        entry = decide(self.groups, event, replica)
         if isinstance(entry, Refused):
             self._refuse(event.token, entry.code, entry.message)
             return
@@ -167,11 +160,11 @@ class Primary:
             if token:
                 self._refuse(token, *refusal)
             elif self.queues is not None and isinstance(event, WindowRead | DeadMoved):
-                self.queues.block(now_ms, event)
+                self.queues.block(now_ms, event)  # nothing is read ahead now: an append was taken a moment ago
             return
         assert self.queues is not None
         outcome = self.queues.handle(event, now_ms)
-        self._append_entries(outcome.entries, now_ms)
+        self._append_entries(outcome.entries, now_ms, patient=getattr(event, "patient", False))
         if outcome.refused is not None:
             if token:
                 self._refuse(token, outcome.refused.code, outcome.refused.message)
@@ -180,11 +173,11 @@ class Primary:
         elif outcome.answer is not None:
             if not outcome.entries:
                 self._append_entries([BarrierEntry()], now_ms)
-            last = self.replica.log_end[STATE] - 1
-            self.waits.add(STATE, last, token, outcome.answer, now_ms + getattr(event, "timeout_ms", 0))
+            last, deadline_ms = self.replica.log_end[STATE] - 1, now_ms + getattr(event, "timeout_ms", 0)
+            self.waits.add(STATE, last, token, outcome.answer, deadline_ms, record=outcome.record)
         self._maybe_snapshot(now_ms)
 
-    def _append_entries(self, entries: list[StateEntry], now_ms: int) -> None:
+    def _append_entries(self, entries: list[StateEntry], now_ms: int, *, patient: bool = False) -> None:
         """Several entries, as one batch if that can carry them. They were applied when they were decided."""
         if not entries:
             return
@@ -193,44 +186,39 @@ class Primary:
             batches.append((data, read_header(data)))
             if self.queues is not None:
                 self.queues.appended(carried, batches[-1][1].next_offset - 1)
-        self._append(STATE, batches, now_ms)
+        self._append(STATE, batches, now_ms, patient=patient)
 
-    def _decide(self, event: GroupEvent) -> StateEntry | Refused | None:
-        groups, replica = self.groups, self.replica
-        assert groups is not None
-        match event:
-            case Claimed():
-                return groups.decide_claim(event.group, event.member, event.generation)
-            case CommitAsked():
-                return groups.decide_commit(
-                    event.group,
-                    event.member,
-                    event.generation,
-                    event.offset,
-                    event.metadata,
-                    event.reset,
-                    records=replica.epochs[RECORDS],
-                    high_watermark=replica.high_watermark[RECORDS],
-                    log_start=replica.log_start[RECORDS],
-                )
-            case GroupForgotten():
-                return ForgetEntry(event.group)
-            case BarrierAsked():
-                return BarrierEntry()
-            case CommittedAsked():
-                return None
-
-    def _append(self, log: int, batches: list[tuple[bytearray, BatchHeader]], now_ms: int) -> None:
+    def _append(
+        self, log: int, batches: list[tuple[bytearray, BatchHeader]], now_ms: int, *, patient: bool = False
+    ) -> None:
+        """``patient``: flushed and sent with what is appended next, or a moment later."""
         replica = self.replica
         if replica.high_watermark[log] == replica.log_end[log]:
             self.moved_ms = max(self.moved_ms, now_ms)
         self.feeder.appending(log, now_ms)
         for data, header in batches:
             replica.append(log, data, [(0, header)])
+        if patient:
+            self.patient_until_ms = self.patient_until_ms or now_ms + replica.config.patience_ms
+        else:
+            self._hurry(log)
+        self.advance(now_ms)
+
+    def _hurry(self, log: int) -> None:
+        """Let what was appended to ``log`` be committed, and with it what could wait."""
+        replica = self.replica
         if replica.fsync or len(self.maximal_isr) == 1:
             replica.flush(log)
+            if self.patient_until_ms and log != STATE:
+                replica.flush(STATE)
+        self.patient_until_ms = 0
+        if not self.pass_end_awaited and self.feeder.anybody_waits:
+            self.pass_end_awaited = True
+            replica.out.append(AwaitPassEnd())
+
+    def pass_ended(self, now_ms: int) -> None:
+        self.pass_end_awaited = False
         self.feeder.serve_parked(now_ms)
-        self.advance(now_ms)
 
     def _refusal(self, now_ms: int, *, records: bool) -> tuple[str, str] | None:
         """Rule L2: refuse *before* appending, so that the refusal is definite."""
@@ -255,13 +243,7 @@ class Primary:
             return
         if self.queues is not None:
             self.queues.before_snapshot(now_ms)
-        start, end, epochs = replica.log_start[RECORDS], replica.log_end[RECORDS], replica.epochs[RECORDS]
-
-        def epoch_at(at: int) -> int:
-            """A replica whose log begins earlier has the record before our start, and must not take it for another."""
-            return epochs.before if at == start - 1 else epochs.epoch_at(at) if at < end else -1
-
-        snapshot, self.snapshot_bytes = self.groups.bounded_snapshot(epoch_at)
+        snapshot, self.snapshot_bytes = self.groups.bounded_snapshot(replica.record_epoch)
         if snapshot is None:
             return  # the log keeps what it has; when it has grown by as much again there may be less to tell
         self.snapshot_offset = replica.log_end[STATE]
@@ -329,14 +311,19 @@ class Primary:
     def committed(self, part: PartitionMeta, now_ms: int) -> None:
         """A newer record of this epoch."""
         self.sync.committed(part)
-        if len(self.maximal_isr) == 1 and not self.replica.fsync:
-            for log in BOTH_LOGS:  # alone from now on: what is not on this disk yet must get there
-                self.replica.flush(log)
+        self._flush_alone()
         self.advance(now_ms)  # first: with the watermark moved, whoever was just removed for lagging cannot rejoin
         self.sync.evaluate(now_ms)
 
+    def _flush_alone(self) -> None:
+        """If this broker is alone from now on, what is not on its disk yet must get there."""
+        if len(self.maximal_isr) == 1 and not self.replica.fsync:
+            for log in BOTH_LOGS:
+                self.replica.flush(log)
+
     def alter_answered(self, result: AlterIsrResult, now_ms: int) -> None:
         self.sync.refused(result, now_ms)
+        self._flush_alone()
         self.advance(now_ms)
 
     # -- leaving ------------------------------------------------------------------------------------
@@ -349,6 +336,7 @@ class Primary:
         if len(self.isr) == 1 and not event.stopping:
             return  # nobody could take over
         self.handover = HandOver(now_ms + self.replica.config.handover_ms, event.stopping)
+        self._hurry(STATE)
         self._maybe_resign(now_ms)
 
     def _maybe_resign(self, now_ms: int) -> None:
@@ -369,6 +357,8 @@ class Primary:
     # -- time ---------------------------------------------------------------------------------------
 
     def tick(self, now_ms: int) -> None:
+        if self.patient_until_ms and now_ms >= self.patient_until_ms:
+            self._hurry(STATE)
         self.feeder.serve_parked(now_ms)
         self.waits.expire(now_ms)
         handover = self.handover
@@ -387,6 +377,8 @@ class Primary:
 
     def next_deadline_ms(self) -> int | None:
         earliest = self.handover.deadline_ms if self.handover is not None else None
+        if self.patient_until_ms and (earliest is None or self.patient_until_ms < earliest):
+            earliest = self.patient_until_ms
         queues = self.queues.next_deadline_ms() if self.queues is not None else None
         for due in (
             self.waits.next_deadline_ms(),

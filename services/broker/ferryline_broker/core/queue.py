@@ -93,6 +93,12 @@ class Queue:
             return None
         return start, high_watermark
 
+    def expects(self, offset: int) -> bool:
+        """Whether the window has seen all that there is before ``offset``, and has room."""
+        window = self.window
+        seen = self.filled and not self.reading and not self.rebuilding and window.scanned == offset
+        return seen and not self.table.paused and window.waiting < self.config.waiting
+
     def scan(self, records: Iterable[Scanned], next_offset: int, now_ms: int) -> None:
         """Records from the present end of the window to ``next_offset``. Offsets without a record are no records."""
         table, window = self.table, self.window
@@ -301,8 +307,9 @@ class Queue:
     def keep(self, member: str, leases: set[int], now_ms: int) -> None:
         """Everything that is leased to a member, but for these leases, never arrived."""
         lost = [lease for lease in self.table.leases.values() if lease.member == member and lease.id[1] not in leases]
-        offsets = sorted(offset for lease in lost for offset in lease.offsets)
-        self._release(offsets, GIVEN_BACK, dict.fromkeys(offsets, 0), now_ms)
+        for lease in lost:  # one by one: if one is void because its records are lost, the others are free all the same
+            offsets = sorted(lease.offsets)
+            self._release(offsets, GIVEN_BACK, dict.fromkeys(offsets, 0), now_ms)
 
     # -- dead letters -------------------------------------------------------------------------------
 
@@ -356,13 +363,18 @@ class Queue:
 
     # -- time ---------------------------------------------------------------------------------------
 
-    def tick(self, policy: RetryPolicy, now_ms: int) -> None:
-        """Leases whose deadline passed are released; what was delayed until now becomes ready."""
+    def tick(self, policy: RetryPolicy, now_ms: int, high_watermark: int) -> None:
+        """Leases whose deadline passed are released; what was delayed until now becomes ready. A lease of records that
+        are not committed was not answered, so it has not begun."""
         deadlines = self._deadlines
         while deadlines and deadlines[0][0] <= now_ms:
             deadline_ms, identity = heapq.heappop(deadlines)
             lease = self.table.leases.get(identity)
-            if lease is not None and lease.deadline_ms == deadline_ms:
+            if lease is None or lease.deadline_ms != deadline_ms:
+                continue
+            if max(lease.offsets) >= high_watermark:
+                self._set_deadline(lease, now_ms + lease.lease_ms)
+            else:
                 self._fail(sorted(lease.offsets), policy, now_ms, LEASE_ENDED, -1, "", "")
         self.window.due(now_ms)
 

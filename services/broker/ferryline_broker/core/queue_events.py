@@ -50,13 +50,14 @@ class SettleItem(msgspec.Struct, frozen=True, gc=False):
 
 
 class SettleAsked(Event, frozen=True):
-    """All that one frame settles in this partition."""
+    """All that one frame settles in this partition. ``patient``: its answer may wait for what is appended next."""
 
     token: int
     group: str
     member: str
     items: list[SettleItem]
     timeout_ms: int = 30_000
+    patient: bool = False
 
     def story(self) -> Any:
         return (
@@ -104,13 +105,23 @@ class Scanned(msgspec.Struct, frozen=True, gc=False):
 
 
 class WindowRead(Event, frozen=True):
-    """Answer to ReadWindow: the records of [offset, next_offset), control records left out. ``size``: their bytes."""
+    """Answer to ReadWindow: the records of [offset, next_offset), control records left out. ``size``: their bytes.
+    ``ahead``: as in the question."""
 
     group: str
     offset: int
     next_offset: int
     records: list[Scanned]
     size: int = 0
+    ahead: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """All there is to say of these records is that they are there: none is settled by looking at it, as where an id
+        comes again, the time is over, or no record is."""
+        records = self.records
+        whole = len(records) == self.next_offset - self.offset and bool(records) and records[0].offset == self.offset
+        return whole and not any(record.id or record.expires_ms for record in records)
 
     def story(self) -> Any:
         return ("WindowRead", self.group, self.offset, self.next_offset, len(self.records))
@@ -130,7 +141,8 @@ class DeadMoved(Event, frozen=True):
 
 
 class AnswerLease(Effect, frozen=True):
-    """``attempts[i]`` is how often ``offsets[i]`` has been leased, this time included. No offsets: nothing is ready."""
+    """``attempts[i]`` is how often ``offsets[i]`` has been leased, this time included. No offsets: nothing is ready.
+    ``contended``: see `Window.contended`."""
 
     token: int
     epoch: int = 0
@@ -138,6 +150,7 @@ class AnswerLease(Effect, frozen=True):
     lease_ms: int = 0
     offsets: list[int] = []
     attempts: list[int] = []
+    contended: bool = False
 
 
 class AnswerSettle(Effect, frozen=True):
@@ -157,12 +170,15 @@ class AnswerQueue(Effect, frozen=True):
 
 class ReadWindow(Effect, frozen=True):
     """Read records from ``offset`` on, below ``below``, about ``bytes_max`` of them; report WindowRead soon, so that
-    other work gets its turn between two of them. A failed read is reported as one that read nothing."""
+    other work gets its turn between two of them. A failed read is reported as one that read nothing.
+
+    ``ahead``: these were appended by the very event, and are not committed; report WindowRead after its effects."""
 
     group: str
     offset: int
     below: int
     bytes_max: int
+    ahead: bool = False
 
 
 class WakeReceivers(Effect, frozen=True):

@@ -241,7 +241,11 @@ class QueueTable:
                 story.parked, story.dying = told.parked, told.dying
         for given in row.leases:
             offsets = [offset for offset in unpacked(given.offsets) if offset in table.stories]
-            if offsets and stands(sum(given.offsets), given.record_epoch):
+            if not stands(sum(given.offsets), given.record_epoch):  # it was never answered
+                for offset in offsets:
+                    table.stories[offset].attempts -= 1
+                    table.stories[offset].last = NO_LEASE
+            elif offsets:
                 lease = Lease((given.epoch, given.lease), given.member, given.lease_ms, offsets)
                 table.leases[lease.id] = lease
                 table.holder.update(dict.fromkeys(offsets, lease))

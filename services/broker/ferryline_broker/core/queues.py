@@ -12,6 +12,7 @@ import msgspec
 
 from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.queue_messages import ORDER_PARTITION
+from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.events import Effect
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
 from ferryline_broker.core.queue import Queue
@@ -39,15 +40,18 @@ QueueEvent = LeaseAsked | SettleAsked | KeepAsked | QueueAsked | WindowRead | De
 QUEUES_MAX = 1_000  # of one partition: each has a row in every snapshot
 _WORD_MS = 3_000  # how long the word of one who asked in vain stands for others
 _ACTIVE_MS = 10_000  # somebody asked within this time: the window is kept full
+_AHEAD_BYTES = 16 * 1024  # of a batch whose records are leased before they are committed: it is read in between
 _BLOCKED_RETRY_MS = 100  # deadlines that fall due while nothing can be appended are looked at again after this
 
 
 class Outcome(msgspec.Struct):
-    """What is to be appended; then ``answer`` is due, at once or when everything appended so far is committed."""
+    """What is to be appended; then ``answer`` is due, at once or when everything appended so far is committed, and the
+    record at ``record``."""
 
     entries: list[StateEntry] = []
     answer: Effect | None = None
     at_once: bool = False
+    record: int = -1
     refused: Refused | None = None
 
 
@@ -81,6 +85,7 @@ class Queues:
         for group in sorted(self._tables.queues):
             queue = self.queue(group, now_ms)
             assert queue is not None
+            self._follow_retention(queue, now_ms)  # of what is gone nobody knows any more what was void
             if any(story.dying is not None for story in queue.table.stories.values()):
                 self._moves[group] = -1
 
@@ -141,16 +146,18 @@ class Queues:
         else:
             offsets = lease.order
             attempts = [queue.table.stories[offset].attempts for offset in offsets]
-            answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts)
+            contended = queue.window.contended(offsets)
+            answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts, contended)
             outcome = self._outcome(queue, answer, now_ms)
+            outcome.record = max(offsets)
         outcome.entries[:0] = entries
         return outcome
 
     def _read(self, event: WindowRead, now_ms: int) -> Outcome:
         queue = self.queue(event.group, now_ms)
-        if queue is None:
+        if queue is None or (event.ahead and not event.plain):
             return Outcome()
-        queue.reading = False
+        queue.reading = queue.reading and event.ahead
         if event.offset == queue.window.scanned and event.next_offset > event.offset:
             queue.scan(event.records, event.next_offset, now_ms)
             if event.records:
@@ -253,6 +260,20 @@ class Queues:
             queue.hungry = False
             self._replica.out.append(WakeReceivers(queue.table.group, len(queue.window.ready)))
 
+    def look_ahead(self, base: int, header: BatchHeader) -> None:
+        """A batch was appended at the high watermark, and every secondary waits for it: if a queue has seen all that is
+        before it, and somebody waits for more, its lease can travel and be committed together with the batch.
+
+        It is answered when both are. Should the records be lost with this primaryship, their lease is void: it names
+        their epoch. Nothing else may be decided of records before they are committed (see `WindowRead.plain`).
+        """
+        if header.is_control or header.size > _AHEAD_BYTES:
+            return
+        for queue in self._queues.values():
+            if queue.hungry and queue.expects(base):
+                group, end = queue.table.group, header.next_offset
+                self._replica.out.append(ReadWindow(group, base, end, header.size, ahead=True))
+
     def _follow_retention(self, queue: Queue, now_ms: int) -> None:
         start = self._replica.log_start[RECORDS]
         if start > queue.table.start:
@@ -311,7 +332,7 @@ class Queues:
         for queue in list(self._queues.values()):
             due = queue.next_deadline_ms()
             if due is not None and due <= now_ms:
-                queue.tick(self._replica.retry, now_ms)
+                queue.tick(self._replica.retry, now_ms, self._replica.high_watermark[RECORDS])
                 entries += self._outcome(queue, None, now_ms).entries
         return entries
 

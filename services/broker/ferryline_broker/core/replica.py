@@ -48,6 +48,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True):
     commit_stall_ms: int = 20_000  # nothing committed for this long: appends are refused, so the tail stays bounded
     alter_retry_ms: int = 1_000
     handover_ms: int = 300
+    patience_ms: int = 20  # what nobody waits for is flushed and sent after this, if nothing else is appended before
     snapshot_bytes: int = 1024 * 1024  # of state log between two snapshots of the group table
     queue: QueueConfig = QueueConfig()
 
@@ -163,6 +164,14 @@ class Replica:
         if offset > self.log_start[log]:
             self.log_start[log] = offset
             self.epochs[log].advance(offset, self.log_end[log])
+
+    def record_epoch(self, offset: int) -> int:
+        """Epoch of a record, -1 where none is. Of the one before our start, too: a replica whose log begins earlier has
+        it, and must not take it for another."""
+        epochs = self.epochs[RECORDS]
+        if offset == self.log_start[RECORDS] - 1:
+            return epochs.before
+        return epochs.epoch_at(offset) if offset < self.log_end[RECORDS] else -1
 
     # -- reports ------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Secondary:
         self.primary = primary
         self.outstanding: Outstanding | None = None
         self.retry_ms = 0
-        self.flushing = False  # asks for more when a flush has ended
+        self.flushing: list[int] | None = None  # asks for more when so much of each log is flushed
         self.failed = ""
         self._primary_version = 0  # of the partition record that the last answer was given with
 
@@ -64,7 +64,7 @@ class Secondary:
 
     def fetch(self, now_ms: int) -> None:
         replica = self.replica
-        self.flushing = False
+        self.flushing = None
         replica.fetch_id += 1
         positions = (replica.position(RECORDS), replica.position(STATE))
         self.outstanding = Outstanding(
@@ -99,15 +99,16 @@ class Secondary:
 
     def flushed(self, now_ms: int) -> None:
         """A flush ended while the next fetch is parked: tell at once, or the acknowledgement waits for new data."""
-        out = self.outstanding
-        if self.flushing and not self.failed:
-            self.fetch(now_ms)
+        out, replica = self.outstanding, self.replica
+        if self.flushing is not None and not self.failed:
+            if all(replica.flushed[log] >= self.flushing[log] for log in BOTH_LOGS):
+                self.fetch(now_ms)  # else the other log is next
             return
-        if out is None or self.failed or out.told == self.replica.flushed:
+        if out is None or self.failed or out.told == replica.flushed:
             return
-        out.told = list(self.replica.flushed)
-        progress = ReplicaProgress(*self.replica.key, self.epoch, (out.told[RECORDS], out.told[STATE]), self._version())
-        self.replica.out.append(SendProgress(self.primary, progress))
+        out.told = list(replica.flushed)
+        progress = ReplicaProgress(*replica.key, self.epoch, (out.told[RECORDS], out.told[STATE]), self._version())
+        replica.out.append(SendProgress(self.primary, progress))
 
     # -- hearing ------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Secondary:
         if self.replica.fsync and 0 < size <= self.replica.config.flush_first_bytes:
             # Somebody waits for one record: its flush must not wait for a fetch to be written, and then the primary
             # gets one frame instead of two. The retry is for a flush that hangs.
-            self.flushing = True
+            self.flushing = [self.replica.log_end[log] if event.batches[log].headers else 0 for log in BOTH_LOGS]
             self.retry_ms = now_ms + self.replica.config.fetch_retry_ms
         else:
             self.fetch(now_ms)

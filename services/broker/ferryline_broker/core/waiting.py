@@ -6,18 +6,21 @@ import heapq
 
 import msgspec
 
+from ferryline.protocol.messages import RECORDS, STATE
 from ferryline_broker.core.events import Effect, Refuse
 from ferryline_broker.core.replica import BOTH_LOGS, Replica
 
 
 class Waiting(msgspec.Struct, order=True, gc=False):
-    """A token that is answered when the high watermark passes ``last_offset``."""
+    """A token that is answered when the high watermark passes ``last_offset``; of a record with ``then`` >= 0 when that
+    of the state log has passed ``then``, too."""
 
     last_offset: int
     order: int
     deadline_ms: int
     token: int
     answer: Effect
+    then: int = -1
 
 
 class WaitList:
@@ -30,13 +33,17 @@ class WaitList:
         self._order = 0
         self._expiry_ms: int | None = None  # earliest deadline of anything waiting
 
-    def add(self, log: int, last: int, token: int, answer: Effect, deadline_ms: int) -> None:
-        """``answer`` goes out when everything up to offset ``last`` is committed; at once if it is."""
-        if self._replica.high_watermark[log] > last:
+    def add(self, log: int, last: int, token: int, answer: Effect, deadline_ms: int, *, record: int = -1) -> None:
+        """``answer`` goes out when everything up to offset ``last`` is committed, and up to ``record`` in the record
+        log; at once if it is."""
+        high, then = self._replica.high_watermark, -1
+        if record >= high[RECORDS]:
+            log, last, then = RECORDS, record, last
+        elif high[log] > last:
             self._replica.out.append(answer)
             return
         self._order += 1
-        heapq.heappush(self._heaps[log], Waiting(last, self._order, deadline_ms, token, answer))
+        heapq.heappush(self._heaps[log], Waiting(last, self._order, deadline_ms, token, answer, then))
         self._expiry_ms = deadline_ms if self._expiry_ms is None else min(self._expiry_ms, deadline_ms)
 
     def release(self) -> None:
@@ -44,7 +51,11 @@ class WaitList:
         for log in BOTH_LOGS:
             heap, high = self._heaps[log], self._replica.high_watermark[log]
             while heap and heap[0].last_offset < high:
-                self._replica.out.append(heapq.heappop(heap).answer)
+                entry = heapq.heappop(heap)
+                if entry.then >= 0:  # of a lease: its record is committed, perhaps it is not yet
+                    self.add(STATE, entry.then, entry.token, entry.answer, entry.deadline_ms)
+                else:
+                    self._replica.out.append(entry.answer)
 
     def expire(self, now_ms: int) -> None:
         if self._expiry_ms is None or now_ms < self._expiry_ms:

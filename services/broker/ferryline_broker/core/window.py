@@ -352,9 +352,12 @@ class Window:
         self.lane_of[found] = lane
         return found
 
+    def contended(self, offsets: list[int]) -> bool:
+        """Whether others of one of their lanes wait, or have waited, for one that is out."""
+        return any(lane is not None and lane.waiting is not None for lane in map(self.lane_of.get, offsets))
+
     def expired(self, offset: int, now_ms: int) -> bool:
-        due = self._expires.get(offset)
-        return due is not None and due <= now_ms
+        return self._expires.get(offset, now_ms + 1) <= now_ms
 
     # -- time ---------------------------------------------------------------------------------------
 
