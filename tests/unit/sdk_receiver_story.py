@@ -57,13 +57,15 @@ class Story:
         for index in lease.indexes(WAITING):
             assert self.core.table.hand_out(lease, index, self.now)
 
-    def settle(self, lease: Lease, action: str, *indexes: int, deadline_ms: int = 0, **more: Any) -> int:
+    def settle(
+        self, lease: Lease, action: str, *indexes: int, deadline_ms: int = 0, idle: bool = False, **more: Any
+    ) -> int:
         if action != EXTEND:
             for index in indexes:
                 assert self.core.table.begin(lease, index)
         self.numbers += 1
         deadline_ms = deadline_ms or self.core.settle_deadline_ms(lease, self.now)
-        self.do(SettleAsked([Settle(self.numbers, lease, action, list(indexes), deadline_ms, **more)]))
+        self.do(SettleAsked([Settle(self.numbers, lease, action, list(indexes), deadline_ms, **more)], idle))
         return self.numbers
 
     def move(self, key: tuple[str, int], broker: int) -> None:

@@ -124,7 +124,8 @@ class World:
         if self.core.table.begin(lease, index):
             self.numbers += 1
             self.asked.add(self.numbers)
-            self.feed(SettleAsked([Settle(self.numbers, lease, action, [index], self.now + LEASE_MS)]))
+            idle = self.random.random() < 0.5
+            self.feed(SettleAsked([Settle(self.numbers, lease, action, [index], self.now + LEASE_MS)], idle))
 
     def work(self) -> None:
         """The application takes one, or settles one."""

@@ -36,8 +36,8 @@ class Lease:
     """
 
     __slots__ = (
-        "attempts", "deadline_ms", "epoch", "handed_ms", "key", "lease_ms", "number", "offsets", "open", "receipt",
-        "renew_at_ms", "run", "size", "states", "taken_ms", "waiting",
+        "attempts", "contended", "deadline_ms", "epoch", "handed_ms", "key", "lease_ms", "number", "offsets", "open",
+        "receipt", "renew_at_ms", "run", "size", "states", "taken_ms", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +53,7 @@ class Lease:
         size: int,
         run: bool,
         now_ms: int,
+        contended: bool = False,
     ) -> None:
         self.key = key
         self.epoch = epoch
@@ -67,6 +68,7 @@ class Lease:
         self.taken_ms = now_ms
         self.size = size
         self.run = run
+        self.contended = contended  # records of its lanes wait, or have waited, for others
         self.deadline_ms = self.renew_at_ms = 0
         # A lease runs while it is being committed and while its delivery travels; that takes a fraction of it.
         self.prolong(now_ms - lease_ms // COMMIT_SHARE, lease_ms)

@@ -37,6 +37,10 @@ from ferryline.protocol.errors import UnknownTopic, from_info
 from ferryline.protocol.queue_messages import ORDER_PARTITION, RELEASE, Delivery
 
 SETTLE_MS_MIN = 10_000  # a settlement is tried this long even if the lease ends before: a receipt outlives its lease
+LINGER_LEASE_MS = 1_000  # no acknowledgement lingers when its lease ends as soon
+LATE_MS = 250  # time passes so late where the application blocks the loop; what lingers would wait for it ...
+BLOCKED_MS = 10_000  # ... so for this long nothing does
+CONTENDED_MS = 100  # so long after a record that waited for an acknowledgement, or holds others up, none lingers
 SURPLUS_MS = 250  # more than `prefetch` waits here for this long, then it goes back to where others can get it
 
 
@@ -62,6 +66,8 @@ class ReceiverCore:
         self._settling = Settling(self.table, self._asking.broker_of, seed=seed + 1)
         self._surplus_at_ms = 0  # since when too much waits, plus SURPLUS_MS; 0: it does not
         self._known = False  # the topic was there once
+        # Until then somebody may wait for every acknowledgement; where the partition is one lane, always.
+        self._hurry_until_ms = 2**62 if ordering == ORDER_PARTITION else 0
         self.broken = False  # an invariant did not hold: set by the driver, and nothing is done any more
         self._closed = False
 
@@ -99,11 +105,16 @@ class ReceiverCore:
         """The one way in: take an event, return what to do, in order."""
         self.history.append((now_ms, event))
         out: list[Effect] = []
+        due = self.next_deadline_ms() if isinstance(event, TimePassed) else None
+        late = due is not None and now_ms > due + LATE_MS
         if self._closed or self.broken:
             return out
         if isinstance(event, SettleAsked):
+            if not event.idle:
+                self._settling.hurry()
             for settle in event.items:
-                self._settling.add(settle, now_ms)
+                lingers = event.idle and self._may_linger(settle.lease, now_ms)
+                self._settling.add(settle, now_ms, lingers=lingers)
         elif isinstance(event, SettleAnswered):
             self._settling.answered(event.frame, event.results, now_ms, out)
         elif isinstance(event, Received):
@@ -133,11 +144,17 @@ class ReceiverCore:
             return out
         else:
             assert isinstance(event, TimePassed), event
+            if late:
+                self._hurry_until_ms = max(self._hurry_until_ms, now_ms + BLOCKED_MS)
         self._settling.expire(now_ms, out)
         self._settling.send(now_ms, out)
         self._surplus(now_ms, out)
         self._asking.ask(now_ms, out)
         return out
+
+    def _may_linger(self, lease: Lease, now_ms: int) -> bool:
+        """Not where somebody may wait: the next of its lane, or whoever gets the record when the lease has ended."""
+        return now_ms >= self._hurry_until_ms and not lease.contended and lease.deadline_ms > now_ms + LINGER_LEASE_MS
 
     def _routes(self, event: RoutesChanged, out: list[Effect]) -> None:
         self._asking.routes(event.routes, out)
@@ -162,8 +179,10 @@ class ReceiverCore:
         run = self._ordering == ORDER_PARTITION
         lease = Lease(
             key, delivery.epoch, delivery.lease, delivery.receipt, delivery.lease_ms, delivery.offsets,
-            delivery.attempts, size=delivery.size, run=run, now_ms=now_ms,
+            delivery.attempts, size=delivery.size, run=run, now_ms=now_ms, contended=delivery.contended,
         )  # fmt: skip
+        if delivery.contended:
+            self._hurry_until_ms = max(self._hurry_until_ms, now_ms + CONTENDED_MS)
         if lease.id in self.table.held:
             return  # the same delivery again
         self.table.add(lease)

@@ -66,9 +66,11 @@ class Settle(msgspec.Struct, frozen=True):
 
 
 class SettleAsked(Event, frozen=True):
-    """The application settled records since the last time; what stands here together travels together."""
+    """The application settled records since the last time; what stands here together travels together. ``idle``: it
+    waits for records meanwhile, and has none."""
 
     items: list[Settle]
+    idle: bool = False
 
 
 class SettleAnswered(Event, frozen=True):
@@ -147,11 +149,12 @@ class SendKeep(Effect, frozen=True):
 
 
 class SendSettle(Effect, frozen=True):
-    """Send a SETTLE; exactly one SettleAnswered or SettleFailed follows."""
+    """Send a SETTLE; exactly one SettleAnswered or SettleFailed follows. ``patient``: see `Settle` of the protocol."""
 
     broker: int
     frame: int
     entries: list[SettleEntry]
+    patient: bool = False
 
 
 class Arrived(Effect, frozen=True):

@@ -3,9 +3,10 @@
 Rules:
 
 * What is settled together travels together, one frame for each broker.
-* A few acknowledgements wait for the answer to those before them at the same broker, `HOLD_MS` at most, and then travel
-  together: each frame costs both copies of every partition in it a batch and a flush, whatever is in it. Everything
-  else somebody may be waiting for, so it leaves at once, and takes what waits along.
+* A few acknowledgements wait for the answer to those before them at the same broker, `HOLD_MS` at most. Those that
+  nobody waits for *linger*, until `LINGER_MS` after the first of them. Then they travel together: each frame costs both
+  copies of every partition in it a batch and a flush, whatever is in it. Everything else somebody may be waiting for,
+  so it leaves at once, and takes what waits along.
 * A settlement without an answer is repeated, at whoever is the primary by then, until its deadline. It may have been
   done already (it is *in doubt*): then the broker finds an acknowledged record settled, and one that was given back in
   somebody else's hands. Both are what was asked for.
@@ -36,6 +37,8 @@ from ferryline.protocol.queue_messages import ACK, EXTEND, NACK, REJECT, RELEASE
 
 FRAME_BYTES = 1024 * 1024  # of one SETTLE, roughly
 HOLD_MS = 20  # what an acknowledgement waits at most for the answer to those before it
+LINGER_MS = 20  # what one that nobody waits for waits at most for others
+BLOCKED_SETTLE_MS = 10_000  # how long one is tried whose time passed while it waited for others
 HOLD_RECORDS = 100  # so many acknowledged records wait for nothing
 _ENTRY_BYTES, _OFFSET_BYTES = 200, 9
 _TAKEN_BACK = (NACK, REJECT, RELEASE)  # in a run, the broker takes what comes behind, too
@@ -43,16 +46,19 @@ _FOREVER = 2**62
 
 
 class Item:
-    """One `Settle` until its last word. ``frame``: the one that it is in, 0: none."""
+    """One `Settle` until its last word. ``frame``: the one that it is in, 0: none. ``linger_ms``: until when it may
+    wait for others."""
 
-    __slots__ = ("broker", "cause", "doubtful", "failures", "frame", "held", "retry_at_ms", "sent_ms", "settle")
+    __slots__ = ("broker", "cause", "doubtful", "failures", "frame", "held", "linger_ms", "retry_at_ms", "sent_ms",
+                 "settle")  # fmt: skip
 
-    def __init__(self, settle: Settle) -> None:
+    def __init__(self, settle: Settle, linger_ms: int = 0) -> None:
         self.settle = settle
+        self.linger_ms = linger_ms
         self.broker = NO_BROKER
         self.frame = 0
         self.doubtful = False
-        self.held = False  # it waits for the answer to an earlier frame
+        self.held = False  # it waits for others, or for the answer to an earlier frame
         self.failures = 0
         self.retry_at_ms = self.sent_ms = 0
         self.cause: FerrylineError | None = None  # why it was not done the last time
@@ -85,8 +91,9 @@ class Settling:
 
     # -- what happened -----------------------------------------------------------------------------
 
-    def add(self, settle: Settle, now_ms: int) -> None:
-        """Take what the application wants done. Of a run, what stands behind it is not ours any more."""
+    def add(self, settle: Settle, now_ms: int, *, lingers: bool = False) -> None:
+        """Take what the application wants done. Of a run, what stands behind it is not ours any more. ``lingers``: if
+        it is an acknowledgement, nobody waits for it."""
         self._table.progress_ms = now_ms
         lease = settle.lease
         if settle.action == EXTEND:
@@ -96,7 +103,7 @@ class Settling:
             for index in settle.indexes:
                 for later in self._table.behind(lease, index):
                     self._table.lose(lease, later)
-        self._items[settle.number] = item = Item(settle)
+        self._items[settle.number] = item = Item(settle, now_ms + LINGER_MS if lingers else 0)
         self._unsent.append(item)
         heapq.heappush(self._deadlines, (settle.deadline_ms, settle.number))
 
@@ -132,7 +139,15 @@ class Settling:
                 del self._acking[broker]
                 for item in self._unsent:
                     if item.held and item.broker == broker:
-                        item.held, item.retry_at_ms = False, 0
+                        item.retry_at_ms = item.linger_ms
+
+    def hurry(self) -> None:
+        """Somebody may wait for what lingers."""
+        for item in self._unsent:
+            if item.held:
+                sent = self._acking.get(item.broker)
+                item.linger_ms = 0
+                item.retry_at_ms = sent[1] + HOLD_MS if sent is not None else 0
 
     def routes_changed(self) -> None:
         """What is on its way to a broker that is not the primary any more is sent to the new one at once."""
@@ -150,7 +165,11 @@ class Settling:
         while self._deadlines and self._deadlines[0][0] <= now_ms:
             _, number = heapq.heappop(self._deadlines)
             item = self._items.get(number)
-            if item is not None:
+            if item is not None and item.held and _is_plain(item):
+                # It waited for others when the application blocked the loop: it leaves now, with time to be answered.
+                item.linger_ms = item.retry_at_ms = 0
+                heapq.heappush(self._deadlines, (now_ms + BLOCKED_SETTLE_MS, number))
+            elif item is not None:
                 self._fail(item, self._late(item), out)
 
     def close(self, out: list[Effect]) -> None:
@@ -193,16 +212,18 @@ class Settling:
             self._send(broker, chunk, now_ms, out)
 
     def _hold(self, broker: int, items: list[Item], now_ms: int) -> bool:
-        """Whether these wait for the answer to the acknowledgements before them. If not, what waits goes along."""
-        if broker not in self._acking:
-            return False  # the common case: nothing is on its way, so nothing waits for it either
+        """Whether these wait: for the answer to the acknowledgements before them, or for others. If not, what waits
+        goes along."""
+        sent = self._acking.get(broker)
+        until_ms = sent[1] + HOLD_MS if sent is not None else 0
+        if sent is None and not self._unsent and not any(item.linger_ms for item in items):
+            return False  # the common case: nothing is on its way, and nothing waits
         waiting = [item for item in self._unsent if item.held and item.broker == broker]
-        _, sent_ms = self._acking[broker]
-        plain = all(item.settle.action == ACK and not item.failures and not item.doubtful for item in items)
+        patient = all(max(until_ms, item.linger_ms) > now_ms and _is_plain(item) for item in items)
         few = sum(len(item.settle.indexes) for item in (*waiting, *items)) < HOLD_RECORDS
-        if now_ms < sent_ms + HOLD_MS and plain and few:
+        if patient and few:
             for item in items:
-                item.held, item.broker, item.retry_at_ms = True, broker, sent_ms + HOLD_MS
+                item.held, item.broker, item.retry_at_ms = True, broker, max(until_ms, item.linger_ms)
             self._unsent += items
             return True
         if waiting:
@@ -217,10 +238,11 @@ class Settling:
             item.broker = broker
             item.held = False
             item.sent_ms = now_ms
-        if any(item.settle.action == ACK for item in items):
+        patient = all(item.linger_ms and _is_plain(item) for item in items)
+        if not patient and any(item.settle.action == ACK for item in items):
             self._acking[broker] = (self._last_frame, now_ms)
         self._frames[self._last_frame] = items
-        out.append(SendSettle(broker, self._last_frame, [_entry(item.settle) for item in items]))
+        out.append(SendSettle(broker, self._last_frame, [_entry(item.settle) for item in items], patient))
 
     # -- outcomes ----------------------------------------------------------------------------------
 
@@ -252,6 +274,7 @@ class Settling:
 
     def _again(self, item: Item, error: FerrylineError, now_ms: int, out: list[Effect]) -> None:
         item.frame = 0
+        item.held = False
         item.cause = error
         item.doubtful = item.doubtful or not error.definite
         if error.refresh_metadata:
@@ -280,6 +303,11 @@ class Settling:
                 self._table.end(settle.lease, index, LOST)
         if settle.number > 0:
             out.append(Settled(settle.number, error=error))
+
+
+def _is_plain(item: Item) -> bool:
+    """An acknowledgement that was never sent."""
+    return item.settle.action == ACK and not item.failures and not item.doubtful
 
 
 def _size(settle: Settle) -> int:

@@ -26,6 +26,12 @@ class Buffer:
         self._expired = expired
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[asyncio.Future[bool], None] = {}
+        self.callers = 0  # calls that want records and have not looked yet
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody wants records, and none are here."""
+        return not self._messages and bool(self.callers or self._waiters)
 
     def put(self, messages: list[QueueMessage[Any]]) -> None:
         self._messages.extend(messages)

@@ -104,7 +104,7 @@ class Frames:
         self._calls.start(effect.broker, Kind.KEEP, header, ANSWER_S, done)
 
     def settle(self, effect: SendSettle) -> None:
-        header = Settle(self._options.group, self._member, effect.entries)
+        header = Settle(self._options.group, self._member, effect.entries, effect.patient)
 
         def done(frame: Frame | None, error: FerrylineError | None) -> None:
             answer = _decoded(frame, SettleAnswer, error)

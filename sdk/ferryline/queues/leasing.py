@@ -31,6 +31,8 @@ from ferryline.core.receiving_events import (
     SendReceive,
     SendSettle,
     SessionLost,
+    Settle,
+    SettleAsked,
     Settled,
     Stopped,
     TimePassed,
@@ -68,9 +70,9 @@ class Leasing:
         )
         self.table = self.core.table
         self.loop = asyncio.get_running_loop()
-        self.settlements = Settlements(self.core, meta.name, self.feed, gather_s=options.gather)
         # Nobody may work on what is left of a lease that ended: others may have it. If not, they need not wait.
         self.buffer = Buffer(self.table, lambda lease: self.settlements.end_waiting(lease, RELEASE))
+        self.settlements = Settlements(self.core, meta.name, self._settle, gather_s=options.gather)
         self.working = 0
         self._client = client
         self._options = options
@@ -112,6 +114,9 @@ class Leasing:
             self._parts = []
         self._arm()
         self._happened()
+
+    def _settle(self, items: list[Settle], awaited: bool) -> None:
+        self.feed(SettleAsked(items, self.buffer.wanted and not awaited))
 
     def _carry_out(self, effect: Effect) -> None:
         if isinstance(effect, SendSettle):
@@ -207,6 +212,7 @@ class Leasing:
 
     async def settle_all(self, timeout: float) -> bool:
         """Send what is gathered and wait for the last word on all that was settled so far. Returns whether it came."""
+        self.settlements.awaited = True
         self.settlements.flush()
         upto = self.settlements.last
         return await self._until(lambda: self.settlements.done(upto), timeout)

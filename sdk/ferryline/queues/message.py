@@ -79,10 +79,12 @@ class QueueMessage(Described, MessageBase, Generic[T]):
 
     async def ack(self) -> None:
         """It is done: nobody gets it again."""
+        self._source.settlements.awaited = True
         await self.ack_nowait()
 
     def ack_nowait(self) -> asyncio.Future[None]:
-        """`ack`, without waiting: it leaves with all others of this pass of the loop. The future tells its outcome."""
+        """`ack`, without waiting: it leaves with all others of this pass of the loop, or some milliseconds later with
+        more if the application waits for records and has none. The future tells its outcome."""
         source = self._source
         return source.settlements.ack(source.lease, self._at)  # type: ignore[no-any-return]
 

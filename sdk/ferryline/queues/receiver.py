@@ -157,7 +157,11 @@ class Receiver(Generic[T]):
         check_range(max_records, "max_records", 1, PREFETCH_MAX)
         leasing, loop = self._running(), asyncio.get_running_loop()
         deadline = loop.time() + check_wait(max_wait)
-        await self._breathe(leasing)
+        leasing.buffer.callers += max_wait > 0
+        try:
+            await self._breathe(leasing)
+        finally:
+            leasing.buffer.callers -= max_wait > 0
         while True:
             batch = leasing.buffer.some(max_records)
             if batch:
@@ -194,6 +198,7 @@ class Receiver(Generic[T]):
             if places.setdefault(message._at, place) != place:
                 outcomes[place] = running.settlements.settled_before(message._source.lease, message._at)
         asked = [one.settlements.ack_together(one.lease, places) for one, places in together.items()]
+        running.settlements.awaited = True
         running.settlements.flush()
         for one in asked:
             for place, error in (await one.errors()).items():

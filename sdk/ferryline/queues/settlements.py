@@ -10,7 +10,7 @@ from typing import Any
 
 from ferryline.core.leases import HANDED, LOST, WAITING, Lease
 from ferryline.core.receiving import ReceiverCore
-from ferryline.core.receiving_events import Settle, SettleAsked, Settled
+from ferryline.core.receiving_events import Settle, Settled
 from ferryline.options import check_seconds
 from ferryline.protocol.errors import ClientClosed, FerrylineError, InvalidArgument, LeaseLost
 from ferryline.protocol.queue_messages import ACK, EXTEND, RELEASE
@@ -22,7 +22,7 @@ SettleFuture = asyncio.Future[Any]  # of nothing, but for one that stands for se
 
 
 class Settlements:
-    """Settlements of one receiver, from the call to the last word. ``feed(event)`` gives them to the core.
+    """Settlements of one receiver, from the call to the last word. ``send(settles)`` gives them to the core.
 
     ``gathered``: how many records were settled since the last frame. ``gather_s``: acknowledgements leave no sooner
     after those before them. One that comes after a pause, or when nothing else is here to be acknowledged, leaves at
@@ -30,14 +30,15 @@ class Settlements:
     """
 
     def __init__(
-        self, core: ReceiverCore, topic: str, feed: Callable[[SettleAsked], None], *, gather_s: float = 0.0
+        self, core: ReceiverCore, topic: str, send: Callable[[list[Settle], bool], None], *, gather_s: float = 0.0
     ) -> None:
         self.gathered = 0
         self.closed = False
+        self.awaited = False  # somebody waits for one of those that were settled since the last frame
         self._core = core
         self._table = core.table
         self._topic = topic
-        self._feed = feed
+        self._send = send
         self._loop = asyncio.get_running_loop()
         self._new_future: Callable[[], SettleFuture] = partial(asyncio.Future, loop=self._loop)
         self._acks: dict[Lease, tuple[list[int], list[SettleFuture]]] = {}
@@ -169,15 +170,16 @@ class Settlements:
         if self._gather_s:
             self._flushed_at = self._loop.time()
         acks, self._acks = self._acks, {}
+        awaited, self.awaited = self.awaited, False
         asked, self._others = self._others, []
         now_ms = self._now_ms()
         for lease, (indexes, futures) in acks.items():
             self._numbers += 1
             deadline_ms = self._core.settle_deadline_ms(lease, now_ms)
             asked.append((Settle(self._numbers, lease, ACK, indexes, deadline_ms), futures))
-        if asked:
+        if asked or (awaited and self._outcomes):
             self._outcomes.update((settle.number, (settle, futures)) for settle, futures in asked)
-            self._feed(SettleAsked([settle for settle, _ in asked]))
+            self._send([settle for settle, _ in asked], awaited)
             if self._failed is not None:
                 self.fail(self._failed)
 
