@@ -216,7 +216,8 @@ class Checks:
 
     def _check_candidates(self, part: PartitionMeta) -> None:
         world = self.world
-        fsync = world.config.flush == "fsync"
+        # Who leads by a declared recovery was in no in-sync set: what it has may be on its way to the disk.
+        fsync = world.config.flush == "fsync" and not 0 < part.recovery_epoch == part.epoch
         for broker_id in (*part.isr, *part.elr):
             if broker_id in world.destroyed:
                 continue  # its disk is gone for good; nobody can elect it

@@ -268,6 +268,11 @@ class QueuePart:
         found: QueueTable | None = hosted.core.primary.groups.queues.get(QUEUE)
         return found
 
+    def settled(self) -> int:
+        """How far all partitions are settled."""
+        tables = (self.table(key, record.meta.primary) for key, record in sorted(self.world.checks.parts.items()))
+        return sum(table.start for table in tables if table is not None)
+
     # -- the end -----------------------------------------------------------------------------------
 
     def trouble(self) -> str | None:
