@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tests.simulation.serving import Serving, Waiter
 
 TIMEOUT_MS = 5_000
+ROTTEN = b"\0rotten"
 FRAMES = frozenset({"receive", "settle", "keep", "redrive"})
 QueueAnswer = AnswerLease | AnswerSettle | AnswerQueue
 QueueQuestion = LeaseAsked | SettleAsked | KeepAsked | QueueAsked
@@ -146,8 +147,11 @@ class QueueShell:
             assert core.primary is not None
             assert core.primary.groups is not None
             self.part.gave_out(parked.key, core.primary.groups.queues[QUEUE].start)
-            values = [(offset, value) for offset in lease.offsets if (value := self._value(hosted, offset)) is not None]
-            self._finish(parked, (lease, values), None)
+            found = [(offset, self._value(hosted, offset)) for offset in lease.offsets]
+            if ROTTEN in [value for _, value in found]:  # nothing of it is handed out; the scrubber finds it
+                self._finish(parked, None, None)
+            else:
+                self._finish(parked, (lease, [(offset, value) for offset, value in found if value is not None]), None)
 
     def _give_back(self, parked: Parked, item: SettleItem) -> None:
         if parked.key in self.broker.parts:
@@ -155,13 +159,15 @@ class QueueShell:
             self.serving.ask(None, 0, parked.key, event)
 
     def _value(self, hosted: Hosted, offset: int) -> bytes | None:
-        """None: retention was faster, or nobody can read it."""
+        """None: retention was faster. ROTTEN: nobody can read it."""
         try:
             data, headers = hosted.files.read(RECORDS, offset, hosted.core.high_watermark[RECORDS], 1)
         except StorageFailed:
-            return None
+            return ROTTEN
         for at, header in headers:
-            if header.base_offset <= offset < header.next_offset and not is_rotten(data, at, header):
+            if header.base_offset <= offset < header.next_offset:
+                if is_rotten(data, at, header):
+                    return ROTTEN
                 records = list(decode_batch(data[at : at + header.size], header))
                 return records[offset - header.base_offset].value or b""
         return None
