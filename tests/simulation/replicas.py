@@ -337,7 +337,8 @@ class Replicas:
 
 def _is_snapshot(data: ev.Bytes, headers: list[Any]) -> bool:
     """Nobody's answer waits for a snapshot: a question that changes nothing may be what it is taken at."""
-    return any(isinstance(entry, SnapshotEntry) for entry in _entries(data, headers[:1])[:1])
+    entries = _entries(data, headers[:1])
+    return bool(entries) and isinstance(entries[0], SnapshotEntry)
 
 
 def _entries(data: ev.Bytes, headers: list[Any]) -> list[StateEntry]:

@@ -307,9 +307,9 @@ class World:
         while self.engine.now_us < until_us:
             if self.engine.run_until(min(until_us, self.engine.now_us + 500 * MS), None) or self._well() is None:
                 break
-            if self.queues is not None and self.queues.settled() > settled:
+            if self.queues is not None and (now_settled := self.queues.settled()) > settled:
                 # A queue is drained record by record, and on a wild network each may wait for the primary's next tick.
-                until_us, settled = self.engine.now_us + SETTLE_MS * MS, self.queues.settled()
+                until_us, settled = self.engine.now_us + SETTLE_MS * MS, now_settled
             self.faults.restart_all()
             if not self._recreating:
                 self._create_topic()

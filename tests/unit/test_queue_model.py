@@ -21,6 +21,7 @@ from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_entries import Purged, Settled, unpacked
 from ferryline_broker.core.queue_events import MoveDead, Scanned, SettleItem
 from ferryline_broker.core.queue_table import QueueTable
+from unit.test_queue_core import ALL_COMMITTED
 
 LEASE_MS = 1_000
 ATTEMPTS = 3
@@ -317,7 +318,7 @@ class QueueMachine(RuleBasedStateMachine):
     def time_passes(self, by_ms: int) -> None:
         self.now += by_ms
         ended = [o for o in self.model.leased() if self.model.facts[o].until_ms <= self.now]
-        self.queue.tick(self.policy, self.now, 1 << 62)
+        self.queue.tick(self.policy, self.now, ALL_COMMITTED)
         self.took()
         if self.ordering == ORDER_PARTITION:
             ended = ended[:1]  # of a run only the first is to blame

@@ -105,8 +105,6 @@ class ReceiverCore:
         """The one way in: take an event, return what to do, in order."""
         self.history.append((now_ms, event))
         out: list[Effect] = []
-        due = self.next_deadline_ms() if isinstance(event, TimePassed) else None
-        late = due is not None and now_ms > due + LATE_MS
         if self._closed or self.broken:
             return out
         if isinstance(event, SettleAsked):
@@ -144,7 +142,8 @@ class ReceiverCore:
             return out
         else:
             assert isinstance(event, TimePassed), event
-            if late:
+            due = self.next_deadline_ms()
+            if due is not None and now_ms > due + LATE_MS:
                 self._hurry_until_ms = max(self._hurry_until_ms, now_ms + BLOCKED_MS)
         self._settling.expire(now_ms, out)
         self._settling.send(now_ms, out)

@@ -142,12 +142,10 @@ class Settling:
                         item.retry_at_ms = item.linger_ms
 
     def hurry(self) -> None:
-        """Somebody may wait for what lingers."""
+        """Somebody may wait for what lingers: `send` looks at it again."""
         for item in self._unsent:
             if item.held:
-                sent = self._acking.get(item.broker)
-                item.linger_ms = 0
-                item.retry_at_ms = sent[1] + HOLD_MS if sent is not None else 0
+                item.linger_ms = item.retry_at_ms = 0
 
     def routes_changed(self) -> None:
         """What is on its way to a broker that is not the primary any more is sent to the new one at once."""
@@ -219,9 +217,9 @@ class Settling:
         if sent is None and not self._unsent and not any(item.linger_ms for item in items):
             return False  # the common case: nothing is on its way, and nothing waits
         waiting = [item for item in self._unsent if item.held and item.broker == broker]
-        patient = all(max(until_ms, item.linger_ms) > now_ms and _is_plain(item) for item in items)
+        may_wait = all(max(until_ms, item.linger_ms) > now_ms and _is_plain(item) for item in items)
         few = sum(len(item.settle.indexes) for item in (*waiting, *items)) < HOLD_RECORDS
-        if patient and few:
+        if may_wait and few:
             for item in items:
                 item.held, item.broker, item.retry_at_ms = True, broker, max(until_ms, item.linger_ms)
             self._unsent += items

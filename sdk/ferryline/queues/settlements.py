@@ -22,7 +22,7 @@ SettleFuture = asyncio.Future[Any]  # of nothing, but for one that stands for se
 
 
 class Settlements:
-    """Settlements of one receiver, from the call to the last word. ``send(settles)`` gives them to the core.
+    """Settlements of one receiver, from the call to the last word. ``send(settles, awaited)`` gives them to the core.
 
     ``gathered``: how many records were settled since the last frame. ``gather_s``: acknowledgements leave no sooner
     after those before them. One that comes after a pause, or when nothing else is here to be acknowledged, leaves at

@@ -377,13 +377,12 @@ class Primary:
 
     def next_deadline_ms(self) -> int | None:
         earliest = self.handover.deadline_ms if self.handover is not None else None
-        if self.patient_until_ms and (earliest is None or self.patient_until_ms < earliest):
-            earliest = self.patient_until_ms
         queues = self.queues.next_deadline_ms() if self.queues is not None else None
         for due in (
             self.waits.next_deadline_ms(),
             self.feeder.next_deadline_ms(),
             self.sync.next_deadline_ms(),
+            self.patient_until_ms or None,
             queues,
         ):
             if due is not None and (earliest is None or due < earliest):
