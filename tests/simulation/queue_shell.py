@@ -26,10 +26,12 @@ from ferryline_broker.core.queue_events import (
     QueueAsked,
     ReadWindow,
     Scanned,
+    ScannedBatch,
     SettleAsked,
     SettleItem,
     WindowRead,
 )
+from tests.scanned import together
 from tests.simulation.clients import is_rotten
 from tests.simulation.engine import MS
 from tests.simulation.network import Session
@@ -225,7 +227,7 @@ class QueueShell:
 
     def window(self, hosted: Hosted, effect: ReadWindow) -> WindowRead:
         """What there is of the records that are asked for."""
-        scanned: list[Scanned] = []
+        scanned: list[Scanned | ScannedBatch] = []
         next_offset, size = effect.offset, 0
         try:
             batches = hosted.files.read(RECORDS, effect.offset, effect.below, effect.bytes_max)
@@ -237,9 +239,9 @@ class QueueShell:
                 break
             next_offset, size = header.next_offset, size + header.size
             if not header.is_control:
-                scanned += [
-                    self._scanned(record) for record in decode_batch(data[at : at + header.size], header)
-                ]  # fmt: skip
+                scanned += together(
+                    [self._scanned(record) for record in decode_batch(data[at : at + header.size], header)]
+                )
         return WindowRead(effect.group, effect.offset, next_offset, scanned, size, effect.ahead)
 
     def _nothing_read(self, key: Key, hosted: Hosted, event: WindowRead) -> None:

@@ -50,7 +50,8 @@ class Waiting(QueuePair):
 
     def window(self, broker: int, ask: qe.ReadWindow) -> qe.WindowRead:
         found = super().window(broker, ask)
-        scanned = [msgspec.structs.replace(record, **self.facts) for record in found.records]
+        singly = [one for batch in found.records for one in (batch.singly() if self.facts else [batch])]
+        scanned = [msgspec.structs.replace(record, **self.facts) for record in singly]
         return msgspec.structs.replace(found, records=scanned)
 
     def leased(self) -> Any:

@@ -14,6 +14,7 @@ from ferryline.protocol.records import decode_batch, encode_batch
 from ferryline_broker.core import events as ev
 from ferryline_broker.core import queue_events as qe
 from ferryline_broker.core.partition import ReplicaConfig
+from tests.scanned import together
 from unit.core_pair import Pair, part
 
 
@@ -34,13 +35,14 @@ class QueuePair(Pair):
             self.send(broker, self.window(broker, effect))
 
     def window(self, broker: int, ask: qe.ReadWindow) -> qe.WindowRead:
-        scanned, end = [], ask.offset
+        scanned: list[qe.Scanned | qe.ScannedBatch] = []
+        end = ask.offset
         for header, raw in self.disks[broker].logs[RECORDS]:
             if header.next_offset <= ask.offset or header.base_offset >= ask.below:
                 continue
             end = header.next_offset
             if not header.is_control:
-                scanned += [qe.Scanned(record.offset, record.key) for record in decode_batch(raw)]
+                scanned += together([qe.Scanned(record.offset, record.key) for record in decode_batch(raw)])
         return qe.WindowRead(ask.group, ask.offset, end, scanned, 100, ask.ahead)
 
     def put(self, broker: int, *keys: str) -> None:

@@ -59,4 +59,4 @@ def test_what_is_picked_by_age_alone_leaves_nothing_behind() -> None:
         window.scan(Scanned(offset, None, 9 if offset % 2 else 0), offset)
         window.pick(offset + BOUND_MS)
     assert len(window.ready) == 100
-    assert sum(map(len, window._heaps)) <= 300
+    assert sum(map(len, window._heads)) <= 300

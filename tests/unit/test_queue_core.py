@@ -16,6 +16,7 @@ from ferryline_broker.core.queue_entries import Released, packed, unpacked
 from ferryline_broker.core.queue_events import Scanned, SettleItem
 from ferryline_broker.core.queue_table import QueueTable
 from ferryline_broker.core.queue_view import explain, stats
+from tests.scanned import together
 
 LEASE_MS = 10_000
 EPOCH = 3
@@ -46,7 +47,7 @@ class World:
         while (wanted := self.queue.next_read(len(self.records))) is not None:
             start, below = wanted
             below = min(below, start + 7)  # in small pieces
-            self.queue.scan(self.records[start:below], below, self.now)
+            self.queue.scan(together(self.records[start:below]), below, self.now)
 
     def lease(self, count: int = 100, member: str = "m") -> list[int]:
         lease = self.queue.lease(member, LEASE_MS, count, self.now)
@@ -67,7 +68,7 @@ class World:
         return outcome
 
     def identity(self, offset: int) -> tuple[int, int]:
-        story = self.queue.table.stories.get(offset)
+        story = self.queue.table.story(offset)
         return story.last if story is not None else (EPOCH, self.queue.table.next_lease - 1)
 
     def tick(self, by_ms: int) -> None:
@@ -122,7 +123,7 @@ def test_the_lane_waits_while_its_record_is_retried() -> None:
     assert world.lease() == []
     world.tick(1)
     assert world.lease() == [0]
-    assert world.queue.table.stories[0].attempts == 2
+    assert world.queue.table.attempts([0]) == [2]
 
 
 def test_a_lease_that_ends_is_given_to_somebody_else_and_its_receipt_is_stale_then() -> None:
@@ -153,7 +154,7 @@ def test_a_record_that_came_back_cannot_be_failed_or_extended_again() -> None:
     for action in (NACK, REJECT, RELEASE, EXTEND):
         assert world.settle_as(receipt, action, 0) == ([0], [])
     assert world.lease() == [0]
-    assert world.queue.table.stories[0].attempts == 2
+    assert world.queue.table.attempts([0]) == [2]
 
 
 def test_an_extended_lease_ends_later_and_only_its_holder_extends_it() -> None:
@@ -175,7 +176,7 @@ def test_what_is_given_back_costs_no_attempt_and_cannot_be_acked_any_more() -> N
     assert world.settle(RELEASE, 0) == ([], [])
     assert world.settle_as(receipt, ACK, 0) == ([0], [])
     assert world.lease() == [0]
-    assert world.queue.table.stories[0].attempts == 1
+    assert world.queue.table.attempts([0]) == [1]
 
 
 def test_ordering_none_has_no_lanes() -> None:
@@ -192,7 +193,7 @@ def test_a_partition_in_order_is_leased_in_runs_to_one_receiver() -> None:
     world.settle(NACK, 1, delay_ms=0)  # 2 and 3 stood behind it: they come back without an attempt
     assert world.settle_as(receipt, ACK, 2) == ([2], [])
     assert world.lease(member="other") == [1, 2, 3, 4, 5]
-    assert [world.queue.table.stories[o].attempts for o in (1, 2, 3, 4)] == [2, 1, 1, 1]
+    assert world.queue.table.attempts([1, 2, 3, 4]) == [2, 1, 1, 1]
 
 
 def test_only_the_first_of_a_run_is_blamed_when_its_lease_ends() -> None:
@@ -201,7 +202,7 @@ def test_only_the_first_of_a_run_is_blamed_when_its_lease_ends() -> None:
         assert world.lease() == [0, 1, 2]
         world.tick(LEASE_MS)
     assert world.queue.table.stories[0].dying is not None
-    assert world.queue.table.stories[1].attempts == 0
+    assert world.queue.table.attempts([1]) == [0]
 
 
 # -- dead letters and parking ------------------------------------------------------------------------
@@ -376,8 +377,8 @@ def test_a_member_that_says_what_it_keeps_loses_the_rest_without_an_attempt() ->
     assert world.lease(2) == [1, 2]
     world.queue.keep("m", {kept}, world.now)
     assert world.lease(member="other") == [1, 2]
-    assert world.queue.table.stories[1].attempts == 1
-    assert world.queue.table.stories[0].attempts == 1
+    assert world.queue.table.attempts([1]) == [1]
+    assert world.queue.table.attempts([0]) == [1]
 
 
 def test_a_paused_queue_hands_out_nothing_but_takes_acks() -> None:

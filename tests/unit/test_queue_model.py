@@ -21,6 +21,7 @@ from ferryline_broker.core.queue_config import QueueConfig
 from ferryline_broker.core.queue_entries import Purged, Settled, unpacked
 from ferryline_broker.core.queue_events import MoveDead, Scanned, SettleItem
 from ferryline_broker.core.queue_table import QueueTable
+from tests.scanned import together
 from unit.test_queue_core import ALL_COMMITTED
 
 LEASE_MS = 1_000
@@ -150,8 +151,9 @@ class QueueMachine(RuleBasedStateMachine):
         """Let the queue read as much as it wants, in small pieces; records are not always where a read begins."""
         while pieces and (wanted := self.queue.next_read(self.model.high)) is not None:
             start, below = wanted
-            below = min(below, start + 2)
-            self.queue.scan([self.records[o] for o in range(start, below) if o in self.records], below, self.now)
+            below = min(below, start + 2 + start % 3)
+            records = [self.records[o] for o in range(start, below) if o in self.records]
+            self.queue.scan(together(records) if start % 2 else records, below, self.now)
             pieces -= 1
 
     def took(self) -> None:
@@ -224,9 +226,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert len(set(lanes)) == len(lanes), "two of a lane"
         self.model.take(offsets, lease.id, member, self.now + LEASE_MS)
         self.receipts_given += [(offset, lease.id) for offset in offsets]
-        assert [self.queue.table.stories[o].attempts for o in offsets] == [
-            self.model.facts[o].attempts for o in offsets
-        ]
+        assert self.queue.table.attempts(offsets) == [self.model.facts[o].attempts for o in offsets]
         self.fill()
 
     def receipts(self) -> list[int]:
@@ -498,7 +498,8 @@ def told(table: QueueTable) -> dict[str, Any]:
     leases = {key: (one.member, one.lease_ms, sorted(one.offsets)) for key, one in sorted(table.leases.items())}
     stories = {
         offset: (one.attempts, one.last, one.delay_ms, one.history, one.parked, one.dying)
-        for offset, one in sorted(table.stories.items())
+        for offset in sorted({*table.stories, *table.holder})
+        if (one := table.story(offset)) is not None
     }
     return {
         "start": table.start, "settled": list(table.settled), "leases": leases, "stories": stories,

@@ -22,7 +22,7 @@ from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.queue_messages import RELEASE
 from ferryline_broker.core.events import Claimed, CommitAsked, DataReceived, Effect, Event, Flush, Flushed, Produced
 from ferryline_broker.core.partition import PartitionCore
-from ferryline_broker.core.queue_events import SettleAsked, WindowRead
+from ferryline_broker.core.queue_events import Scanned, ScannedBatch, SettleAsked, WindowRead
 from ferryline_service.logs import get_logger
 
 _log = get_logger()
@@ -58,12 +58,16 @@ class AckBeforeFlush(PartitionCore):
         return out
 
 
+def _laneless(one: Scanned | ScannedBatch) -> Scanned | ScannedBatch:
+    return replace(one, lane=None) if isinstance(one, Scanned) else replace(one, lanes=[None] * len(one.lanes))
+
+
 class NoLanes(PartitionCore):
     """Lets the records of one key overtake each other."""
 
     def handle(self, event: Event, now_ms: int) -> list[Effect]:
         if isinstance(event, WindowRead):
-            event = replace(event, records=[replace(record, lane=None) for record in event.records])
+            event = replace(event, records=[_laneless(one) for one in event.records])
         return super().handle(event, now_ms)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 
@@ -46,6 +46,11 @@ class Runs:
             last += 1
         starts[at:last] = [first]
         ends[at:last] = [end]
+
+    def meets(self, first: int, end: int) -> bool:
+        """Whether any of [first, end) is in the set."""
+        at = bisect_left(self._ends, first + 1)  # the first run that ends behind ``first``
+        return at < len(self._starts) and self._starts[at] < end
 
     def next_outside(self, value: int) -> int:
         """The lowest integer from ``value`` on that is not in the set."""

@@ -13,7 +13,8 @@ The rules (docs/queues.md):
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import msgspec
 
@@ -37,8 +38,9 @@ from ferryline_broker.core.queue_entries import (
     Settled,
     packed,
 )
-from ferryline_broker.core.queue_events import MoveDead, Scanned, SettleItem
+from ferryline_broker.core.queue_events import MoveDead, Scanned, ScannedBatch, SettleItem
 from ferryline_broker.core.queue_table import Lease, LeaseId, QueueTable, Story
+from ferryline_broker.core.seen_ids import SeenIds
 from ferryline_broker.core.window import Window
 
 LANE_RUN = {ORDER_KEY: 1, ORDER_PARTITION: 10_000, ORDER_NONE: 1}  # records of a lane in one lease
@@ -61,7 +63,7 @@ class Queue:
         self._epoch_at = epoch_at
         self._deadlines: list[tuple[int, LeaseId]] = []
         self.moving: int | None = None  # offset that is being copied to the dead letters
-        self._ids: dict[bytes, tuple[int, int]] = {}  # id -> (offset, when it was seen), oldest first
+        self._ids = SeenIds(config)
         self.restart(now_ms)
 
     def restart(self, now_ms: int) -> None:
@@ -70,7 +72,7 @@ class Queue:
         self.window = Window(table.start, self.config.overdue_ms, runs=table.ordering == ORDER_PARTITION)
         self.filled = False  # the window has once seen all there was, or as much as it holds
         self.reading = False  # a read is under way
-        self._past_end = max(table.stories, default=-1)
+        self._past_end = max(chain(table.stories, table.holder), default=-1)
         for lease in table.leases.values():
             lease.since_ms = now_ms
             self._set_deadline(lease, now_ms + lease.lease_ms)
@@ -99,54 +101,59 @@ class Queue:
         seen = self.filled and not self.reading and not self.rebuilding and window.scanned == offset
         return seen and not self.table.paused and window.waiting < self.config.waiting
 
-    def scan(self, records: Iterable[Scanned], next_offset: int, now_ms: int) -> None:
+    def scan(self, records: Iterable[Scanned | ScannedBatch], next_offset: int, now_ms: int) -> None:
         """Records from the present end of the window to ``next_offset``. Offsets without a record are no records."""
         table, window = self.table, self.window
         whole = table.ordering == ORDER_PARTITION
         lanes = table.ordering != ORDER_NONE
-        at = window.scanned
-        holes = len(table.settled) > 0
         duplicates: list[int] = []
-        for record in records:
+        for record in self._singly(records, now_ms):
             offset = record.offset
-            if offset < at:
+            if offset < window.scanned:
                 continue
-            if offset > at:
-                table.skip(at, offset)
-                holes = True
-            at = offset + 1
-            again = bool(record.id) and self._seen(record, now_ms)
-            if offset < table.start or (holes and offset in table.settled):
+            if offset > window.scanned:
+                table.skip(window.scanned, offset)
+            window.scanned = offset + 1
+            again = bool(record.id) and self._ids.again(record, now_ms)
+            if table.is_settled(offset):
                 continue
-            if again and offset not in table.stories:
+            if again and table.story(offset) is None:
                 duplicates.append(offset)
                 continue
             if whole:
                 record = msgspec.structs.replace(record, lane=_WHOLE)
             elif not lanes and record.lane is not None:
                 record = msgspec.structs.replace(record, lane=None)
-            story = table.stories.get(offset)
+            story = table.story(offset)
             if story is None:
                 window.scan(record, now_ms)
             else:
                 self._enter_with_past(record, story, now_ms)
-        if next_offset > at:
-            table.skip(at, next_offset)
-        window.scanned = max(window.scanned, next_offset)
+        if next_offset > window.scanned:
+            table.skip(window.scanned, next_offset)
+            window.scanned = next_offset
         if duplicates:
             self._put(Settled(self.table.group, DUPLICATE, packed(duplicates), self._epoch_at(duplicates[-1])))
 
-    def _seen(self, record: Scanned, now_ms: int) -> bool:
-        """Has this id come by within the dedupe window, on an earlier record?"""
-        ids = self._ids
-        found = ids.get(record.id)
-        if found is not None and now_ms - found[1] < self.config.dedupe_ms:
-            return found[0] < record.offset
-        ids.pop(record.id, None)
-        ids[record.id] = (record.offset, now_ms)
-        if len(ids) > self.config.ids:
-            del ids[next(iter(ids))]
-        return False
+    def _singly(self, records: Iterable[Scanned | ScannedBatch], now_ms: int) -> Iterator[Scanned]:
+        """Those that have to be looked at one by one; batches of which there is nothing to say enter as such."""
+        for one in records:
+            if isinstance(one, Scanned):
+                yield one
+            elif not self._enter_together(one, now_ms):
+                yield from one.singly()
+
+    def _enter_together(self, batch: ScannedBatch, now_ms: int) -> bool:
+        table, window = self.table, self.window
+        first, end, lanes = batch.offset, batch.offset + len(batch.lanes), batch.lanes
+        fresh = first == window.scanned and first >= table.start and first > self._past_end
+        if not fresh or table.settled.meets(first, end):
+            return False
+        if table.ordering != ORDER_KEY:
+            lanes = [_WHOLE if table.ordering == ORDER_PARTITION else None] * len(lanes)
+        window.scan_batch(range(first, end), lanes, now_ms)
+        window.scanned = end
+        return True
 
     def _enter_with_past(self, record: Scanned, story: Story, now_ms: int) -> None:
         self.window.scan_out(record)
@@ -240,7 +247,7 @@ class Queue:
             return sorted(set(offsets)), [], []
         good, stale, settled = [], [], []
         for offset in sorted(set(offsets)):
-            story = self.table.stories.get(offset)
+            story = self.table.story(offset)
             if story is not None and story.last == identity and not story.parked and story.dying is None:
                 good.append(offset)
             elif self.table.is_settled(offset):
@@ -260,7 +267,7 @@ class Queue:
         delays: dict[int, int] = {}
         dead: list[int] = []
         for offset in self._firsts(offsets):
-            attempts = self.table.stories[offset].attempts
+            attempts = self.table.attempts([offset])[0]
             if attempts >= policy.attempts:
                 dead.append(offset)
             else:

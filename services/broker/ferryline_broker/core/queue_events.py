@@ -5,6 +5,7 @@ Times in ms. ``token`` is answered exactly once: by AnswerLease, AnswerSettle or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -104,6 +105,16 @@ class Scanned(msgspec.Struct, frozen=True, gc=False):
     id: bytes = b""
 
 
+class ScannedBatch(msgspec.Struct, frozen=True, gc=False):
+    """Records in a row, from ``offset`` on, of which there is nothing to know but their lanes."""
+
+    offset: int
+    lanes: list[bytes | None]
+
+    def singly(self) -> list[Scanned]:
+        return [Scanned(self.offset + at, lane) for at, lane in enumerate(self.lanes)]
+
+
 class WindowRead(Event, frozen=True):
     """Answer to ReadWindow: the records of [offset, next_offset), control records left out. ``size``: their bytes.
     ``ahead``: as in the question."""
@@ -111,20 +122,25 @@ class WindowRead(Event, frozen=True):
     group: str
     offset: int
     next_offset: int
-    records: list[Scanned]
+    records: Sequence[Scanned | ScannedBatch]
     size: int = 0
     ahead: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many records these are."""
+        return sum(len(one.lanes) if isinstance(one, ScannedBatch) else 1 for one in self.records)
 
     @property
     def plain(self) -> bool:
         """All there is to say of these records is that they are there: none is settled by looking at it, as where an id
         comes again, the time is over, or no record is."""
         records = self.records
-        whole = len(records) == self.next_offset - self.offset and bool(records) and records[0].offset == self.offset
-        return whole and not any(record.id or record.expires_ms for record in records)
+        whole = self.count == self.next_offset - self.offset and bool(records) and records[0].offset == self.offset
+        return whole and not any(isinstance(one, Scanned) and (one.id or one.expires_ms) for one in records)
 
     def story(self) -> Any:
-        return ("WindowRead", self.group, self.offset, self.next_offset, len(self.records))
+        return ("WindowRead", self.group, self.offset, self.next_offset, self.count)
 
 
 class DeadMoved(Event, frozen=True):

@@ -6,9 +6,11 @@ Nothing volatile is here: no deadlines, no lanes, no members that wait (`queue.p
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 
 import msgspec
 
+from ferryline_broker.core.heads import exhaust
 from ferryline_broker.core.intervals import Runs
 from ferryline_broker.core.queue_entries import (
     GIVEN_BACK,
@@ -51,8 +53,7 @@ class Lease:
 
 
 class Story(msgspec.Struct, gc=False, eq=False):
-    """A record that has been leased at least once and is not terminal. Made for every one: a class takes three times as
-    long."""
+    """A record that has been leased at least once and is not terminal."""
 
     attempts: int = 0
     last: LeaseId = NO_LEASE  # its last lease: a receipt of an earlier one is stale
@@ -73,7 +74,7 @@ class Story(msgspec.Struct, gc=False, eq=False):
 
 
 class QueueTable:
-    """Invariants: nothing below ``start`` is in any collection; a leased offset has a story and is not settled."""
+    """Invariants: nothing below ``start`` is in any collection; a leased offset is not settled."""
 
     def __init__(self, group: str, ordering: str, start: int) -> None:
         self.group = group
@@ -82,7 +83,7 @@ class QueueTable:
         self.settled = Runs()  # terminal, above start
         self.leases: dict[LeaseId, Lease] = {}
         self.holder: dict[int, Lease] = {}  # offset -> the lease that it is in
-        self.stories: dict[int, Story] = {}
+        self.stories: dict[int, Story] = {}  # but for those that are in their first lease, see `story`
         self.next_lease = 1
         self.producer_epoch = 0  # of copies to the dead letters
         self.next_sequence = 0
@@ -90,6 +91,21 @@ class QueueTable:
 
     def is_settled(self, offset: int) -> bool:
         return offset < self.start or offset in self.settled
+
+    def story(self, offset: int) -> Story | None:
+        """What has become of a record so far; None: nothing, or it is terminal. Of one in its first lease, which most
+        never leave but by an ack, it is made up here."""
+        story = self.stories.get(offset)
+        if story is None and (lease := self.holder.get(offset)) is not None:
+            return Story(1, lease.id)
+        return story
+
+    def attempts(self, offsets: list[int]) -> list[int]:
+        """How often each of these has been leased; at least once."""
+        stories = self.stories
+        if stories.keys().isdisjoint(offsets):
+            return [1] * len(offsets)
+        return [stories[offset].attempts if offset in stories else 1 for offset in offsets]
 
     # -- change -------------------------------------------------------------------------------------
 
@@ -130,11 +146,11 @@ class QueueTable:
         self.next_lease = max(self.next_lease, entry.lease + 1)
         self.holder.update(dict.fromkeys(offsets, lease))
         identity, stories = lease.id, self.stories
+        if stories.keys().isdisjoint(offsets):
+            return
         for offset in offsets:
             story = stories.get(offset)
-            if story is None:
-                stories[offset] = Story(1, identity)
-            else:
+            if story is not None:
                 story.attempts += 1
                 story.last = identity
                 story.delay_ms = 0
@@ -158,7 +174,7 @@ class QueueTable:
                 del self.leases[lease.id]
         story = self.stories.get(offset)
         if story is None:
-            story = self.stories[offset] = Story()
+            story = self.stories[offset] = Story() if lease is None else Story(1, lease.id)
         return story
 
     def settle(self, offsets: list[int]) -> None:
@@ -169,13 +185,17 @@ class QueueTable:
             lease.offsets.difference_update(offsets)
             if not lease.offsets:
                 del self.leases[lease.id]
-            for offset in offsets:
-                del holder[offset], stories[offset]
+            exhaust(map(holder.__delitem__, offsets))
+            if not stories.keys().isdisjoint(offsets):
+                exhaust(map(stories.pop, offsets, repeat(None)))
         else:
             for offset in offsets:
                 self._end_lease(offset)
                 del stories[offset]
-        first = end = -1
+        first = end = offsets[0]
+        if offsets[-1] - first < len(offsets):  # as a rule: all there are between the first and the last
+            end = first + len(offsets)
+            offsets = []
         for offset in offsets:
             if offset == end:
                 end += 1
@@ -187,10 +207,11 @@ class QueueTable:
 
     def skip(self, first: int, end: int) -> None:
         """Nothing in [first, end) will ever be delivered: purged, retained away, or no records at all."""
-        if end - first < len(self.stories):
-            gone = [offset for offset in range(first, end) if offset in self.stories]
+        known = (self.stories, self.holder)
+        if end - first < len(self.stories) + len(self.holder):
+            gone = {offset for offset in range(first, end) for some in known if offset in some}
         else:
-            gone = [offset for offset in self.stories if first <= offset < end]
+            gone = {offset for some in known for offset in some if first <= offset < end}
         if gone:
             self.settle(sorted(gone))
         self.settled.add(max(first, self.start), end)
@@ -216,7 +237,8 @@ class QueueTable:
                 offset, epoch_at(offset), story.attempts, story.last, story.delay_ms, story.told(brief), story.parked,
                 story.dying,
             )
-            for offset, story in sorted(self.stories.items())
+            for offset in sorted({*self.stories, *self.holder})
+            if (story := self.story(offset)) is not None
         ]  # fmt: skip
         runs = [(first, end, epoch_at(end - 1)) for first, end in self.settled]
         return QueueRow(

@@ -47,7 +47,7 @@ def counts(queue: Queue, high_watermark: int, marks: EpochMarks) -> dict[str, in
 def explain(queue: Queue, offset: int, high_watermark: int, now_ms: int) -> dict[str, Any]:
     """Where a record is, and what it waits for."""
     table = queue.table
-    story = table.stories.get(offset)
+    story = table.story(offset)
     told: dict[str, Any] = {"offset": offset, "attempts": story.attempts if story else 0}
     if story is not None and story.history:
         told["history"] = [{"attempt": a, "reason": r, "detail": d} for a, r, d in story.history]

@@ -145,8 +145,7 @@ class Queues:
             outcome.at_once = True
         else:
             offsets = lease.order
-            attempts = [queue.table.stories[offset].attempts for offset in offsets]
-            contended = queue.window.contended(offsets)
+            attempts, contended = queue.table.attempts(offsets), queue.window.contended(offsets)
             answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts, contended)
             outcome = self._outcome(queue, answer, now_ms)
             outcome.record = max(offsets)
@@ -160,8 +159,8 @@ class Queues:
         queue.reading = queue.reading and event.ahead
         if event.offset == queue.window.scanned and event.next_offset > event.offset:
             queue.scan(event.records, event.next_offset, now_ms)
-            if event.records:
-                queue.record_bytes += 0.5 * (event.size / len(event.records) - queue.record_bytes)
+            if count := event.count:
+                queue.record_bytes += 0.5 * (event.size / count - queue.record_bytes)
         return self._outcome(queue, None, now_ms)
 
     def _asked(self, event: QueueAsked, now_ms: int) -> Outcome:
@@ -223,10 +222,10 @@ class Queues:
         left = [event.count if event.count > 0 else 2**31]
 
         def chosen(offset: int) -> bool:
-            story, lane = queue.table.stories[offset], queue.window.lane_of.get(offset)
+            story = queue.table.stories[offset]
             if left[0] <= 0 or offset < event.offset:
                 return False
-            if event.lane is not None and (lane is None or lane.key != event.lane):
+            if event.lane is not None and queue.window.key_of(offset) != event.lane:
                 return False
             if event.reason and not any(event.reason in reason for _, reason, _ in story.history):
                 return False

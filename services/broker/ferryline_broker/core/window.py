@@ -12,98 +12,40 @@ here only its place in the lane is kept.
 With ``runs`` (ordering="partition") all records are one lane, and its line is kept in the order of offsets: a record
 that comes back, or comes late, stands where it belongs. A run that was leased together may be out beside records that
 back off, are parked or dying. The first in line is ready only while nobody has a run, and nothing before it is out.
+
+Of most keys only one record is here: such a lane is no object, ``lanes`` has its offset and ``lane_of`` its key. So the
+records of a batch enter and leave together, by a few operations of dictionaries for all of them.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from array import array
-from bisect import bisect_left
 from itertools import chain
-
-import msgspec
 
 from ferryline.protocol.queue_messages import PRIORITIES, PRIORITY_DEFAULT
 from ferryline_broker.core.ageing import Ageing
+from ferryline_broker.core.heads import Heads, exhaust
+from ferryline_broker.core.lane import Lane
 from ferryline_broker.core.queue_events import Scanned
 
 
-class Lane(msgspec.Struct, gc=False, eq=False):  # made for every key: cheaper than a class
-    """Records of one key. ``out``: those that left the line; ``waiting[first:]``: the line, in order."""
-
-    key: bytes
-    out: set[int]
-    waiting: array[int] | None = None  # made when somebody waits: most lanes are one record long
-    first: int = 0
-
-    def __len__(self) -> int:
-        """How many wait."""
-        return 0 if self.waiting is None else len(self.waiting) - self.first
-
-    def push(self, offset: int) -> None:
-        if self.waiting is None:
-            self.waiting = array("q")
-        self.waiting.append(offset)
-
-    def pop(self) -> int:
-        assert self.waiting is not None
-        offset = self.waiting[self.first]
-        self.first += 1
-        if self.first > 512 and self.first * 2 > len(self.waiting):
-            del self.waiting[: self.first]
-            self.first = 0
-        return offset
-
-    def put_back(self, offset: int) -> None:
-        """To the head of the line: it had left it, and its turn has not come after all."""
-        if self.waiting is None:
-            self.waiting = array("q")
-        if self.first:
-            self.first -= 1
-            self.waiting[self.first] = offset
-        else:
-            self.waiting.insert(0, offset)
-
-    def insert(self, offset: int) -> None:
-        """Into a line that is in the order of offsets."""
-        at = self._place(offset)
-        if at == self.first:
-            self.put_back(offset)
-        elif self.waiting is not None:
-            self.waiting.insert(at, offset)
-
-    def discard(self, offset: int) -> bool:
-        """Out of a line that is in the order of offsets, if it is there."""
-        at = self._place(offset)
-        if self.waiting is None or at == len(self.waiting) or self.waiting[at] != offset:
-            return False
-        del self.waiting[at]
-        return True
-
-    def _place(self, offset: int) -> int:
-        return self.first if self.waiting is None else bisect_left(self.waiting, offset, self.first)
-
-    def peek(self) -> int:
-        assert self.waiting is not None
-        return self.waiting[self.first]
-
-
 class Window:
-    """``scanned``: records below it have entered. ``lane_of`` has exactly the offsets that are out."""
+    """``scanned``: records below it have entered. ``lane_of`` has exactly the offsets that are out, each with its lane,
+    the key of a lane that is only this record, or None if it has no lane."""
 
     def __init__(self, scanned: int, overdue_ms: int, *, runs: bool = False) -> None:
         self.scanned = scanned
         self.runs = runs
-        self.lanes: dict[bytes, Lane] = {}
-        self.lane_of: dict[int, Lane | None] = {}
+        self.lanes: dict[bytes, Lane | int] = {}  # an offset: of a record that is out, and all there is
+        self.lane_of: dict[int, Lane | bytes | None] = {}
         self.ready: dict[int, int] = {}  # offset -> since when
         self.backing_off: dict[int, int] = {}  # offset -> until when
         self.scheduled: dict[int, tuple[int, bytes | None]] = {}  # offset -> (due, key of its lane)
         self.stopped: set[int] = set()  # out, and nobody knows until when: parked or dying
         self.waiting = 0  # in all lanes
         self._overdue_ms = overdue_ms
-        self._heaps: list[list[int]] = [[] for _ in range(PRIORITIES)]
+        self._heads = [Heads(self.ready) for _ in range(PRIORITIES)]
         self._ageing: Ageing | None = None  # made when priorities differ
         self._later: list[tuple[int, int]] = []  # (due, offset) of what is scheduled or backs off
         self._priority: dict[int, int] = {}  # where it is not the default
@@ -121,6 +63,19 @@ class Window:
             heapq.heappush(self._later, (record.due_ms, offset))
         else:
             self._arrive(offset, record.lane, now_ms)
+
+    def scan_batch(self, offsets: range, lanes: list[bytes | None], now_ms: int) -> None:
+        """`scan` for records of which there is nothing to know but their lanes."""
+        distinct = set(lanes)
+        alone = len(distinct) == len(lanes) and None not in distinct and self.lanes.keys().isdisjoint(distinct)
+        if not alone or self.runs or self._ageing is not None:
+            for offset, lane in zip(offsets, lanes, strict=True):
+                self._arrive(offset, lane, now_ms)
+            return
+        self.lanes.update(zip(lanes, offsets, strict=True))  # type: ignore[arg-type]  # keys, all of them
+        self.lane_of.update(zip(offsets, lanes, strict=True))
+        self.ready.update(dict.fromkeys(offsets, now_ms))
+        self._heads[PRIORITY_DEFAULT].extend(offsets)
 
     def scan_out(self, record: Scanned) -> None:
         """A record with a past: it is out already. Whoever in its lane only became ready by this rebuilding waits."""
@@ -147,16 +102,18 @@ class Window:
 
     def _lane(self, key: bytes) -> Lane:
         lane = self.lanes.get(key)
-        if lane is None:
-            lane = self.lanes[key] = Lane(key, set())
-        return lane
+        if isinstance(lane, Lane):
+            return lane
+        grown = self.lanes[key] = Lane(key, set() if lane is None else {lane})
+        if lane is not None:
+            self.lane_of[lane] = grown
+        return grown
 
     def _arrive(self, offset: int, key: bytes | None, now_ms: int) -> None:
-        lane = None if key is None else self.lanes.get(key)
-        if lane is None and not self.runs:  # nobody stands before it
+        if not self.runs and (key is None or key not in self.lanes):  # nobody stands before it
             if key is not None:
-                lane = self.lanes[key] = Lane(key, {offset})
-            self.lane_of[offset] = lane
+                self.lanes[key] = offset
+            self.lane_of[offset] = key
             self._offer(offset, now_ms)
             return
         assert key is not None, "with runs all records are one lane"
@@ -196,7 +153,7 @@ class Window:
     def make_ready(self, offset: int, now_ms: int) -> None:
         """It is out and may be leased; with ``runs``, when its turn comes."""
         lane = self.lane_of[offset]
-        if self.runs and lane is not None:
+        if self.runs and isinstance(lane, Lane):
             self.put_back(offset)
             self._turn(lane, now_ms)
         else:
@@ -210,7 +167,7 @@ class Window:
     def _offer(self, offset: int, now_ms: int) -> None:
         self.ready[offset] = now_ms
         level = self._priority.get(offset, PRIORITY_DEFAULT)
-        heapq.heappush(self._heaps[level], offset)
+        self._heads[level].add(offset)
         if self._ageing is not None:
             self._ageing.add(level, offset, now_ms)
 
@@ -230,7 +187,7 @@ class Window:
     def _left(self, offset: int, now_ms: int) -> None:
         """A record is not with a receiver any more, and still out: what stands before it may go on."""
         lane = self.lane_of[offset]
-        if self.runs and lane is not None:
+        if self.runs and isinstance(lane, Lane):
             self._turn(lane, now_ms)
 
     def put_back(self, offset: int) -> None:
@@ -238,8 +195,11 @@ class Window:
         self.ready.pop(offset, None)
         self.backing_off.pop(offset, None)
         self.stopped.discard(offset)
-        lane = self.lane_of.pop(offset)
+        lane = self.lane_of[offset]
+        if isinstance(lane, bytes):
+            lane = self._lane(lane)
         assert lane is not None
+        del self.lane_of[offset]
         lane.out.discard(offset)
         if self.runs:
             lane.insert(offset)
@@ -251,30 +211,39 @@ class Window:
         """They are terminal: the next of their lanes step out. An offset that never entered changes nothing."""
         places = (self.backing_off, self._priority, self._expires, self.scheduled)
         elsewhere = [place for place in places if place]
-        ready, lane_of, stopped = self.ready, self.lane_of, self.stopped
+        self.stopped.difference_update(offsets)
+        ready, lane_of = self.ready, self.lane_of
+        if not elsewhere and ready.keys().isdisjoint(offsets):
+            lanes = list(map(lane_of.get, offsets))
+            if set(map(type, lanes)) == {bytes}:  # as a rule: each was the only one of its lane
+                exhaust(map(lane_of.__delitem__, offsets))
+                exhaust(map(self.lanes.__delitem__, lanes))  # type: ignore[arg-type]  # keys, all of them
+                return
         for offset in offsets:
             ready.pop(offset, None)
             for place in elsewhere:
                 place.pop(offset, None)
-            if stopped:
-                stopped.discard(offset)
             lane = lane_of.pop(offset, None)
             if self.runs:
                 self._gone_of_run(offset, now_ms)
-                continue
-            if lane is None:
-                continue
-            lane.out.discard(offset)
-            if lane.out:
-                continue
-            if lane.waiting is not None and len(lane):
-                self.waiting -= 1
-                self._step_out(lane, lane.pop(), now_ms)
-            else:
-                del self.lanes[lane.key]
+            elif isinstance(lane, bytes):
+                del self.lanes[lane]
+            elif lane is not None:
+                self._gone_of_lane(lane, offset, now_ms)
+
+    def _gone_of_lane(self, lane: Lane, offset: int, now_ms: int) -> None:
+        lane.out.discard(offset)
+        if lane.out:
+            return
+        if len(lane):
+            self.waiting -= 1
+            self._step_out(lane, lane.pop(), now_ms)
+        else:
+            del self.lanes[lane.key]
 
     def _gone_of_run(self, offset: int, now_ms: int) -> None:
         for lane in list(self.lanes.values()):  # one at most
+            assert isinstance(lane, Lane)
             lane.out.discard(offset)
             self.waiting -= lane.discard(offset)
             self._turn(lane, now_ms)
@@ -285,7 +254,7 @@ class Window:
         """(taken, expired): up to ``limit`` records to lease, ``run`` of a lane at most, in the order in which they are
         to be worked on; and those met on the way whose time is over: they are gone."""
         if run == 1 and not strict and self._ageing is None and not self._expires:
-            return self._plain(limit), []
+            return self._heads[PRIORITY_DEFAULT].take(limit), []  # all have the same priority, and nobody's time ends
         taken: list[int] = []
         expired: list[int] = []
         barrier = self.barrier() if run > 1 else 0
@@ -307,16 +276,6 @@ class Window:
                 found = self.follow(offset, barrier) if left and len(taken) < limit else None
         return taken, expired
 
-    def _plain(self, limit: int) -> list[int]:
-        """What `pick` would choose, where all have the same priority and nobody's time ends; in ascending order."""
-        heap, ready = self._heaps[PRIORITY_DEFAULT], self.ready
-        taken: list[int] = []
-        while heap and len(taken) < limit:
-            offset = heapq.heappop(heap)
-            if ready.pop(offset, None) is not None:
-                taken.append(offset)
-        return taken
-
     def pick(self, now_ms: int, strict: bool = False) -> int | None:
         """The record that should be leased next; it is out, and not ready any more. None: nothing is ready.
 
@@ -327,24 +286,19 @@ class Window:
                 self._ageing.shorten()
             elif (overdue := self._ageing.pick(now_ms)) is not None:
                 del self.ready[overdue]
-                self._forget_gone(self._heaps[self._priority.get(overdue, PRIORITY_DEFAULT)])
+                # What is always picked by age is forgotten only here: higher ones may never let anybody look at it.
+                self._heads[self._priority.get(overdue, PRIORITY_DEFAULT)].forget_gone()
                 return overdue
-        for heap in reversed(self._heaps):
-            while heap:
-                offset = heapq.heappop(heap)
-                if self.ready.pop(offset, None) is not None:
-                    return offset
+        for heads in reversed(self._heads):
+            offset = heads.pop()
+            if offset is not None:
+                return offset
         return None
-
-    def _forget_gone(self, heap: list[int]) -> None:
-        """What is always picked by age leaves its heap only here: higher ones may never let anybody look at it."""
-        while heap and heap[0] not in self.ready:
-            heapq.heappop(heap)
 
     def follow(self, offset: int, below: float) -> int | None:
         """The next record of the same lane joins a lease that ``offset`` is in. None: there is none ``below``."""
         lane = self.lane_of[offset]
-        if lane is None or not len(lane) or lane.peek() >= below:
+        if not isinstance(lane, Lane) or not len(lane) or lane.peek() >= below:
             return None
         found = lane.pop()
         self.waiting -= 1
@@ -354,7 +308,13 @@ class Window:
 
     def contended(self, offsets: list[int]) -> bool:
         """Whether others of one of their lanes wait, or have waited, for one that is out."""
-        return any(lane is not None and lane.waiting is not None for lane in map(self.lane_of.get, offsets))
+        lanes = list(map(self.lane_of.get, offsets))
+        return Lane in set(map(type, lanes)) and any(isinstance(one, Lane) and one.waiting is not None for one in lanes)
+
+    def key_of(self, offset: int) -> bytes | None:
+        """The key of the lane that a record is in which is out; None if it has none, or is not out."""
+        lane = self.lane_of.get(offset)
+        return lane.key if isinstance(lane, Lane) else lane
 
     def expired(self, offset: int, now_ms: int) -> bool:
         return self._expires.get(offset, now_ms + 1) <= now_ms
@@ -395,6 +355,6 @@ class Window:
         if offset >= self.scanned:
             return "not in window", 0
         for lane in self.lanes.values():
-            if lane.waiting is not None and offset in lane.waiting[lane.first :]:
+            if isinstance(lane, Lane) and lane.waiting is not None and offset in lane.waiting[lane.first :]:
                 return "waiting", min(lane.out) if lane.out else -1
         return "unknown", 0
