@@ -33,7 +33,7 @@ class Receive(Message):
     ``ordering`` is a property of the group in a partition: the first receiver sets it, others must say the same.
     ``start`` ("start" or "end") is where a group begins that has never received here. ``strict``: the highest priority
     first of all that is committed; otherwise a record that has waited for 10 s goes before higher ones that have not,
-    and what was committed last may not have been looked at yet.
+    and what was committed last may not have been looked at yet. ``batches``: a delivery may be several batches.
     """
 
     group: str
@@ -46,14 +46,16 @@ class Receive(Message):
     ordering: str = ORDER_KEY
     start: str = "start"
     strict: bool = False
+    batches: bool = False
 
 
 class Delivery(Message):
-    """What was leased in one partition, together. Payload: one batch with exactly these records, in this order.
+    """What was leased in one partition, together. Payload: one batch with exactly these records, in this order, or, if
+    the receiver said ``batches``, several with these one after the other.
 
-    The offsets of its records are in ``offsets`` (those in the batch itself mean nothing); ``attempts`` says for each
-    how often it has been leased, this time included. ``contended``: records of one of their lanes wait, or have waited,
-    for an acknowledgement. With ``error`` everything else is empty.
+    The offsets of its records are in ``offsets`` (those in the batches say where in the delivery they stand);
+    ``attempts`` says for each how often it has been leased, this time included. ``contended``: records of one of their
+    lanes wait, or have waited, for an acknowledgement. With ``error`` everything else is empty.
     """
 
     topic_id: str

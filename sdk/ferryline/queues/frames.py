@@ -54,7 +54,7 @@ class Frames:
         options = self._options
         header = Receive(
             options.group, self._member, list(effect.keys), effect.records_max, effect.bytes_max, options.lease_ms,
-            effect.wait_ms, options.ordering, options.start, options.strict,
+            effect.wait_ms, options.ordering, options.start, options.strict, batches=True,
         )  # fmt: skip
 
         def done(frame: Frame | None, error: FerrylineError | None) -> None:

@@ -40,7 +40,7 @@ from ferryline.core.receiving_events import (
 from ferryline.protocol.errors import CorruptBatch, InternalError
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import NACK, RELEASE
-from ferryline.protocol.records import check_crc, decode_messages, read_header
+from ferryline.protocol.records import decode_messages, split_batches
 from ferryline.queues.buffer import Buffer
 from ferryline.queues.frames import Frames
 from ferryline.queues.message import Delivered, QueueMessage
@@ -142,11 +142,12 @@ class Leasing:
         lease, payload = effect.lease, self._parts[effect.index]
         source = Delivered(self._topic, lease.key[1], self._options.decode, lease, self)
         try:
-            header = read_header(payload)
-            check_crc(payload, header)
-            messages: list[QueueMessage[Any]] = decode_messages(
-                payload, header, QueueMessage, source, plain=source.decode is None
-            )
+            messages: list[QueueMessage[Any]] = []
+            for at, header in split_batches(payload):
+                if header.base_offset != len(messages):
+                    raise CorruptBatch(f"record {len(messages)} of a delivery says that it is {header.base_offset}")
+                batch = payload[at : at + header.size]
+                messages += decode_messages(batch, header, QueueMessage, source, plain=source.decode is None)
             if len(messages) != len(lease.offsets):
                 raise CorruptBatch(f"a delivery holds {len(messages)} records, {len(lease.offsets)} were leased")
         except CorruptBatch as error:

@@ -52,7 +52,7 @@ class QueueMessage(Described, MessageBase, Generic[T]):
     if COMPILED:
         __slots__ = ()
 
-    # Where it stands in its delivery: a codec knows nothing else of the batch, whose offsets mean nothing.
+    # Where it stands in its delivery: that is what offsets of the batches in it mean.
     _at: ClassVar[Any] = MessageBase.offset
 
     if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from ferryline_broker.queue_checks import (
     check_one_of,
     check_settle,
 )
-from ferryline_broker.queue_records import QueueRecords, batch_of
+from ferryline_broker.queue_records import QueueRecords
 from ferryline_broker.queue_requests import RECORDS_MAX, ParkedReceive, QueueRequest, SettleRequest
 from ferryline_broker.receipts import receipt
 from ferryline_broker.told import told
@@ -150,7 +150,7 @@ class QueueHandler:
         self.driver.at_end(parked)
 
     def _lease(self, parked: ParkedReceive) -> None:
-        """Ask every partition for what it has, in turns; later, if the receiver has used its quota up."""
+        """Ask every partition for what it has, in turns; later, if its quota is used up."""
         parked.pause = None
         if parked.done or parked.expired:
             return
@@ -264,32 +264,27 @@ class QueueHandler:
             parked.expired = True  # nobody hears the answer, but it waits no longer, in the way of others
             return
         try:
-            records = self.records.records(hosted, answer.offsets)
+            payload, offsets, rest = parked.payload(hosted, answer.offsets)
         except StorageFailed as failure:
             self.driver.storage_failed(hosted, RECORDS, failure)
             parked.refuse(hosted.key, failure.info())
             return
-        payload = batch_of(records)
-        if len(payload) > parked.room and len(fitting := parked.fitting(records)) < len(records):
-            # The core knows sizes on average only: the rest is leased with another answer.
-            rest = [record.offset for record in records[len(fitting) :]]
+        if rest:  # the core knows sizes on average only
             self._give_back(hosted, ask, replace(answer, offsets=rest))
-            records = fitting
-            if not records:
-                return
-            payload = batch_of(records)
-        offsets, attempts = answer.offsets, answer.attempts
-        if len(records) != len(offsets):  # or retention was faster; the rest is still theirs to settle
-            there = {record.offset for record in records}
-            attempts = [count for offset, count in zip(offsets, attempts, strict=True) if offset in there]
-            offsets = [record.offset for record in records]
+        if not offsets:
+            parked.expired = True  # it asks again, and by then the core knows what retention took
+            return
+        attempts = answer.attempts
+        if len(offsets) != len(attempts):
+            count_of = dict(zip(answer.offsets, attempts, strict=True))
+            attempts = [count_of[offset] for offset in offsets]
         hosted.counts.group(ask.group).handed_out(attempts)
         delivery = Delivery(
             *hosted.key, answer.epoch, answer.lease, b"", answer.lease_ms, offsets, attempts, len(payload), None,
             answer.contended,
         )  # fmt: skip
         mac = receipt(self._key(), ask.group, ask.member, delivery)
-        self._quotas.charge(parked.asker.caller, records=len(records), bytes=len(payload))
+        self._quotas.charge(parked.asker.caller, records=len(offsets), bytes=len(payload))
         parked.add(replace(delivery, receipt=mac), payload)
 
     def _give_back(self, hosted: HostedReplica, ask: Receive, answer: AnswerLease) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import OrderedDict
+from operator import attrgetter
 
 from ferryline.protocol.errors import CorruptBatch
 from ferryline.protocol.messages import RECORDS
@@ -19,9 +20,9 @@ from ferryline.protocol.queue_messages import (
     PRIORITIES,
     PRIORITY_DEFAULT,
 )
-from ferryline.protocol.records import BatchBuilder, BatchHeader, DecodedRecord, decode_batch
+from ferryline.protocol.records import BatchBuilder, BatchHeader, DecodedRecord, decode_batch, stamp
 from ferryline_broker.core.events import Bytes, Key
-from ferryline_broker.core.queue_events import ReadWindow, Scanned, WindowRead
+from ferryline_broker.core.queue_events import ReadWindow, Scanned, ScannedBatch, WindowRead
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.log.walk import checked_batches
 from ferryline_service.logs import get_logger
@@ -32,17 +33,23 @@ _RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
 _YEARS_MS = 100 * 365 * 86_400_000
 _DELAY_MS_MAX = 366 * 86_400_000  # a year is what clients may ask for; more would hold retention back for ever
 _log = get_logger()
+_key, _headers = attrgetter("key"), attrgetter("headers")
 
 
 class _Batch:
-    """One decoded batch; ``records`` is empty for a control batch, and for one that does not decode."""
+    """One batch, decoded and as it is in the log; ``records`` is empty for a control batch, and for one that does not
+    decode. ``scanned``: what a window wants to know of them; None where headers have to be looked at."""
 
-    __slots__ = ("cost", "header", "records")
+    __slots__ = ("cost", "data", "header", "records", "scanned")
 
-    def __init__(self, header: BatchHeader, records: list[DecodedRecord]) -> None:
+    def __init__(self, header: BatchHeader, records: list[DecodedRecord], data: bytes) -> None:
         self.header = header
         self.records = records
-        self.cost = header.size + _RECORD_OVERHEAD_BYTES * len(records)
+        self.data = data
+        self.scanned: ScannedBatch | None = None
+        if records and not any(map(_headers, records)):
+            self.scanned = ScannedBatch(header.base_offset, list(map(_key, records)))
+        self.cost = 2 * header.size + _RECORD_OVERHEAD_BYTES * len(records)
 
 
 class QueueRecords:
@@ -56,11 +63,14 @@ class QueueRecords:
 
     def window(self, hosted: HostedReplica, ask: ReadWindow, now_ms: int, wall_ms: int) -> WindowRead:
         """The answer to a core's ReadWindow. Moments of the wall clock become moments of this broker's clock."""
-        scanned: list[Scanned] = []
+        scanned: list[Scanned | ScannedBatch] = []
         next_offset, size = ask.offset, 0
         for batch in self._read(hosted, ask.offset, ask.below, ask.bytes_max):
             next_offset = batch.header.next_offset
             size += batch.header.size
+            if batch.scanned is not None:
+                scanned.append(batch.scanned)
+                continue
             scanned += [
                 _with_headers(record, now_ms, wall_ms) if record.headers else Scanned(record.offset, record.key)
                 for record in batch.records
@@ -82,6 +92,33 @@ class QueueRecords:
                 found.append(records[offset - base])
         return found
 
+    def delivery(self, hosted: HostedReplica, offsets: list[int]) -> tuple[bytearray, list[int]]:
+        """The records at these offsets, as batches one after the other, and the offsets where there are any: what was
+        retained away is left out. A batch that is leased as a whole is handed on as it stands in the log, with the
+        checksum of whoever sent it; its base offset, which that leaves out, becomes its place in the delivery."""
+        payload, found = bytearray(), list[int]()
+        loose: list[DecodedRecord] = []
+        at = 0
+        while at < len(offsets):
+            batch = self._batch(hosted, offsets[at])
+            if batch is None or not batch.records:
+                at += 1
+                continue
+            base, end = batch.header.base_offset, batch.header.next_offset
+            whole = offsets[at : at + end - base] == list(range(base, end))
+            if whole and batch.header.codec == "none":
+                _add(payload, batch_of(loose), len(found) - len(loose))
+                loose = []
+                _add(payload, batch.data, len(found))
+                found += offsets[at : at + end - base]
+                at += end - base
+            while at < len(offsets) and base <= offsets[at] < end:
+                loose.append(batch.records[offsets[at] - base])
+                found.append(offsets[at])
+                at += 1
+        _add(payload, batch_of(loose), len(found) - len(loose))
+        return payload, found
+
     def peeked(self, hosted: HostedReplica, offsets: list[int], bytes_max: int) -> tuple[dict[str, object], Bytes]:
         """The records at these offsets; the first ones, if all of them are too much for one answer."""
         records: list[DecodedRecord] = []
@@ -92,7 +129,7 @@ class QueueRecords:
                 records.append(record)
             if size >= bytes_max:
                 break
-        return {"offsets": [record.offset for record in records]}, batch_of(records) if records else b""
+        return {"offsets": [record.offset for record in records]}, batch_of(records)
 
     def forget(self, key: Key) -> None:
         """The replica is gone, or was cut: another record may come to stand where one stood."""
@@ -139,7 +176,7 @@ class QueueRecords:
                         error=error.message,
                     )
                     records = []
-                known = _Batch(header, records)
+                known = _Batch(header, records, bytes(view[at : at + header.size]))
                 self._keep(hosted.key, known)
             found.append(known)
         return found
@@ -161,8 +198,16 @@ class QueueRecords:
                 del self._bases[owner]
 
 
+def _add(payload: bytearray, batch: bytes | bytearray, place: int) -> None:
+    if batch:
+        payload += batch
+        stamp(payload, place, 0, len(payload) - len(batch))
+
+
 def batch_of(records: list[DecodedRecord]) -> bytearray:
-    """One batch of exactly these records."""
+    """One batch of exactly these records; of none, nothing."""
+    if not records:
+        return bytearray()
     builder = BatchBuilder(2**30)
     builder.extend([(record.timestamp, record.key, record.value, record.headers) for record in records])
     return builder.build()

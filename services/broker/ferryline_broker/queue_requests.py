@@ -30,6 +30,7 @@ from ferryline_broker.driver import PartitionDriver
 from ferryline_broker.hosted import HostedReplica
 from ferryline_broker.ports import Answer, Asker
 from ferryline_broker.produce import refusal_info
+from ferryline_broker.queue_records import batch_of
 from ferryline_broker.traffic import GroupCounts
 
 if TYPE_CHECKING:
@@ -104,14 +105,24 @@ class ParkedReceive:
         self._deliveries.append(delivery)
         self._parts.append(payload)
 
-    @property
-    def room(self) -> int:
-        """Bytes that the answer may still grow by."""
-        return min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+    def payload(self, hosted: HostedReplica, leased: list[int]) -> tuple[Bytes, list[int], list[int]]:
+        """What is delivered of a lease: bytes and offsets, without what retention took, that is still theirs to settle.
+        Then the offsets of what is too much for this answer. Raises StorageFailed."""
+        room = min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+        if self.ask.batches:
+            payload, offsets = self._handler.records.delivery(hosted, leased)
+            if len(payload) <= room:
+                return payload, offsets, []
+        records = self._handler.records.records(hosted, leased)
+        payload, fitting = batch_of(records), records
+        if len(payload) > room:
+            fitting = self._fitting(records, room)
+            payload = batch_of(fitting)
+        offsets = [record.offset for record in records]
+        return payload, offsets[: len(fitting)], offsets[len(fitting) :]
 
-    def fitting(self, records: list[DecodedRecord]) -> list[DecodedRecord]:
+    def _fitting(self, records: list[DecodedRecord], left: int) -> list[DecodedRecord]:
         """Those that the answer has room for; the very first one in any case."""
-        left = self.room
         for number, record in enumerate(records):
             left -= len(record.key or b"") + len(record.value or b"")
             if left < 0 and (number or self._parts):
