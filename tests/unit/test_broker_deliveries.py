@@ -11,14 +11,15 @@ from ferryline.protocol.frames import Kind, decode_header
 from ferryline.protocol.messages import RECORDS, ProduceEntry
 from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import HEADER_PRIORITY, NACK, Delivery, Receive, ReceiveAnswer
-from ferryline.protocol.records import decode_batch, encode_batch, split_batches
+from ferryline.protocol.records import decode_batch, encode_batch, read_header, split_batches
+from ferryline_broker.queue_records import QueueRecords, _are, _Batch
 from unit.broker_world import BrokerWorld, RawClient
 from unit.test_broker_queue import Receiver
 
 
 async def produce(client: RawClient, topic: TopicMeta, *values: str, codec: str = "none", priority: str = "") -> None:
     headers = [(HEADER_PRIORITY, priority.encode())] if priority else []
-    rows: list[Any] = [(value.encode(), value.encode() * 20, headers) for value in values]
+    rows: list[Any] = [(value.encode(), value.encode() * 2_000, headers) for value in values]
     data = bytes(encode_batch(rows, codec=codec))
     entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(data))
     assert (await client.produce_raw([(entry, data)]))[0].error is None
@@ -71,6 +72,58 @@ async def test_a_batch_that_is_leased_as_a_whole_is_handed_on_as_it_was_sent(tmp
         assert len(pieces(payload)) == 1
 
 
+async def test_small_batches_are_put_together(tmp_path: Path) -> None:
+    """Each would cost its header, and the receiver a round of its decoder."""
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("t", [(broker.id,)])
+        client = await world.client(broker.url)
+        for number in range(20):
+            rows: list[Any] = [(b"%d-%d" % (number, at), b"v" * 50, []) for at in range(3)]
+            data = bytes(encode_batch(rows))
+            entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(data))
+            assert (await client.produce_raw([(entry, data)]))[0].error is None
+        _, payload = await receive(client, topic, 100)
+        assert keys(payload) == [f"{number}-{at}" for number in range(20) for at in range(3)]
+        assert len(pieces(payload)) == 1
+
+
+@pytest.mark.parametrize("codec", ["none", "gzip", "lz4"])
+def test_the_cache_counts_what_batches_take_unpacked(codec: str) -> None:
+    cache = QueueRecords(4 * 1024 * 1024)
+    value = b"the same again and again, " * 40_000
+    for base in range(30):
+        data = memoryview(bytes(encode_batch([(b"k", value, [])], base_offset=base, codec=codec)))
+        header = read_header(data)
+        cache._keep(("topic", 0), _Batch(header, list(decode_batch(data, header)), data))
+    held = sum(len(one.data) + sum(len(r.value or b"") for r in one.records) for one in cache._batches.values())
+    assert held <= 4 * 1024 * 1024
+    assert held >= 2 * 1024 * 1024
+
+
+def test_records_in_any_order_are_found_without_looking_at_whole_batches_again_and_again() -> None:
+    """Linear: what is compared is bounded by what is delivered."""
+    looked = 0
+
+    class Counted(list[int]):
+        def __getitem__(self, at: Any) -> Any:
+            nonlocal looked
+            found = super().__getitem__(at)
+            looked += len(found) if isinstance(at, slice) else 1
+            return found
+
+    count = 2_000
+    offsets = Counted(o for pair in zip(range(count), range(count, 2 * count), strict=True) for o in pair)
+    for at, offset in enumerate(list(offsets)):
+        base = 0 if offset < count else count
+        assert not _are(offsets, at, base, base + count)
+    assert looked < 10 * count
+    assert _are([4, 5, 6, 7, 9], 1, 5, 8)
+    assert not _are([4, 5, 6, 7, 9], 1, 5, 10)
+    assert not _are([4, 5, 7, 6, 8], 1, 5, 9)
+    assert not _are([4, 5, 6], 1, 5, 9)
+
+
 async def test_whoever_did_not_ask_for_several_gets_one_batch(tmp_path: Path) -> None:
     async with BrokerWorld(tmp_path) as world:
         broker = await world.broker()
@@ -120,12 +173,12 @@ async def test_a_delivery_that_is_too_much_for_an_answer_is_cut(tmp_path: Path) 
         client = await world.client(broker.url)
         await produce(client, topic, *[f"{number:05}" for number in range(300)])
         await receive(client, topic, 1)
-        delivery, payload = await receive(client, topic, 300, bytes_max=8_000)
-        assert len(payload) <= 8_000 + 1_000
+        delivery, payload = await receive(client, topic, 300, bytes_max=80_000)
+        assert len(payload) <= 80_000 + 12_000
         assert keys(payload) == [f"{offset - 1:05}" for offset in delivery.offsets]
         seen = list(delivery.offsets)
         while len(seen) < 299:
-            delivery, payload = await receive(client, topic, 300, bytes_max=8_000)
+            delivery, payload = await receive(client, topic, 300, bytes_max=80_000)
             assert set(delivery.attempts) == {1}
             seen += delivery.offsets
         assert sorted(seen) == list(range(2, 301))

@@ -30,6 +30,8 @@ from ferryline_service.logs import get_logger
 CACHE_BYTES = 64 * 1024 * 1024
 _READ_BYTES = 256 * 1024
 _RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
+_HEADER_OVERHEAD_BYTES = 200  # of each of its headers
+_HANDED_ON_BYTES_MIN = 2_048  # of a batch: smaller ones are cheaper for everybody as one that is made of their records
 _YEARS_MS = 100 * 365 * 86_400_000
 _DELAY_MS_MAX = 366 * 86_400_000  # a year is what clients may ask for; more would hold retention back for ever
 _log = get_logger()
@@ -37,19 +39,27 @@ _key, _headers = attrgetter("key"), attrgetter("headers")
 
 
 class _Batch:
-    """One batch, decoded and as it is in the log; ``records`` is empty for a control batch, and for one that does not
-    decode. ``scanned``: what a window wants to know of them; None where headers have to be looked at."""
+    """One decoded batch; ``records`` is empty for a control batch, and for one that does not decode.
+
+    ``data``: as it is in the log, if it may be handed on like that. ``scanned``: what a window wants to know of it;
+    None where headers have to be looked at. ``cost``: bytes of memory, about.
+    """
 
     __slots__ = ("cost", "data", "header", "records", "scanned")
 
-    def __init__(self, header: BatchHeader, records: list[DecodedRecord], data: bytes) -> None:
+    def __init__(self, header: BatchHeader, records: list[DecodedRecord], data: memoryview) -> None:
         self.header = header
         self.records = records
-        self.data = data
         self.scanned: ScannedBatch | None = None
-        if records and not any(map(_headers, records)):
+        headers = sum(map(len, map(_headers, records)))
+        if records and not headers:
             self.scanned = ScannedBatch(header.base_offset, list(map(_key, records)))
-        self.cost = 2 * header.size + _RECORD_OVERHEAD_BYTES * len(records)
+        size = header.size
+        if header.codec != "none":
+            size = sum(len(record.key or b"") + len(record.value or b"") for record in records)
+        handed_on = records and header.codec == "none" and header.size >= _HANDED_ON_BYTES_MIN
+        self.data = bytes(data) if handed_on else b""
+        self.cost = len(self.data) + size + _RECORD_OVERHEAD_BYTES * len(records) + _HEADER_OVERHEAD_BYTES * headers
 
 
 class QueueRecords:
@@ -98,23 +108,24 @@ class QueueRecords:
         checksum of whoever sent it; its base offset, which that leaves out, becomes its place in the delivery."""
         payload, found = bytearray(), list[int]()
         loose: list[DecodedRecord] = []
-        at = 0
-        while at < len(offsets):
+        at, count = 0, len(offsets)
+        while at < count:
             batch = self._batch(hosted, offsets[at])
             if batch is None or not batch.records:
                 at += 1
                 continue
-            base, end = batch.header.base_offset, batch.header.next_offset
-            whole = offsets[at : at + end - base] == list(range(base, end))
-            if whole and batch.header.codec == "none":
+            base, records = batch.header.base_offset, batch.records
+            end = base + len(records)
+            if batch.data and _are(offsets, at, base, end):
                 _add(payload, batch_of(loose), len(found) - len(loose))
                 loose = []
                 _add(payload, batch.data, len(found))
-                found += offsets[at : at + end - base]
-                at += end - base
-            while at < len(offsets) and base <= offsets[at] < end:
-                loose.append(batch.records[offsets[at] - base])
-                found.append(offsets[at])
+                found += offsets[at : at + len(records)]
+                at += len(records)
+                continue
+            while at < count and base <= (offset := offsets[at]) < end:
+                loose.append(records[offset - base])
+                found.append(offset)
                 at += 1
         _add(payload, batch_of(loose), len(found) - len(loose))
         return payload, found
@@ -176,7 +187,7 @@ class QueueRecords:
                         error=error.message,
                     )
                     records = []
-                known = _Batch(header, records, bytes(view[at : at + header.size]))
+                known = _Batch(header, records, view[at : at + header.size])
                 self._keep(hosted.key, known)
             found.append(known)
         return found
@@ -196,6 +207,15 @@ class QueueRecords:
             self._bases[owner].remove(first)
             if not self._bases[owner]:
                 del self._bases[owner]
+
+
+def _are(offsets: list[int], at: int, base: int, end: int) -> bool:
+    """Whether [base, end) are the ``offsets`` from ``at`` on. The first and the last are looked at before all others:
+    few of many, or another order, as by priority, must not cost as much as the whole batch."""
+    last = at + end - base - 1
+    if offsets[at] != base or last >= len(offsets) or offsets[last] != end - 1:
+        return False
+    return offsets[at : last + 1] == list(range(base, end))
 
 
 def _add(payload: bytearray, batch: bytes | bytearray, place: int) -> None:
