@@ -434,3 +434,19 @@ def test_records_that_were_ready_before_priorities_differed_count_as_waiting_too
     world.add(*[None] * 3, priority=9)
     world.now += 1_000
     assert world.lease(1) == [0]
+
+
+def test_a_redrive_of_some_takes_the_first_ones_in_whatever_order_they_were_parked() -> None:
+    world = World(*[None] * 6, ordering="none", on_dead="park")
+    world.lease()
+    for offset in (4, 2, 5, 1):
+        world.settle(REJECT, offset)
+    asked: list[int] = []
+
+    def first_two(offset: int) -> bool:
+        asked.append(offset)
+        return len(asked) < 3
+
+    assert world.queue.redrive(first_two, world.now) == [1, 2]
+    assert asked == [1, 2, 4, 5]
+    assert world.queue.table.parked() == [4, 5]

@@ -31,6 +31,7 @@ CACHE_BYTES = 64 * 1024 * 1024
 _READ_BYTES = 256 * 1024
 _RECORD_OVERHEAD_BYTES = 150  # of a decoded record, beside its contents
 _HEADER_OVERHEAD_BYTES = 200  # of each of its headers
+_TOGETHER_MIN = 6  # records of a batch: fewer enter a window faster one by one
 _HANDED_ON_BYTES_MIN = 2_048  # of a batch: smaller ones are cheaper for everybody as one that is made of their records
 _YEARS_MS = 100 * 365 * 86_400_000
 _DELAY_MS_MAX = 366 * 86_400_000  # a year is what clients may ask for; more would hold retention back for ever
@@ -42,7 +43,7 @@ class _Batch:
     """One decoded batch; ``records`` is empty for a control batch, and for one that does not decode.
 
     ``data``: as it is in the log, if it may be handed on like that. ``scanned``: what a window wants to know of it;
-    None where headers have to be looked at. ``cost``: bytes of memory, about.
+    None where it has to look at each. ``cost``: bytes of memory, about.
     """
 
     __slots__ = ("cost", "data", "header", "records", "scanned")
@@ -52,7 +53,7 @@ class _Batch:
         self.records = records
         self.scanned: ScannedBatch | None = None
         headers = sum(map(len, map(_headers, records)))
-        if records and not headers:
+        if len(records) >= _TOGETHER_MIN and not headers:
             self.scanned = ScannedBatch(header.base_offset, list(map(_key, records)))
         size = header.size
         if header.codec != "none":

@@ -57,20 +57,21 @@ class Heads:
     def take(self, limit: int) -> list[int]:
         """What `pop` would give, up to ``limit`` times."""
         taken: list[int] = []
-        while (wanted := limit - len(taken)) > 0:
-            line, first = self._line, self._first
-            end = min(first + wanted, len(line))
-            if self._late:
-                end = bisect_left(line, self._late[0], first, end)
-            if first < end:
-                part = line[first:end]
-                self._left(len(part))
-                since = list(map(self._ready.pop, part, repeat(None)))
-                taken += part if None not in since else [o for o, at in zip(part, since, strict=True) if at is not None]
-            elif (offset := self.pop()) is not None:
+        line, late = self._line, self._late
+        while len(taken) < limit:
+            first = self._first
+            if late and (first == len(line) or late[0] < line[first]):
+                if (offset := self.pop()) is None:
+                    break
                 taken.append(offset)
-            else:
+                continue
+            end = min(first + limit - len(taken), len(line))
+            part = line[first : bisect_left(line, late[0], first, end) if late else end]
+            if not part:
                 break
+            self._left(len(part))
+            since = list(map(self._ready.pop, part, repeat(None)))
+            taken += part if None not in since else [o for o, at in zip(part, since, strict=True) if at is not None]
         return taken
 
     def forget_gone(self) -> None:

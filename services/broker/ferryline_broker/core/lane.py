@@ -9,8 +9,8 @@ import msgspec
 
 
 class Lane(msgspec.Struct, gc=False, eq=False):  # cheaper than a class
-    """Records of one key, if there ever was more than one. ``out``: those that left the line; ``waiting[first:]``: the
-    line, in order."""
+    """Records of one key; for a single one there need not be a lane. ``out``: those that left the line;
+    ``waiting[first:]``: the line, in order."""
 
     key: bytes
     out: set[int]

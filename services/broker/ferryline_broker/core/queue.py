@@ -356,8 +356,8 @@ class Queue:
     # -- operators ----------------------------------------------------------------------------------
 
     def redrive(self, chosen: Callable[[int], bool], now_ms: int) -> list[int]:
-        """Parked records are available again, in place, with no attempts behind them."""
-        offsets = sorted(o for o, story in self.table.stories.items() if story.parked and chosen(o))
+        """Parked records are available again, in place, with no attempts behind them. ``chosen`` is asked in order."""
+        offsets = [offset for offset in self.table.parked() if chosen(offset)]
         if offsets:
             self._put(Redriven(self.table.group, packed(offsets), self._epoch_at(offsets[-1])))
             for offset in offsets:

@@ -127,20 +127,16 @@ class WindowRead(Event, frozen=True):
     ahead: bool = False
 
     @property
-    def count(self) -> int:
-        """How many records these are."""
-        return sum(len(one.lanes) if isinstance(one, ScannedBatch) else 1 for one in self.records)
-
-    @property
     def plain(self) -> bool:
         """All there is to say of these records is that they are there: none is settled by looking at it, as where an id
         comes again, the time is over, or no record is."""
         records = self.records
-        whole = self.count == self.next_offset - self.offset and bool(records) and records[0].offset == self.offset
+        count = sum(len(one.lanes) if isinstance(one, ScannedBatch) else 1 for one in records)
+        whole = count == self.next_offset - self.offset and bool(records) and records[0].offset == self.offset
         return whole and not any(isinstance(one, Scanned) and (one.id or one.expires_ms) for one in records)
 
     def story(self) -> Any:
-        return ("WindowRead", self.group, self.offset, self.next_offset, self.count)
+        return ("WindowRead", self.group, self.offset, self.next_offset, len(self.records))
 
 
 class DeadMoved(Event, frozen=True):

@@ -83,7 +83,7 @@ class QueueTable:
         self.settled = Runs()  # terminal, above start
         self.leases: dict[LeaseId, Lease] = {}
         self.holder: dict[int, Lease] = {}  # offset -> the lease that it is in
-        self.stories: dict[int, Story] = {}  # but for those that are in their first lease, see `story`
+        self.stories: dict[int, Story] = {}  # of a record in its first lease there need not be one: see `story`
         self.next_lease = 1
         self.producer_epoch = 0  # of copies to the dead letters
         self.next_sequence = 0
@@ -106,6 +106,10 @@ class QueueTable:
         if stories.keys().isdisjoint(offsets):
             return [1] * len(offsets)
         return [stories[offset].attempts if offset in stories else 1 for offset in offsets]
+
+    def parked(self) -> list[int]:
+        """In ascending order."""
+        return sorted(offset for offset, story in self.stories.items() if story.parked)
 
     # -- change -------------------------------------------------------------------------------------
 

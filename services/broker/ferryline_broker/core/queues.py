@@ -159,7 +159,8 @@ class Queues:
         queue.reading = queue.reading and event.ahead
         if event.offset == queue.window.scanned and event.next_offset > event.offset:
             queue.scan(event.records, event.next_offset, now_ms)
-            if count := event.count:
+            if event.records:
+                count = event.next_offset - event.records[0].offset
                 queue.record_bytes += 0.5 * (event.size / count - queue.record_bytes)
         return self._outcome(queue, None, now_ms)
 
@@ -183,8 +184,8 @@ class Queues:
             case "redrive":
                 chosen = self._chosen(queue, event)
                 if event.dry_run:
-                    parked = [o for o, story in queue.table.stories.items() if story.parked and chosen(o)]
-                    return Outcome(answer=AnswerQueue(event.token, {"offsets": sorted(parked)}), at_once=True)
+                    told = {"offsets": [offset for offset in queue.table.parked() if chosen(offset)]}
+                    return Outcome(answer=AnswerQueue(event.token, told), at_once=True)
                 told = {"offsets": queue.redrive(chosen, now_ms)}
                 return self._outcome(queue, AnswerQueue(event.token, told), now_ms)
             case "purge":

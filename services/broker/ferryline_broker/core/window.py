@@ -13,8 +13,8 @@ With ``runs`` (ordering="partition") all records are one lane, and its line is k
 that comes back, or comes late, stands where it belongs. A run that was leased together may be out beside records that
 back off, are parked or dying. The first in line is ready only while nobody has a run, and nothing before it is out.
 
-Of most keys only one record is here: such a lane is no object, ``lanes`` has its offset and ``lane_of`` its key. So the
-records of a batch enter and leave together, by a few operations of dictionaries for all of them.
+Of most keys only one record is here: such a lane need not be an object, ``lanes`` has its offset and ``lane_of`` its
+key. So the records of a batch enter and leave together, by a few operations of dictionaries for all of them.
 """
 
 from __future__ import annotations
