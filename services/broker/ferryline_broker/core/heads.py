@@ -60,7 +60,7 @@ class Heads:
         line, late = self._line, self._late
         while len(taken) < limit:
             first = self._first
-            if late and (first == len(line) or late[0] < line[first]):
+            if late and (first == len(line) or late[0] <= line[first]):  # the same: it left the line, and came back
                 if (offset := self.pop()) is None:
                     break
                 taken.append(offset)
