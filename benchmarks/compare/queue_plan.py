@@ -12,7 +12,7 @@ _LOG = {one.name: one for one in VARIANTS}
 _PER_RECORD = "each record by itself, "
 _OURS = _PER_RECORD + "each answered: committed, {} on both copies; they travel together"
 _AMQP = _PER_RECORD + "no answer; prefetch 500"
-_XACK = _PER_RECORD + "each answered, {}; 500 XACKs travel in a pipeline"
+_XACK = _PER_RECORD + "each answered, {}; up to 2,000 XACKs travel in a pipeline"
 
 
 def _queue(like: str, settles: str, **changes: object) -> Variant:
@@ -33,7 +33,7 @@ QUEUE_VARIANTS: tuple[Variant, ...] = (
     _queue("redis everysec", _XACK.format("in memory")),
     _queue(
         "redis always",
-        "**one XACK for a batch** of up to 500, answered, flushed",
+        "**one XACK for a batch** of up to 2,000, answered, flushed",
         name="redis always, batch XACK",
         one_by_one=False,
     ),
@@ -74,8 +74,9 @@ TASK_VARIANTS: tuple[Variant, ...] = (
 )
 
 QUEUE_WORKLOADS: tuple[Workload, ...] = (
-    Workload("queue", "queue", 100_000, slow=0.1, turn="queue"),
-    Workload("queue-drain", "queue-drain", 100_000, slow=0.1, turn="queue"),
+    # Enough for a second at least: of a third of one, the first and the last batch would be a part that shows.
+    Workload("queue", "queue", 500_000, slow=0.02, turn="queue"),
+    Workload("queue-drain", "queue-drain", 500_000, slow=0.02, turn="queue"),
     Workload("queue-pace", "queue-pace", 2_500, rate=1_000.0, slow=1.0, turn="queue-pace", scales=False),
     Workload("tasks", "tasks", 8_000, readers=0, slow=0.4, turn="tasks"),
 )

@@ -14,7 +14,7 @@ from benchmarks.compare.spec import Spec
 
 import ferryline as fl
 
-PREFETCH, TAKE = 4_000, 1_000
+PREFETCH, TAKE = 10_000, 1_000
 MANY = 100  # records of a batch that are acknowledged together
 
 
