@@ -49,8 +49,8 @@ class Story:
         attempts = [1] * len(offsets)
         return Delivery(*key, epoch, number, b"r%d" % number, LEASE_MS, offsets, attempts, 10 * len(offsets))
 
-    def receive(self, ask: SendReceive, *deliveries: Delivery, after_ms: int = 1) -> list[Lease]:
-        self.do(Received(ask.ask, list(deliveries)), after_ms)
+    def receive(self, ask: SendReceive, *deliveries: Delivery, after_ms: int = 1, more: bool = False) -> list[Lease]:
+        self.do(Received(ask.ask, list(deliveries), more), after_ms)
         return [effect.lease for effect in self.pick(Arrived)]
 
     def hand_out(self, lease: Lease) -> None:

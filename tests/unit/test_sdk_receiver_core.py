@@ -92,6 +92,31 @@ def test_a_broker_that_answers_nothing_without_waiting_is_not_asked_again_at_onc
     assert here.one(SendReceive).broker == 1
 
 
+def test_a_request_that_stands_is_not_repeated_and_counts_for_what_is_left() -> None:
+    here = story(prefetch=8)
+    ask = here.one(SendReceive)
+    assert ask.records_max == 8
+    (first,) = here.receive(ask, here.delivery(A, 1, [1]), more=True)
+    assert here.pick(SendReceive) == []
+    assert len(here.receive(ask, here.delivery(A, 2, [2]), more=True)) == 1
+    here.hand_out(first)
+    here.settle(first, ACK, 0)
+    assert here.pick(SendReceive) == [], "though there is room again"
+    here.receive(ask, here.delivery(A, 3, [3]))
+    again = here.one(SendReceive)
+    assert (again.records_max, again.ask > ask.ask) == (6, True), "two are here, one is done"
+    assert here.receive(ask, here.delivery(A, 4, [4]), more=True) == [], "its last answer was given"
+
+
+def test_a_request_that_ends_after_it_has_brought_something_was_not_in_vain() -> None:
+    here = Story({A: (1, 1), B: (2, 1)}, prefetch=20)
+    asks = {ask.broker: ask for ask in here.pick(SendReceive)}
+    here.receive(asks[1], here.delivery(A, 1, [1]), more=True)
+    here.receive(asks[1], after_ms=10)
+    again = here.one(SendReceive)
+    assert (again.broker, again.records_max > 1) == (1, True), "at once, and for its share"
+
+
 def test_bytes_that_wait_here_are_bounded_too() -> None:
     here = story(prefetch_bytes=100, prefetch=100)
     (lease,) = here.receive(here.one(SendReceive), here.delivery(A, 1, list(range(10))))

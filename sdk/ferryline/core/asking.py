@@ -3,7 +3,8 @@
 Rules:
 
 * Each broker that leads partitions of the topic has one RECEIVE of ours parked. One that names more partitions takes
-  the place of the one before it, which the broker then answers.
+  the place of the one before it, which the broker then answers. It stands: while little of what was asked for has come,
+  the broker answers it and keeps it, so that the next record finds us waiting.
 * What is asked for, what waits here and what the application has not settled is at most ``prefetch``, and one more for
   each broker: each is asked for one at least, or the records of a quiet broker would wait for those of a busy one. A
   broker that had nothing the last time is asked for one, so that the others can be asked for the rest.
@@ -55,9 +56,9 @@ class Part:
 
 
 class Ask:
-    """A RECEIVE on its way."""
+    """A RECEIVE on its way. ``records``: that it may still bring; ``given``: it has brought some."""
 
-    __slots__ = ("broker", "keys", "number", "records", "sent_ms", "wait_ms")
+    __slots__ = ("broker", "given", "keys", "number", "records", "sent_ms", "wait_ms")
 
     def __init__(
         self, number: int, broker: int, keys: frozenset[PartitionKey], records: int, wait_ms: int, sent_ms: int
@@ -68,6 +69,7 @@ class Ask:
         self.records = records
         self.wait_ms = wait_ms
         self.sent_ms = sent_ms
+        self.given = False
 
 
 class Peer:
@@ -149,13 +151,27 @@ class Asking:
             if part.broker == broker:
                 part.must_keep = part.must_keep or part.asked > 0
 
+    def given(self, number: int, records: int) -> Ask | None:
+        """A RECEIVE was answered, and stands. None: it was given up before."""
+        ask = self._asks.get(number)
+        if ask is None:
+            return None
+        records = min(records, ask.records)
+        ask.records -= records
+        self._reserved -= records
+        ask.given = True
+        peer = self._peers[ask.broker]
+        peer.idle = False
+        peer.failures = 0
+        return ask
+
     def answered(self, number: int, empty: bool, now_ms: int) -> Ask | None:
-        """A RECEIVE was answered. None: it was given up before."""
+        """A RECEIVE was answered for the last time. None: it was given up before."""
         ask = self._asks.get(number)
         if ask is None:
             return None
         peer = self._peers[ask.broker]
-        if not empty:
+        if not empty or ask.given:
             peer.idle = False
             peer.failures = 0
         elif peer.ask is ask:

@@ -163,7 +163,10 @@ class ReceiverCore:
         self._known = bool(event.routes)
 
     def _received(self, event: Received, now_ms: int, out: list[Effect]) -> None:
-        ask = self._asking.answered(event.ask, not event.deliveries, now_ms)
+        if event.more:
+            ask = self._asking.given(event.ask, sum(len(delivery.offsets) for delivery in event.deliveries))
+        else:
+            ask = self._asking.answered(event.ask, not event.deliveries, now_ms)
         if ask is None:
             return
         for index, delivery in enumerate(event.deliveries):

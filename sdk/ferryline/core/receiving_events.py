@@ -28,10 +28,11 @@ class SessionLost(Event, frozen=True):
 
 
 class Received(Event, frozen=True):
-    """The answer to SendReceive ``ask``."""
+    """The answer to SendReceive ``ask``. ``more``: and not the last one."""
 
     ask: int
     deliveries: list[Delivery]
+    more: bool = False
 
 
 class ReceiveFailed(Event, frozen=True):

@@ -34,6 +34,8 @@ class Receive(Message):
     ``start`` ("start" or "end") is where a group begins that has never received here. ``strict``: the highest priority
     first of all that is committed; otherwise a record that has waited for 10 s goes before higher ones that have not,
     and what was committed last may not have been looked at yet. ``batches``: a delivery may be several batches.
+    ``standing``: it may be answered more than once, and stays open until FLAG_MORE is not set; what is given counts
+    against ``records_max`` and ``bytes_max`` all the same.
     """
 
     group: str
@@ -47,6 +49,7 @@ class Receive(Message):
     start: str = "start"
     strict: bool = False
     batches: bool = False
+    standing: bool = False
 
 
 class Delivery(Message):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ferryline.protocol.errors import ConnectionFailed, DeadlineExceeded, FerrylineError, RequestTimedOut
-from ferryline.protocol.frames import Frame
+from ferryline.protocol.frames import FLAG_MORE, Frame
 from ferryline.tasks import Tasks
 from ferryline.transport import Session
 
@@ -21,7 +21,8 @@ Done = Callable[[Frame | None, FerrylineError | None], None]
 
 
 class Call:
-    """One frame until its answer; ``done(frame, error)`` is called once. Without a task: acks come by the thousand."""
+    """One frame until its answer; ``done(frame, error)`` is called once, or for each answer until the one without
+    FLAG_MORE. Without a task: acks come by the thousand."""
 
     __slots__ = ("calls", "correlation", "done", "header", "kind", "session", "timeout_s", "timer")
 
@@ -47,7 +48,8 @@ class Call:
     def on_answer(self, frame: Frame | None, error: FerrylineError | None) -> None:
         if self not in self.calls.open:
             return
-        self._end()
+        if frame is None or not frame.flags & FLAG_MORE:
+            self._end()
         try:
             self.done(frame, error)
         except Exception:  # not foreseen; it must not end the session, which others use too

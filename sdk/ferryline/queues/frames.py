@@ -18,7 +18,7 @@ from ferryline.core.receiving_events import (
     SettleFailed,
 )
 from ferryline.protocol.errors import ErrorInfo, FerrylineError, InternalError, RequestTimedOut, from_info
-from ferryline.protocol.frames import Frame, Kind, decode_header
+from ferryline.protocol.frames import FLAG_MORE, Frame, Kind, decode_header
 from ferryline.protocol.queue_messages import Keep, KeepEntry, Receive, ReceiveAnswer, Settle, SettleAnswer
 from ferryline.queues.calls import Call, Calls
 from ferryline.queues.options import ReceiverOptions
@@ -54,15 +54,18 @@ class Frames:
         options = self._options
         header = Receive(
             options.group, self._member, list(effect.keys), effect.records_max, effect.bytes_max, options.lease_ms,
-            effect.wait_ms, options.ordering, options.start, options.strict, batches=True,
+            effect.wait_ms, options.ordering, options.start, options.strict, batches=True, standing=not options.strict,
         )  # fmt: skip
 
         def done(frame: Frame | None, error: FerrylineError | None) -> None:
-            self._asks.pop(effect.ask, None)
+            more = frame is not None and frame.flags & FLAG_MORE != 0
             answer = _decoded(frame, ReceiveAnswer, error)
             if isinstance(answer, FerrylineError):
+                self.forget(ForgetReceive(effect.ask))
                 self._feed(ReceiveFailed(effect.ask, answer))
                 return
+            if not more:
+                self._asks.pop(effect.ask, None)
             payload = frame.payload if frame is not None else memoryview(b"")
             parts: list[memoryview] = []
             at = 0
@@ -70,7 +73,7 @@ class Frames:
                 parts.append(payload[at : at + delivery.size])
                 at += delivery.size
                 self._heed((delivery.topic_id, delivery.partition), delivery.error)
-            self._feed(Received(effect.ask, answer.deliveries), parts)
+            self._feed(Received(effect.ask, answer.deliveries, more), parts)
 
         call = self._calls.start(effect.broker, Kind.RECEIVE, header, effect.wait_ms / 1000 + ANSWER_S, done)
         if call in self._calls.open:

@@ -174,6 +174,15 @@ class QueueHandler:
         self._lease(parked)
         self.driver.at_end(parked)
 
+    def goes_on(self, parked: ParkedReceive) -> None:
+        """A standing request was answered, and not for the last time: it asks again, behind those who have waited."""
+        for index, hosted in enumerate(parked.hosted):
+            waiting = self._parked[hosted.key, parked.ask.group]
+            if len(waiting) > 1:
+                del waiting[parked]
+                waiting[parked] = index
+        self._lease_later(parked)
+
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
         check_group(ask.group, ask.member, len(ask.entries))
         key = self._key()
@@ -320,6 +329,8 @@ class QueueHandler:
         if not waiting or hosted.broken:
             return
         idle = [(parked, index) for parked, index in waiting.items() if parked.waits and parked.pause is None]
+        if len(idle) > 1:
+            idle.sort(key=lambda one: one[0].busy)  # who has nothing comes first
         for number, (parked, index) in enumerate(idle):
             if parked.refused(hosted):
                 self.driver.at_end(parked)

@@ -41,10 +41,10 @@ BYTES_MAX = 8 * 1024 * 1024  # of one answer, about; a single record may be larg
 
 
 class ParkedReceive:
-    """One RECEIVE that has not been answered yet. ``left``: records that it may still be given."""
+    """One RECEIVE that has not been answered for good. ``left``: records that it may still be given."""
 
-    __slots__ = ("_correlation", "_deliveries", "_handler", "_leasing", "_parts", "ask", "asker", "check", "done",
-                 "expired", "hosted", "left", "pause", "seen", "timer")  # fmt: skip
+    __slots__ = ("_correlation", "_deliveries", "_given_bytes", "_handler", "_leasing", "_parts", "_standing", "ask",
+                 "asker", "check", "done", "expired", "hosted", "left", "pause", "seen", "timer")  # fmt: skip
 
     def __init__(
         self, handler: QueueHandler, asker: Asker, ask: Receive, correlation: int, check: TopicCheck | None = None
@@ -61,6 +61,8 @@ class ParkedReceive:
         self.pause: asyncio.TimerHandle | None = None  # the receiver has used its quota up: nothing is leased before
         self.done = self.expired = False
         self._leasing = 0  # leases that are asked for and not committed
+        self._given_bytes = 0  # by earlier answers
+        self._standing = ask.standing and not ask.strict
         self._deliveries: list[Delivery] = []
         self._parts: list[Bytes] = []
 
@@ -108,7 +110,7 @@ class ParkedReceive:
     def payload(self, hosted: HostedReplica, leased: list[int]) -> tuple[Bytes, list[int], list[int]]:
         """What is delivered of a lease: bytes and offsets, without what retention took, that is still theirs to settle.
         Then the offsets of what is too much for this answer. Raises StorageFailed."""
-        room = min(self.ask.bytes_max, BYTES_MAX) - sum(len(part) for part in self._parts)
+        room = min(self.ask.bytes_max, BYTES_MAX) - self._bytes()
         if self.ask.batches:
             payload, offsets = self._handler.records.delivery(hosted, leased)
             if len(payload) <= room:
@@ -130,19 +132,43 @@ class ParkedReceive:
         return records
 
     def emit(self) -> None:
-        """Answer once nothing is on its way and there is something to say."""
-        if not self.done and not self._leasing and (self._deliveries or self.expired):
-            self.answer()
-
-    def answer(self) -> None:
-        self.close()
-        self.asker.answer(Kind.RECEIVE, self._correlation, ReceiveAnswer(self._deliveries), self._parts)
+        """Answer once there is something to say, and, if nothing may be said after it, nothing on its way."""
+        if self.done or not (self._deliveries or self.expired):
+            return
+        more = self._stands()
+        if not more:
+            if self._leasing:
+                return  # the last answer is for all of them
+            self.close()
+        self.asker.answer(Kind.RECEIVE, self._correlation, ReceiveAnswer(self._deliveries), self._parts, more=more)
         self._handler.driver.answered(self.asker)
+        if more:
+            self._given_bytes = self._bytes()
+            self._deliveries, self._parts = [], []
+            self._handler.goes_on(self)
+
+    def _stands(self) -> bool:
+        """Whether it stays open behind this answer: nobody waits for its end, and most of what it asked for is to come.
+        A receiver that has been given much asks anew, for it may have more room by then."""
+        if not self._standing or self.expired or any(one.error is not None for one in self._deliveries):
+            return False
+        many, size = min(self.ask.records_max, RECORDS_MAX), min(self.ask.bytes_max, BYTES_MAX)
+        return self.left >= many - many // 4 and self._bytes() <= size // 4
+
+    def _bytes(self) -> int:
+        return self._given_bytes + sum(len(part) for part in self._parts)
 
     @property
     def waits(self) -> bool:
-        """It is parked, and nothing is on its way to it."""
-        return not self.done and not self.expired and not self._leasing and not self._deliveries
+        """It is parked and may be leased something: nothing is on its way to it, or other answers can bring more."""
+        if self.done or self.expired:
+            return False
+        return self._stands() if self._standing else not self.busy
+
+    @property
+    def busy(self) -> bool:
+        """Something is on its way to it."""
+        return bool(self._leasing or self._deliveries)
 
     def expire(self) -> None:
         self.expired = True

@@ -75,7 +75,9 @@ class RestAsker:
         transport = self._request.transport
         return transport is None or transport.is_closing()
 
-    def answer(self, kind: int, correlation: int, header: Any, parts: Sequence[Bytes] = ()) -> None:
+    def answer(
+        self, kind: int, correlation: int, header: Any, parts: Sequence[Bytes] = (), *, more: bool = False
+    ) -> None:
         if not self.answered.done():
             self.answered.set_result((header, list(parts)))
 

@@ -36,7 +36,9 @@ class ToldAsker:
     def close_callbacks(self) -> list[Callable[[Any], None]]:
         return self._session.close_callbacks
 
-    def answer(self, kind: int, correlation: int, header: Any, parts: Sequence[Bytes] = ()) -> None:
+    def answer(
+        self, kind: int, correlation: int, header: Any, parts: Sequence[Bytes] = (), *, more: bool = False
+    ) -> None:
         errors = [result.error for result in header.results if result.error is not None]
         code = errors[0].code if errors and len(errors) == len(header.results) else ""
         partitions = len(header.results) - len(errors)
