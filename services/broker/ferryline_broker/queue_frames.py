@@ -176,11 +176,9 @@ class QueueHandler:
 
     def goes_on(self, parked: ParkedReceive) -> None:
         """A standing request was answered, and not for the last time: it asks again, behind those who have waited."""
-        for index, hosted in enumerate(parked.hosted):
+        for hosted in parked.hosted:
             waiting = self._parked[hosted.key, parked.ask.group]
-            if len(waiting) > 1:
-                del waiting[parked]
-                waiting[parked] = index
+            waiting[parked] = waiting.pop(parked)
         self._lease_later(parked)
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
@@ -329,8 +327,7 @@ class QueueHandler:
         if not waiting or hosted.broken:
             return
         idle = [(parked, index) for parked, index in waiting.items() if parked.waits and parked.pause is None]
-        if len(idle) > 1:
-            idle.sort(key=lambda one: one[0].busy)  # who has nothing comes first
+        idle.sort(key=lambda one: one[0].busy)  # who has nothing comes first
         for number, (parked, index) in enumerate(idle):
             if parked.refused(hosted):
                 self.driver.at_end(parked)
