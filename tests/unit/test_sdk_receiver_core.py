@@ -394,6 +394,19 @@ def test_after_a_stop_nothing_is_asked_and_what_still_comes_goes_back() -> None:
     assert [(entry.action, entry.offsets) for entry in here.one(SendSettle).entries] == [(RELEASE, [0, 1])]
 
 
+def test_a_stop_ends_what_stands_at_brokers_by_saying_what_is_held() -> None:
+    brokers = Story({A: (1, 1), B: (2, 1)})
+    asks = {ask.broker: ask for ask in brokers.pick(SendReceive)}
+    (lease,) = brokers.receive(asks[1], brokers.delivery(A, 1, [0]), more=True)
+    brokers.receive(asks[2], brokers.delivery(B, 1, [0]))
+    brokers.do(Stopped())
+    keeps = {keep.broker: keep for keep in brokers.pick(SendKeep)}
+    assert keeps[1].entries == [(A, [lease.number])]
+    brokers.receive(asks[1], brokers.delivery(A, 2, [1]), more=True)
+    assert [(entry.action, entry.offsets) for entry in brokers.one(SendSettle).entries] == [(RELEASE, [1])]
+    assert not brokers.pick(SendReceive)
+
+
 def test_parting_tells_every_primary_that_was_asked_that_nothing_is_held() -> None:
     brokers = Story({A: (1, 1), B: (2, 1)})
     brokers.one_lease(0, 1)

@@ -228,6 +228,15 @@ class Asking:
             else:
                 self._fail(part, now_ms, told, self._told(told, out))
 
+    def stop(self) -> None:
+        """Ask for nothing more. What stands at brokers would go on to bring records that go back at once: a KEEP ends
+        it."""
+        self.stopped = self._changed = True
+        for part in self.parts.values():
+            peer = self._peers.get(part.broker)
+            if peer is not None and peer.ask is not None and part.key in peer.ask.keys:
+                part.must_keep = True
+
     def part_with_all(self) -> None:
         """Nothing is held any more: tell everybody who was ever asked."""
         self.stopped = self._parting = self._changed = True

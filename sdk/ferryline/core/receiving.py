@@ -132,7 +132,7 @@ class ReceiverCore:
         elif isinstance(event, PrefetchChanged):
             self._asking.prefetch = event.records
         elif isinstance(event, Stopped):
-            self._asking.stopped = True
+            self._asking.stop()
         elif isinstance(event, Parting):
             self._asking.part_with_all()
         elif isinstance(event, Closed):

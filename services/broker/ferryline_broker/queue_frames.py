@@ -17,15 +17,7 @@ from ferryline.protocol.errors import FerrylineError, Forbidden, NotReady, Stora
 from ferryline.protocol.frames import Frame, Kind, decode_header
 from ferryline.protocol.limits import WAIT_MS_MAX, check_range
 from ferryline.protocol.messages import RECORDS
-from ferryline.protocol.queue_messages import (
-    ORDERINGS,
-    RELEASE,
-    Delivery,
-    Keep,
-    QueueAsk,
-    Receive,
-    Settle,
-)
+from ferryline.protocol.queue_messages import ORDERINGS, RELEASE, Delivery, Keep, QueueAsk, Receive, Settle
 from ferryline_broker.access_rules import QUEUE_LOOKS, TopicCheck, refusal, topic_check
 from ferryline_broker.clock import now_ms
 from ferryline_broker.core.events import Key
@@ -175,11 +167,12 @@ class QueueHandler:
         self.driver.at_end(parked)
 
     def goes_on(self, parked: ParkedReceive) -> None:
-        """A standing request was answered, and not for the last time: it asks again, behind those who have waited."""
+        """A standing request was answered, and not for good: it asks again, behind those who have waited."""
         for hosted in parked.hosted:
             waiting = self._parked[hosted.key, parked.ask.group]
             waiting[parked] = waiting.pop(parked)
-        self._lease_later(parked)
+        if parked.pause is None:  # else it asks when that is over
+            self._lease_later(parked)
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
         check_group(ask.group, ask.member, len(ask.entries))
