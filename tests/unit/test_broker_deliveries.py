@@ -17,9 +17,12 @@ from unit.broker_world import BrokerWorld, RawClient
 from unit.test_broker_queue import Receiver
 
 
-async def produce(client: RawClient, topic: TopicMeta, *values: str, codec: str = "none", priority: str = "") -> None:
+async def produce(
+    client: RawClient, topic: TopicMeta, *keys: str, codec: str = "none", priority: str = "", times: int = 2_000
+) -> None:
+    """One batch. A value is its key so many times."""
     headers = [(HEADER_PRIORITY, priority.encode())] if priority else []
-    rows: list[Any] = [(value.encode(), value.encode() * 2_000, headers) for value in values]
+    rows: list[Any] = [(key.encode(), key.encode() * times, headers) for key in keys]
     data = bytes(encode_batch(rows, codec=codec))
     entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(data))
     assert (await client.produce_raw([(entry, data)]))[0].error is None
@@ -79,10 +82,7 @@ async def test_small_batches_are_put_together(tmp_path: Path) -> None:
         topic = await world.topic("t", [(broker.id,)])
         client = await world.client(broker.url)
         for number in range(20):
-            rows: list[Any] = [(b"%d-%d" % (number, at), b"v" * 50, []) for at in range(3)]
-            data = bytes(encode_batch(rows))
-            entry = ProduceEntry(topic.id, 0, topic.config.partitions, len(data))
-            assert (await client.produce_raw([(entry, data)]))[0].error is None
+            await produce(client, topic, *[f"{number}-{at}" for at in range(3)], times=12)
         _, payload = await receive(client, topic, 100)
         assert keys(payload) == [f"{number}-{at}" for number in range(20) for at in range(3)]
         assert len(pieces(payload)) == 1

@@ -107,17 +107,12 @@ async def test_records_of_two_partitions_do_not_wait_for_each_other(tmp_path: Pa
         parked = next(iter(one.broker.frames.queues._parked[hosted[1].key, "g"]))
         parked._leasing += 1  # as if a lease of partition 0 were being committed
         try:
-            data = await _produce_at(client, topic, 1)
+            result = await client.produce(topic, 1, [b"v"])
+            assert result.error is None
             deliveries, more = await ask.next()
-            assert (deliveries[0].partition, deliveries[0].offsets, more) == (1, [data], True)
+            assert (deliveries[0].partition, deliveries[0].offsets, more) == (1, [result.base_offset], True)
         finally:
             parked._leasing -= 1
-
-
-async def _produce_at(client: RawClient, topic: Any, partition: int) -> int:
-    result = await client.produce(topic, partition, [b"v"])
-    assert result.error is None
-    return result.base_offset
 
 
 async def test_whoever_was_given_something_stands_behind_those_who_wait(tmp_path: Path) -> None:

@@ -498,7 +498,7 @@ def told(table: QueueTable) -> dict[str, Any]:
     leases = {key: (one.member, one.lease_ms, sorted(one.offsets)) for key, one in sorted(table.leases.items())}
     stories = {
         offset: (one.attempts, one.last, one.delay_ms, one.history, one.parked, one.dying)
-        for offset in sorted({*table.stories, *table.holder})
+        for offset in sorted(table.known())
         if (one := table.story(offset)) is not None
     }
     return {

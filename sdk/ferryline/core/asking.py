@@ -151,27 +151,14 @@ class Asking:
             if part.broker == broker:
                 part.must_keep = part.must_keep or part.asked > 0
 
-    def given(self, number: int, records: int) -> Ask | None:
-        """A RECEIVE was answered, and stands. None: it was given up before."""
-        ask = self._asks.get(number)
-        if ask is None:
-            return None
-        records = min(records, ask.records)
-        ask.records -= records
-        self._reserved -= records
-        ask.given = True
-        peer = self._peers[ask.broker]
-        peer.idle = False
-        peer.failures = 0
-        return ask
-
-    def answered(self, number: int, empty: bool, now_ms: int) -> Ask | None:
-        """A RECEIVE was answered for the last time. None: it was given up before."""
+    def answered(self, number: int, empty: bool, now_ms: int, *, records: int = 0, more: bool = False) -> Ask | None:
+        """A RECEIVE was answered, with ``records``; with ``more`` it stands. None: it was given up before."""
         ask = self._asks.get(number)
         if ask is None:
             return None
         peer = self._peers[ask.broker]
-        if not empty or ask.given:
+        ask.given = ask.given or more or not empty
+        if ask.given:
             peer.idle = False
             peer.failures = 0
         elif peer.ask is ask:
@@ -180,7 +167,12 @@ class Asking:
                 self._fail(peer, now_ms)
             else:
                 peer.failures = 0
-        self._ended(ask)
+        if more:
+            records = min(records, ask.records)
+            ask.records -= records
+            self._reserved -= records
+        else:
+            self._ended(ask)
         return ask
 
     def ours(self, ask: Ask, key: PartitionKey) -> bool:
@@ -194,10 +186,8 @@ class Asking:
             return
         self._changed = True
         self._ended(ask)
-        for key in ask.keys:
-            part = self.parts.get(key)
-            if part is not None and not error.definite:
-                part.must_keep = True
+        if not error.definite:
+            self._must_keep(ask)
         self._fail(self._peers[ask.broker], now_ms, error, self._told(error, out))
 
     def refused(self, key: PartitionKey, error: FerrylineError, now_ms: int, out: list[Effect]) -> None:
@@ -232,10 +222,8 @@ class Asking:
         """Ask for nothing more. What stands at brokers would go on to bring records that go back at once: a KEEP ends
         it."""
         self.stopped = self._changed = True
-        for part in self.parts.values():
-            peer = self._peers.get(part.broker)
-            if peer is not None and peer.ask is not None and part.key in peer.ask.keys:
-                part.must_keep = True
+        for ask in self._asks.values():
+            self._must_keep(ask)
 
     def part_with_all(self) -> None:
         """Nothing is held any more: tell everybody who was ever asked."""
@@ -321,6 +309,13 @@ class Asking:
                 if lease.key in numbers:
                     numbers[lease.key].append(lease.number)
         return [(key, sorted(found)) for key, found in numbers.items()]
+
+    def _must_keep(self, ask: Ask) -> None:
+        """The partitions of a RECEIVE are to be told what we hold before anything else."""
+        for key in ask.keys:
+            part = self.parts.get(key)
+            if part is not None:
+                part.must_keep = True
 
     # -- trouble -----------------------------------------------------------------------------------
 

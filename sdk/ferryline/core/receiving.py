@@ -163,10 +163,8 @@ class ReceiverCore:
         self._known = bool(event.routes)
 
     def _received(self, event: Received, now_ms: int, out: list[Effect]) -> None:
-        if event.more:
-            ask = self._asking.given(event.ask, sum(len(delivery.offsets) for delivery in event.deliveries))
-        else:
-            ask = self._asking.answered(event.ask, not event.deliveries, now_ms)
+        records = sum(len(delivery.offsets) for delivery in event.deliveries)
+        ask = self._asking.answered(event.ask, not event.deliveries, now_ms, records=records, more=event.more)
         if ask is None:
             return
         for index, delivery in enumerate(event.deliveries):

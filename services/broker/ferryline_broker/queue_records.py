@@ -55,10 +55,10 @@ class _Batch:
         headers = sum(map(len, map(_headers, records)))
         if len(records) >= _TOGETHER_MIN and not headers:
             self.scanned = ScannedBatch(header.base_offset, list(map(_key, records)))
-        size = header.size
-        if header.codec != "none":
+        packed, size = header.codec != "none", header.size
+        if packed:
             size = sum(len(record.key or b"") + len(record.value or b"") for record in records)
-        handed_on = records and header.codec == "none" and header.size >= _HANDED_ON_BYTES_MIN
+        handed_on = records and not packed and header.size >= _HANDED_ON_BYTES_MIN
         self.data = bytes(data) if handed_on else b""
         self.cost = len(self.data) + size + _RECORD_OVERHEAD_BYTES * len(records) + _HEADER_OVERHEAD_BYTES * headers
 

@@ -43,8 +43,9 @@ BYTES_MAX = 8 * 1024 * 1024  # of one answer, about; a single record may be larg
 class ParkedReceive:
     """One RECEIVE that has not been answered for good. ``left``: records that it may still be given."""
 
-    __slots__ = ("_correlation", "_deliveries", "_given_bytes", "_handler", "_leasing", "_parts", "_standing", "ask",
-                 "asker", "check", "done", "expired", "hosted", "left", "pause", "seen", "timer")  # fmt: skip
+    __slots__ = ("_bytes_max", "_correlation", "_deliveries", "_given_bytes", "_handler", "_leasing", "_parts",
+                 "_records_max", "_standing", "ask", "asker", "check", "done", "expired", "hosted", "left", "pause",
+                 "seen", "timer")  # fmt: skip
 
     def __init__(
         self, handler: QueueHandler, asker: Asker, ask: Receive, correlation: int, check: TopicCheck | None = None
@@ -54,7 +55,8 @@ class ParkedReceive:
         self.asker = asker
         self.ask = ask
         self._correlation = correlation
-        self.left = min(ask.records_max, RECORDS_MAX)
+        self.left = self._records_max = min(ask.records_max, RECORDS_MAX)
+        self._bytes_max = min(ask.bytes_max, BYTES_MAX)
         self.hosted: list[HostedReplica] = []
         self.seen: dict[int, int] = {}  # of a strict one: what was there when it asked
         self.timer: asyncio.TimerHandle | None = None
@@ -76,7 +78,7 @@ class ParkedReceive:
             hosted,
             LeaseAsked(
                 token, ask.group, ask.member, ask.ordering, ask.start, ask.lease_ms, limit,
-                min(ask.bytes_max, BYTES_MAX), strict=ask.strict, seen=self.seen.get(index, 0),
+                self._bytes_max, strict=ask.strict, seen=self.seen.get(index, 0),
             ),
         )  # fmt: skip
 
@@ -110,7 +112,7 @@ class ParkedReceive:
     def payload(self, hosted: HostedReplica, leased: list[int]) -> tuple[Bytes, list[int], list[int]]:
         """What is delivered of a lease: bytes and offsets, without what retention took, that is still theirs to settle.
         Then the offsets of what is too much for this answer. Raises StorageFailed."""
-        room = min(self.ask.bytes_max, BYTES_MAX) - self._bytes()
+        room = self._bytes_max - self._bytes()
         if self.ask.batches:
             payload, offsets = self._handler.records.delivery(hosted, leased)
             if len(payload) <= room:
@@ -152,8 +154,7 @@ class ParkedReceive:
         A receiver that has been given much asks anew, for it may have more room by then."""
         if not self._standing or self.expired or any(one.error is not None for one in self._deliveries):
             return False
-        many, size = min(self.ask.records_max, RECORDS_MAX), min(self.ask.bytes_max, BYTES_MAX)
-        return self.left >= many - many // 4 and self._bytes() <= size // 4
+        return self.left >= self._records_max - self._records_max // 4 and self._bytes() <= self._bytes_max // 4
 
     def _bytes(self) -> int:
         return self._given_bytes + sum(len(part) for part in self._parts)

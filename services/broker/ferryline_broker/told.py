@@ -45,7 +45,7 @@ class ToldAsker:
         self._session.note_changed(
             self._action, GROUP, self._name, code, **self._details, partitions=partitions, refused=len(errors)
         )
-        self._session.answer(kind, correlation, header, parts)
+        self._session.answer(kind, correlation, header, parts, more=more)
 
     def flush(self) -> None:
         self._session.flush()

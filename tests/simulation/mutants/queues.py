@@ -221,7 +221,7 @@ QUEUE_MUTANTS = (
         "Q4 Q7",
         "a snapshot leaves out what has happened to records",
         QUEUES,
-        ("QueueTable.row", "for offset in sorted({*self.stories, *self.holder})", "for offset in ()"),
+        ("QueueTable.row", "for offset in sorted(self.known())", "for offset in ()"),
         ("QueueTable.of_row", "[offset for offset in unpacked(given.offsets) if offset in table.stories]", "[]"),
     ),
     mutant(

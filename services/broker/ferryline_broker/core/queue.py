@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 
 import msgspec
 
@@ -72,7 +71,7 @@ class Queue:
         self.window = Window(table.start, self.config.overdue_ms, runs=table.ordering == ORDER_PARTITION)
         self.filled = False  # the window has once seen all there was, or as much as it holds
         self.reading = False  # a read is under way
-        self._past_end = max(chain(table.stories, table.holder), default=-1)
+        self._past_end = max(table.known(), default=-1)
         for lease in table.leases.values():
             lease.since_ms = now_ms
             self._set_deadline(lease, now_ms + lease.lease_ms)

@@ -107,6 +107,10 @@ class QueueTable:
             return [1] * len(offsets)
         return [stories[offset].attempts if offset in stories else 1 for offset in offsets]
 
+    def known(self) -> set[int]:
+        """The records that `story` can tell something of."""
+        return self.stories.keys() | self.holder.keys()
+
     def parked(self) -> list[int]:
         """In ascending order."""
         return sorted(offset for offset, story in self.stories.items() if story.parked)
@@ -211,11 +215,10 @@ class QueueTable:
 
     def skip(self, first: int, end: int) -> None:
         """Nothing in [first, end) will ever be delivered: purged, retained away, or no records at all."""
-        known = (self.stories, self.holder)
         if end - first < len(self.stories) + len(self.holder):
-            gone = {offset for offset in range(first, end) for some in known if offset in some}
+            gone = [offset for offset in range(first, end) if offset in self.stories or offset in self.holder]
         else:
-            gone = {offset for some in known for offset in some if first <= offset < end}
+            gone = [offset for offset in self.known() if first <= offset < end]
         if gone:
             self.settle(sorted(gone))
         self.settled.add(max(first, self.start), end)
@@ -241,7 +244,7 @@ class QueueTable:
                 offset, epoch_at(offset), story.attempts, story.last, story.delay_ms, story.told(brief), story.parked,
                 story.dying,
             )
-            for offset in sorted({*self.stories, *self.holder})
+            for offset in sorted(self.known())
             if (story := self.story(offset)) is not None
         ]  # fmt: skip
         runs = [(first, end, epoch_at(end - 1)) for first, end in self.settled]
