@@ -100,7 +100,10 @@ class QueueShell:
         self.asked[token] = parked
         parked.asking = True
         member, ordering, lease_ms, limit = parked.ask
-        event = LeaseAsked(token, QUEUE, member, ordering, "start", lease_ms, limit, 1 << 20, TIMEOUT_MS)
+        stands = token % 2 == 0  # a word that may be false: whoever waits may have gone
+        event = LeaseAsked(
+            token, QUEUE, member, ordering, "start", lease_ms, limit, 1 << 20, TIMEOUT_MS, stands=stands
+        )  # fmt: skip
         self.serving.ask(parked.session, parked.correlation, parked.key, event)
 
     def answered(self, key: Key, core: PartitionCore, waiter: Waiter, effect: QueueAnswer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ferryline.protocol.messages import RECORDS
+from ferryline.protocol.messages import RECORDS, STATE
 from ferryline_broker.core import events as ev
 from ferryline_broker.core.replica import ReplicaConfig
 from unit.core_pair import Pair, batch, part
@@ -48,6 +48,18 @@ def test_a_flush_that_hangs_keeps_nobody_from_asking_for_more_for_longer_than_a_
     assert len(pair.effects(ev.SendFetch, 2)) == before + 1
     pair.tell(2, ev.Flushed(RECORDS, 2))
     assert pair.effects(ev.SendProgress, 2), "as the fetch is parked"
+    assert pair.answers()[7] == ev.AnswerProduce(7, 1, 1)
+
+
+def test_both_logs_that_were_flushed_together_are_told_together() -> None:
+    pair = started(flush_first_bytes=0)
+    pair.hold_flush = {2}
+    pair.produce(1, 7)
+    ends = [pair.disks[2].end(log) for log in (RECORDS, STATE)]
+    assert ends == [2, 1]
+    pair.done.clear()
+    pair.tell(2, ev.Flushed(RECORDS, *ends))
+    assert [effect.progress.flushed for effect in pair.effects(ev.SendProgress, 2)] == [tuple(ends)]
     assert pair.answers()[7] == ev.AnswerProduce(7, 1, 1)
 
 

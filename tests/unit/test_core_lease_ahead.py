@@ -27,9 +27,11 @@ def _entries(raw: bytes) -> list[Any]:
 
 
 class Waiting(QueuePair):
-    """A receiver waits, and asks as soon as it is woken. ``facts`` change what the window is told of each record."""
+    """A receiver waits, and asks as soon as it is woken. ``facts`` change what the window is told of each record.
+    ``stands``: it waits for more also when it is given something."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stands: bool = False) -> None:
+        self.stands = stands
         self.asked: list[int] = []  # tokens of the woken receiver
         self.facts: dict[str, Any] = {}
         self.held_logs: set[tuple[int, int]] = set()  # (broker, log): its flushes hang
@@ -45,7 +47,7 @@ class Waiting(QueuePair):
         if isinstance(effect, qe.WakeReceivers):
             self.token += 1
             self.asked.append(self.token)
-            ask = qe.LeaseAsked(self.token, "g", "m", "key", "start", LEASE_MS, 100, 2**20)
+            ask = qe.LeaseAsked(self.token, "g", "m", "key", "start", LEASE_MS, 100, 2**20, stands=self.stands)
             self.inbox.insert(0, (broker, ask))
 
     def window(self, broker: int, ask: qe.ReadWindow) -> qe.WindowRead:
@@ -115,6 +117,53 @@ def test_nothing_is_read_ahead_behind_what_is_not_committed_or_while_a_secondary
     other.tell(1, ev.PeerDown(2))
     other.put(1, "a")
     assert not other.effects(qe.ReadWindow)
+
+
+@pytest.mark.parametrize(
+    ("stands", "carried"),
+    [(True, [(True, True)]), (False, [(True, False), (False, True)])],
+)
+def test_what_came_while_a_record_was_committed_is_leased_when_the_secondary_asks_for_it(
+    stands: bool, carried: list[tuple[bool, bool]]
+) -> None:
+    pair = Waiting(stands=stands)
+    pair.held_logs = {(2, RECORDS)}
+    pair.put(1, "a")
+    pair.put(1, "b")
+    pair.put(1, "c")
+    assert pair.leased() is None
+    pair.done.clear()
+    pair.flush_held()
+    if not stands:
+        assert pair.lease(1).offsets == [2, 3]
+    assert pair.carried() == carried
+    assert pair.leased().offsets == [2, 3]
+
+
+def test_a_standing_word_is_not_given_while_there_is_more_to_lease() -> None:
+    pair = QueuePair()
+    assert pair.lease(1).offsets == []
+    pair.put(1, "a", "b")
+    pair.done.clear()
+    asked = {"member": "m", "ordering": "key", "start": "start", "lease_ms": LEASE_MS, "records_max": 1}
+    asked |= {"bytes_max": 2**20, "stands": True}
+    assert pair.ask(1, qe.LeaseAsked, **asked).offsets == [1]
+    assert not pair.effects(qe.WakeReceivers), "it would be asked again at once, past whoever has waited for longer"
+    assert pair.ask(1, qe.LeaseAsked, **asked).offsets == [2]
+    pair.put(1, "c")
+    assert pair.effects(qe.WakeReceivers), "nothing was left, so its word stands"
+
+
+def test_of_what_came_meanwhile_only_so_much_is_read_ahead_as_is_small() -> None:
+    pair = Waiting(stands=True)
+    pair.held_logs = {(2, RECORDS)}
+    pair.put(1, "a")
+    for token in (901, 902):
+        pair.produce(1, token, batch(value=b"v" * 10_000))
+    pair.done.clear()
+    pair.flush_held()
+    ahead = [(ask.offset, ask.below) for ask in pair.effects(qe.ReadWindow) if ask.ahead]
+    assert ahead == [(2, 3)]
 
 
 def test_a_large_batch_is_not_read_ahead() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from ferryline_broker.clock import now_ms
 from ferryline_broker.hosted import HostedReplica
 
+_ARM_S = 0.004  # so much later than its time a deadline may be seen
+
 
 class Deadlines:
     """Calls ``due(hosted, now_ms)`` when the deadline that a replica was armed with has passed, or may have.
@@ -17,13 +19,32 @@ class Deadlines:
     is called arms it again.
     """
 
-    def __init__(self, due: Callable[[HostedReplica, int], None]) -> None:
+    def __init__(
+        self, due: Callable[[HostedReplica, int], None], broken: Callable[[HostedReplica, Exception], None]
+    ) -> None:
         self._call = due
+        self._broken = broken  # a core that failed when it was asked
+        self._fed: dict[HostedReplica, None] = {}  # to be armed
         self._loop = asyncio.get_running_loop()
         self._heap: list[tuple[int, int, HostedReplica]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0
         self._earliest_ms = 0  # of the next timer: a deadline that its Tick did not clear must not spin the loop
+
+    def arm_soon(self, hosted: HostedReplica) -> None:
+        """Its deadline may be another now. Not looked at in every pass: frames that somebody waits for leave first, and
+        once is enough for all that happens to it in between."""
+        if not self._fed:
+            self._loop.call_later(_ARM_S, self._arm_fed)
+        self._fed[hosted] = None
+
+    def _arm_fed(self) -> None:
+        fed, self._fed = self._fed, {}
+        for hosted in fed:
+            try:
+                self.arm(hosted)
+            except Exception as error:
+                self._broken(hosted, error)
 
     def arm(self, hosted: HostedReplica) -> None:
         """Look at the deadline of its core again."""

@@ -62,12 +62,12 @@ class PartitionDriver:
         self._token = 0
         self._emitters: dict[Emitter, None] = {}
         self._awaiting: dict[HostedReplica, None] = {}
-        self._fed: dict[HostedReplica, None] = {}  # in this pass: their deadlines may be others now
+        self._fresh: list[HostedReplica] = []  # have appended in this pass
         self._answered: dict[Asker, None] = {}
         self._pass_due = self._sync_due = False
         self._dirty: list[tuple[HostedReplica, int]] = []
         self._appends = self._appends_seen = self._postponed = 0
-        self._deadlines = Deadlines(self._due)
+        self._deadlines = Deadlines(self._due, lambda hosted, error: self._break(hosted, ev.Tick(), error))
         self._do: dict[type[ev.Effect], Callable[[HostedReplica, Any], None]] = {
             ev.Append: self._append,
             ev.Flush: self._flush,
@@ -117,7 +117,7 @@ class PartitionDriver:
             effects = hosted.core.handle(event, now_ms())
             if effects:
                 self._carry_out(hosted, effects)
-            self._fed[hosted] = None
+            self._deadlines.arm_soon(hosted)
             self.end_pass_soon()
         except Exception as error:  # an assertion, or a mistake that leaves core and log in doubt about each other
             self._break(hosted, event, error)
@@ -187,6 +187,7 @@ class PartitionDriver:
         begin = log.log_end
         log.append(effect.data, headers)
         hosted.fresh[effect.log] = (begin, log.log_end, effect.data)
+        self._fresh.append(hosted)
         hosted.unsaved = True
         self._appends += 1
         if effect.log == RECORDS:
@@ -307,13 +308,9 @@ class PartitionDriver:
             self._guarded(asker.flush)
         self._guarded(self.peers.emit)
         self._guarded(self.link.emit)
-        fed, self._fed = self._fed, {}
-        for hosted in fed:  # last: nobody waits for it
+        for hosted in self._fresh:
             hosted.fresh = [None, None]
-            try:
-                self._deadlines.arm(hosted)
-            except Exception as error:
-                self._break(hosted, ev.Tick(), error)
+        self._fresh.clear()
 
     def _guarded(self, emit: Callable[..., None], *args: Any) -> None:
         """One peer's trouble must not keep the others waiting."""
@@ -338,11 +335,14 @@ class PartitionDriver:
         self.metrics.flush_seconds.observe(perf_counter() - started)
         self._pass_due = True  # it ends below
         try:
+            flushed: dict[HostedReplica, list[int]] = {}
             for hosted, log in due:
                 if (failure := failures.get(hosted.logs[log])) is None:
-                    self.feed(hosted, ev.Flushed(log, hosted.logs[log].flushed_end))
+                    flushed.setdefault(hosted, [-1, -1])[log] = hosted.logs[log].flushed_end
                 else:
                     self.storage_failed(hosted, log, failure)
+            for hosted, ends in flushed.items():
+                self.feed(hosted, ev.Flushed(RECORDS, *ends))
             for failure in failures.values():
                 # Rule L10: what a failed fsync has lost nobody knows, and asking again would be told "done".
                 self._on_fatal(f"flush failed: {failure}")

@@ -172,7 +172,7 @@ class QueueHandler:
             waiting = self._parked[hosted.key, parked.ask.group]
             waiting[parked] = waiting.pop(parked)
         if parked.pause is None:  # else it asks when that is over
-            self._lease_later(parked)
+            self._loop.call_soon(self._lease_later, parked)  # after its answer is written
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
         check_group(ask.group, ask.member, len(ask.entries))

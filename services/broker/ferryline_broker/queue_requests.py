@@ -78,7 +78,7 @@ class ParkedReceive:
             hosted,
             LeaseAsked(
                 token, ask.group, ask.member, ask.ordering, ask.start, ask.lease_ms, limit,
-                self._bytes_max, strict=ask.strict, seen=self.seen.get(index, 0),
+                self._bytes_max, strict=ask.strict, seen=self.seen.get(index, 0), stands=self._standing and self.waits,
             ),
         )  # fmt: skip
 

@@ -169,10 +169,11 @@ class DataCorrupt(Event):
 
 
 class Flushed(Event):
-    """Everything below ``end`` of ``log`` is on disk."""
+    """Everything below ``end`` of ``log`` is on disk, and below ``state_end`` of the state log; -1: nothing new."""
 
     log: int
     end: int
+    state_end: int = -1
 
 
 class AlterIsrAnswered(Event):

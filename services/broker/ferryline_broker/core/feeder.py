@@ -18,7 +18,8 @@ class Feeder:
         self.sync = sync
 
     def fetch(self, event: FetchReceived, now_ms: int) -> bool:
-        """Both sides are in this epoch. Returns whether the fetch counted (it was not overtaken or doubled)."""
+        """Both sides are in this epoch. Returns whether the fetch counted (it was not overtaken or doubled); then it is
+        parked, unless the logs diverge: that is answered at once."""
         fetch, replica = event.fetch, self.replica
         member = self.sync.members.get(event.sender)
         if member is not None and event.sender_epoch < member.broker_epoch:
@@ -48,9 +49,7 @@ class Feeder:
         member.end_then = list(replica.log_end)
         member.parked = fetch
         member.parked_ms = now_ms
-        if diverging == _TOGETHER:
-            self._serve(event.sender, member, now_ms)
-        else:
+        if diverging != _TOGETHER:
             self._answer(event.sender, member, diverging)
         return True
 
@@ -140,6 +139,10 @@ class Feeder:
                 if member is None or member.parked is None or member.fetched[RECORDS] != offset:
                     return False
         return True
+
+    def serve(self, broker_id: int, now_ms: int) -> None:
+        """Answer its fetch, if there is something to say."""
+        self._serve(broker_id, self.sync.members[broker_id], now_ms)
 
     def serve_parked(self, now_ms: int) -> None:
         """There may be news for whoever waits."""

@@ -391,15 +391,21 @@ class PartitionCore:
         self.replica.out.append(SendData(event.session, event.sender, data))
 
     def _flushed(self, event: Flushed, now_ms: int) -> None:
-        replica = self.replica
-        end = min(event.end, replica.log_end[event.log])
-        if end <= replica.flushed[event.log]:
+        news = self._note_flushed(event.log, event.end)
+        if not (self._note_flushed(STATE, event.state_end) or news):
             return
-        replica.flushed[event.log] = end
         if self.primary is not None:
             self.primary.advance(now_ms)
         elif self.secondary is not None:
             self.secondary.flushed(now_ms)
+
+    def _note_flushed(self, log: int, end: int) -> bool:
+        replica = self.replica
+        end = min(end, replica.log_end[log])
+        if end <= replica.flushed[log]:
+            return False
+        replica.flushed[log] = end
+        return True
 
     def _imported(self, event: Imported) -> None:
         """Nobody leads and nobody follows: these bytes are claimed by no epoch but those that they carry."""

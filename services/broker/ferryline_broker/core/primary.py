@@ -16,6 +16,7 @@ from ferryline.protocol.messages import (
 )
 from ferryline.protocol.metadata import PartitionMeta
 from ferryline.protocol.records import BatchHeader, epoch_start_batch, read_header, stamp
+from ferryline_broker.core.ahead import LookAhead
 from ferryline_broker.core.events import (
     AdvanceStart,
     AnswerBarrier,
@@ -60,6 +61,7 @@ class Primary:
         self.sync = InSyncSet(replica, part, now_ms)
         self.feeder = Feeder(replica, self.sync)
         self.waits = WaitList(replica, part.epoch)
+        self.ahead = LookAhead(replica, self.feeder)
         self.handover: HandOver | None = None
         self.groups: GroupTable | None = None
         self.queues: Queues | None = None  # once ready
@@ -121,8 +123,8 @@ class Primary:
         stamp(event.data, base, self.epoch)
         stamped = msgspec.structs.replace(header, base_offset=base, epoch=self.epoch)
         self._append(RECORDS, [(event.data, stamped)], now_ms)
-        if self.queues is not None and self.feeder.all_wait_at(base):
-            self.queues.look_ahead(base, stamped)
+        self.ahead.appended(stamped)
+        self.ahead.look(self.queues)
         answer = AnswerProduce(event.token, base, self.epoch)
         self.waits.add(RECORDS, stamped.next_offset - 1, event.token, answer, now_ms + event.timeout_ms)
 
@@ -212,9 +214,13 @@ class Primary:
             if self.patient_until_ms and log != STATE:
                 replica.flush(STATE)
         self.patient_until_ms = 0
-        if not self.pass_end_awaited and self.feeder.anybody_waits:
+        if self.feeder.anybody_waits:
+            self._await_pass_end()
+
+    def _await_pass_end(self) -> None:
+        if not self.pass_end_awaited:
             self.pass_end_awaited = True
-            replica.out.append(AwaitPassEnd())
+            self.replica.out.append(AwaitPassEnd())
 
     def pass_ended(self, now_ms: int) -> None:
         self.pass_end_awaited = False
@@ -295,6 +301,10 @@ class Primary:
         if self.feeder.fetch(event, now_ms):
             self.sync.evaluate(now_ms)
             self.advance(now_ms)
+            if self.ahead.look(self.queues):
+                self._await_pass_end()  # whoever waits is served then, with the leases
+            else:
+                self.feeder.serve(event.sender, now_ms)
 
     def progress(self, event: ProgressReceived, now_ms: int) -> None:
         if self.feeder.progress(event, now_ms):

@@ -22,7 +22,8 @@ class LeaseAsked(Event, frozen=True):
     """A receiver wants up to ``records_max`` records, now: what is not there is not waited for.
 
     An answer without records is given at once; the effect WakeReceivers says when it is worth asking again. ``strict``:
-    by priority alone, and nothing before every record below ``seen`` has been looked at.
+    by priority alone, and nothing before every record below ``seen`` has been looked at. ``stands``: whoever asks waits
+    for more also when he is given something now.
     """
 
     token: int
@@ -36,6 +37,7 @@ class LeaseAsked(Event, frozen=True):
     timeout_ms: int = 30_000
     strict: bool = False
     seen: int = 0
+    stands: bool = False
 
 
 class SettleItem(msgspec.Struct, frozen=True, gc=False):

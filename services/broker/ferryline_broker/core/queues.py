@@ -12,7 +12,6 @@ import msgspec
 
 from ferryline.protocol.messages import RECORDS, STATE
 from ferryline.protocol.queue_messages import ORDER_PARTITION
-from ferryline.protocol.records import BatchHeader
 from ferryline_broker.core.events import Effect
 from ferryline_broker.core.groups import ForgetEntry, GroupTable, Refused, StateEntry
 from ferryline_broker.core.queue import Queue
@@ -40,7 +39,6 @@ QueueEvent = LeaseAsked | SettleAsked | KeepAsked | QueueAsked | WindowRead | De
 QUEUES_MAX = 1_000  # of one partition: each has a row in every snapshot
 _WORD_MS = 3_000  # how long the word of one who asked in vain stands for others
 _ACTIVE_MS = 10_000  # somebody asked within this time: the window is kept full
-_AHEAD_BYTES = 16 * 1024  # of a batch whose records are leased before they are committed: it is read in between
 _BLOCKED_RETRY_MS = 100  # deadlines that fall due while nothing can be appended are looked at again after this
 
 
@@ -147,6 +145,8 @@ class Queues:
             offsets = lease.order
             attempts, contended = queue.table.attempts(offsets), queue.window.contended(offsets)
             answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts, contended)
+            # The next record can be leased while this lease is committed, if somebody is known to wait for it.
+            queue.hungry = queue.hungry or (event.stands and not queue.window.ready)
             outcome = self._outcome(queue, answer, now_ms)
             outcome.record = max(offsets)
         outcome.entries[:0] = entries
@@ -260,19 +260,9 @@ class Queues:
             queue.hungry = False
             self._replica.out.append(WakeReceivers(queue.table.group, len(queue.window.ready)))
 
-    def look_ahead(self, base: int, header: BatchHeader) -> None:
-        """A batch was appended at the high watermark, and every secondary waits for it: if a queue has seen all that is
-        before it, and somebody waits for more, its lease can travel and be committed together with the batch.
-
-        It is answered when both are. Should the records be lost with this primaryship, their lease is void: it names
-        their epoch. Nothing else may be decided of records before they are committed (see `WindowRead.plain`).
-        """
-        if header.is_control or header.size > _AHEAD_BYTES:
-            return
-        for queue in self._queues.values():
-            if queue.hungry and queue.expects(base):
-                group, end = queue.table.group, header.next_offset
-                self._replica.out.append(ReadWindow(group, base, end, header.size, ahead=True))
+    def expecting(self, offset: int) -> list[str]:
+        """The groups that have seen everything before ``offset``, and in which somebody waits for more."""
+        return [queue.table.group for queue in self._queues.values() if queue.hungry and queue.expects(offset)]
 
     def _follow_retention(self, queue: Queue, now_ms: int) -> None:
         start = self._replica.log_start[RECORDS]
