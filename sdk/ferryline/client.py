@@ -265,7 +265,7 @@ class Client:
             await self.watch.ready(timeout=limit)
             meta = self.routing.topic(name)
             if meta is None:
-                await self.watch.ask(timeout=limit)
+                await self.watch.ask(timeout=limit, known=lambda: self.routing.topic(name) is not None)
                 meta = self.routing.topic(name)
         if meta is None:
             raise UnknownTopic(f"topic: {name!r} does not exist", field="topic", topic=name)

@@ -32,6 +32,7 @@ log = logging.getLogger("ferryline.connections")
 POLL_MS = 30_000  # parked metadata poll
 POLL_MARGIN_S = 5.0
 ASK_COORDINATOR_S = 2.0  # then a broker is asked, whose copy is a little older
+OLDER_S = 2.0  # by so much at most, unless it has lost its coordinator
 DENIALS = 3
 COORDINATOR = 0  # key of the coordinator's session among those of brokers, whose ids begin at 1
 
@@ -190,13 +191,15 @@ class MetadataWatch:
         text = f"no answer from {', '.join(self.urls)} within {timeout:g} s"
         raise ConnectionFailed(f"{text}: {cause}" if cause else text, urls=self.urls) from cause
 
-    async def ask(self, *, timeout: float) -> None:
-        """Fetch the metadata now, from a coordinator if one answers soon, else from a broker.
+    async def ask(self, *, timeout: float, known: Callable[[], bool] = lambda: True) -> None:
+        """Fetch the metadata now, from a coordinator if one answers soon, else from a broker. What a broker does not
+        know may have been made a moment ago: if ``known`` is false then, its changes are waited for, for `OLDER_S`.
 
         Raises the last error when nobody answered within ``timeout`` seconds.
         """
         deadline = asyncio.get_running_loop().time() + timeout
         last: FerrylineError = DeadlineExceeded(f"nobody answered within {timeout:g} s")
+        silent: Session | None = None
         for slot in (0, 1, 0, 1):
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0:
@@ -205,16 +208,28 @@ class MetadataWatch:
                 left = min(left, ASK_COORDINATOR_S)
             try:
                 async with asyncio.timeout(left):
-                    await self._poll(await self._source(slot), 0, left)
+                    source = await self._source(slot, silent)
+                    silent = source  # unless it answers
+                    await self._poll(source, 0, left)
+                    if source.peer.server != "coordinator":
+                        await self._catch_up(source, known)
             except TimeoutError:
                 pass
             except FerrylineError as error:
-                last = error
+                last, silent = error, None
                 if pause_ms := told_ms(error):
                     await asyncio.sleep(min(pause_ms / 1000, max(0.0, deadline - asyncio.get_running_loop().time())))
             else:
                 return
         raise last
+
+    async def _catch_up(self, broker: Session, known: Callable[[], bool]) -> None:
+        try:
+            async with asyncio.timeout(OLDER_S):
+                while not known():
+                    await self._poll(broker, POLL_MS, POLL_MS / 1000)
+        except TimeoutError:
+            pass
 
     # -- the two loops -----------------------------------------------------------------------------
 
@@ -275,19 +290,22 @@ class MetadataWatch:
             except Exception:
                 log.exception("a metadata callback failed")
 
-    async def _source(self, slot: int) -> Session:
-        """An open session to poll, in order of preference; what is known to work goes before what is not."""
+    async def _source(self, slot: int, silent: Session | None = None) -> Session:
+        """An open session to poll, but not ``silent``, in order of preference; what is known to work goes first."""
         candidates = self._candidates(slot)
         for url, broker in candidates:
             session = self.connections.ready(broker) if broker else self._by_url.get(url)
-            if session is not None and session.is_open:
+            if session is not None and session.is_open and session is not silent:
                 return session
-        last: FerrylineError = ConnectionFailed("no address is known")
+        last: FerrylineError = ConnectionFailed("no other address is known")
         for url, broker in candidates:  # grows while it is gone through
             try:
                 if broker:
-                    return await self.connections.session(broker, timeout=self.connections.connector.connect_timeout)
-                return await self._open(url)
+                    found = await self.connections.session(broker, timeout=self.connections.connector.connect_timeout)
+                else:
+                    found = await self._open(url)
+                if found is not silent:
+                    return found
             except FerrylineError as error:
                 last = error
                 if (active := hinted(error)) and (active, COORDINATOR) not in candidates:

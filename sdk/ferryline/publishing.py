@@ -72,10 +72,12 @@ class Publisher:
         routing = self._client.routing
         if exchange not in routing.cluster.exchanges:
             check_name(exchange, "exchange")
-            await self._client.watch.ask(timeout=self._client.timeout)
+            known = lambda: exchange in routing.cluster.exchanges  # noqa: E731
+            await self._client.watch.ask(timeout=self._client.timeout, known=known)
         topics = routing.table().route(exchange, routing_key, pairs)
         if not topics and mandatory:
-            await self._client.watch.ask(timeout=self._client.timeout)
+            known = lambda: bool(routing.table().route(exchange, routing_key, pairs))  # noqa: E731
+            await self._client.watch.ask(timeout=self._client.timeout, known=known)
             topics = routing.table().route(exchange, routing_key, pairs)
             if not topics:
                 raise Unroutable(
