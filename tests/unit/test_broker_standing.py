@@ -8,6 +8,7 @@ from typing import Any
 
 from ferryline.protocol.frames import FLAG_MORE, Frame, Kind, decode_header
 from ferryline.protocol.queue_messages import ACK, Delivery, QueueAnswer, QueueAsk, Receive, ReceiveAnswer
+from ferryline_broker.core.queue_events import LeaseAsked
 from unit.broker_world import BrokerWorld, RawClient, eventually
 from unit.test_broker_queue import Receiver, produce
 
@@ -170,3 +171,27 @@ async def test_one_that_is_answered_once_waits_for_what_is_on_its_way(tmp_path: 
         parked._leasing -= 1
         parked.emit()
         assert await ask.offsets() == ([1], False)
+
+
+async def test_a_record_costs_one_question_however_many_receivers_wait(tmp_path: Path) -> None:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        topic = await world.topic("t", [(broker.id,)])
+        client = await world.client(broker.url)
+        asks = [standing(client, (topic.id, 0), member=f"m{number}", ordering="key") for number in range(3)]
+        hosted = broker.broker.partitions.replicas[topic.id, 0]
+        parked = broker.broker.frames.queues._parked
+        await eventually(lambda: len(parked.get((hosted.key, "g"), ())) == 3, "all wait")
+        asked: list[LeaseAsked] = []
+        handle = hosted.core.handle
+
+        def watched(event: Any, now_ms: int) -> Any:
+            if isinstance(event, LeaseAsked):
+                asked.append(event)
+            return handle(event, now_ms)
+
+        hosted.core.handle = watched  # type: ignore[method-assign]
+        for number in range(1, 10):
+            await produce(client, topic, (f"k{number}", "v"))
+            assert (await asks[(number - 1) % 3].offsets())[0] == [number], "whoever has waited longest"
+        assert len(asked) <= 10

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ferryline.protocol.messages import RECORDS, STATE
+from ferryline.protocol.messages import RECORDS, STATE, LogPosition, ReplicaFetch
 from ferryline.protocol.queue_messages import ACK, REJECT
 from ferryline.protocol.records import decode_batch, read_header
 from ferryline_broker.core import events as ev
@@ -16,7 +16,7 @@ from ferryline_broker.core.groups import StateEntry
 from ferryline_broker.core.queue_entries import Leased, Opened, Released, packed, unpacked
 from ferryline_broker.core.queue_table import NO_LEASE, QueueTable
 from ferryline_broker.core.waiting import WaitList
-from unit.core_pair import batch, part
+from unit.core_pair import KEY, batch, part
 from unit.test_core_queue import QueuePair
 
 LEASE_MS = 10_000
@@ -164,6 +164,43 @@ def test_of_what_came_meanwhile_only_so_much_is_read_ahead_as_is_small() -> None
     pair.flush_held()
     ahead = [(ask.offset, ask.below) for ask in pair.effects(qe.ReadWindow) if ask.ahead]
     assert ahead == [(2, 3)]
+
+
+def test_what_must_be_looked_at_when_it_is_committed_is_not_read_ahead_again_and_again() -> None:
+    pair = Waiting()
+    pair.facts = {"id": b"x"}
+    pair.done.clear()
+    for token in range(901, 931):
+        data = batch()
+        pair.send(1, ev.Produced(token, data, read_header(data), 30_000))
+    pair.run()
+    assert len([ask for ask in pair.effects(qe.ReadWindow) if ask.ahead]) == 1
+
+
+def test_nothing_is_read_ahead_for_a_secondary_that_catches_up_while_nothing_can_be_appended() -> None:
+    pair = Waiting()
+    pair.meta(part(1, 1, 2, (1, 2), min_isr=2))
+    pair.cut = {2}
+    pair.tell(1, ev.PeerDown(2))
+    pair.put(1, "a")
+    pair.put(1, "b")
+    pair.meta(part(1, 1, 3, (1,), min_isr=2), 1)
+    pair.done.clear()
+    for number in range(20):
+        position = LogPosition(1, 1, 1)
+        fetch = ReplicaFetch(*KEY, 1, 1_000 + number, (position, position), 3)
+        pair.tell(1, ev.FetchReceived(9, 2, pair.live[2] + 1, fetch))
+        assert len(pair.effects(ev.SendData)) == number + 1, "it is served all the same"
+    assert not pair.effects(qe.ReadWindow)
+
+
+def test_what_was_read_ahead_when_the_last_secondary_left_is_read_again_once_it_is_committed() -> None:
+    pair = Waiting()
+    pair.meta(part(1, 1, 2, (1, 2), min_isr=2))
+    asked = qe.WindowRead("g", 1, 2, [qe.Scanned(1, b"k")], 70, ahead=True)
+    pair.meta(part(1, 1, 3, (1,), min_isr=2), 1)
+    pair.tell(1, asked)
+    assert pair.cores[1].next_deadline_ms() != pair.now + 100, "nothing is kept for later"
 
 
 def test_a_large_batch_is_not_read_ahead() -> None:

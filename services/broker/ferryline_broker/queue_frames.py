@@ -172,7 +172,11 @@ class QueueHandler:
             waiting = self._parked[hosted.key, parked.ask.group]
             waiting[parked] = waiting.pop(parked)
         if parked.pause is None:  # else it asks when that is over
-            self._loop.call_soon(self._lease_later, parked)  # after its answer is written
+            self._loop.call_soon(self._ask_on, parked)  # after its answer is written
+
+    def _ask_on(self, parked: ParkedReceive) -> None:
+        if parked.pause is None:  # it may be answered again before it asks
+            self._lease_later(parked)
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:
         check_group(ask.group, ask.member, len(ask.entries))
@@ -326,6 +330,8 @@ class QueueHandler:
                 self.driver.at_end(parked)
                 continue
             ready = hosted.core.queue_ready(group)
+            if not ready and hosted.core.queue_waited_for(group, parked.ask.ordering, now_ms()):
+                break  # there is word already that somebody waits
             share = max(1, -(-ready // (len(idle) - number)))
             parked.lease(index, min(parked.left, share))  # also of nothing: it leaves word that somebody waits
             self.driver.at_end(parked)

@@ -38,18 +38,22 @@ class LookAhead:
         """If a queue has seen all that is before these records, and somebody waits for more, have it look at them.
         Returns whether one does; then a lease may follow in this pass."""
         self._forget_committed()
-        if queues is None or not self._uncommitted or not self._feeder.all_wait_at(self._uncommitted[0].base_offset):
+        if queues is None or not self._uncommitted:
             return False
         base = end = self._uncommitted[0].base_offset
+        groups = queues.expecting(base)  # first: without a queue that waits there is nothing to count
+        if not groups or not self._feeder.all_wait_at(base):
+            return False
         size = 0
         for header in self._uncommitted:
             if header.is_control or size + header.size > BYTES_MAX:
                 break
             end, size = header.next_offset, size + header.size
-        groups = queues.expecting(base) if end > base else []
+        if end == base:
+            return False
         for group in groups:
             self._replica.out.append(ReadWindow(group, base, end, size, ahead=True))
-        return bool(groups)
+        return True
 
     def _forget_committed(self) -> None:
         uncommitted, high = self._uncommitted, self._replica.high_watermark[RECORDS]

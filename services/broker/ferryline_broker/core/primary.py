@@ -162,7 +162,7 @@ class Primary:
             if token:
                 self._refuse(token, *refusal)
             elif self.queues is not None and isinstance(event, WindowRead | DeadMoved):
-                self.queues.block(now_ms, event)  # nothing is read ahead now: an append was taken a moment ago
+                self.queues.block(now_ms, event)
             return
         assert self.queues is not None
         outcome = self.queues.handle(event, now_ms)
@@ -204,7 +204,6 @@ class Primary:
             self.patient_until_ms = self.patient_until_ms or now_ms + replica.config.patience_ms
         else:
             self._hurry(log)
-        self.advance(now_ms)
 
     def _hurry(self, log: int) -> None:
         """Let what was appended to ``log`` be committed, and with it what could wait."""
@@ -301,7 +300,7 @@ class Primary:
         if self.feeder.fetch(event, now_ms):
             self.sync.evaluate(now_ms)
             self.advance(now_ms)
-            if self.ahead.look(self.queues):
+            if self._refusal(now_ms, records=False) is None and self.ahead.look(self.queues):
                 self._await_pass_end()  # whoever waits is served then, with the leases
             else:
                 self.feeder.serve(event.sender, now_ms)

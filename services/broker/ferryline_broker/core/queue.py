@@ -71,6 +71,7 @@ class Queue:
         self.window = Window(table.start, self.config.overdue_ms, runs=table.ordering == ORDER_PARTITION)
         self.filled = False  # the window has once seen all there was, or as much as it holds
         self.reading = False  # a read is under way
+        self.opaque = 0  # nothing below is looked at again before it is committed
         self._past_end = max(table.known(), default=-1)
         for lease in table.leases.values():
             lease.since_ms = now_ms
@@ -97,7 +98,7 @@ class Queue:
     def expects(self, offset: int) -> bool:
         """Whether the window has seen all that there is before ``offset``, and has room."""
         window = self.window
-        seen = self.filled and not self.reading and not self.rebuilding and window.scanned == offset
+        seen = self.filled and not self.reading and not self.rebuilding and window.scanned == offset >= self.opaque
         return seen and not self.table.paused and window.waiting < self.config.waiting
 
     def scan(self, records: Iterable[Scanned | ScannedBatch], next_offset: int, now_ms: int) -> None:

@@ -186,7 +186,7 @@ class ReadWindow(Effect, frozen=True):
     """Read records from ``offset`` on, below ``below``, about ``bytes_max`` of them; report WindowRead soon, so that
     other work gets its turn between two of them. A failed read is reported as one that read nothing.
 
-    ``ahead``: these were appended by the very event, and are not committed; report WindowRead after its effects."""
+    ``ahead``: these are not committed; report WindowRead as soon as the effects of this event are carried out."""
 
     group: str
     offset: int

@@ -154,7 +154,10 @@ class Queues:
 
     def _read(self, event: WindowRead, now_ms: int) -> Outcome:
         queue = self.queue(event.group, now_ms)
-        if queue is None or (event.ahead and not event.plain):
+        if queue is None:
+            return Outcome()
+        if event.ahead and not event.plain:
+            queue.opaque = event.next_offset
             return Outcome()
         queue.reading = queue.reading and event.ahead
         if event.offset == queue.window.scanned and event.next_offset > event.offset:
@@ -328,6 +331,8 @@ class Queues:
 
     def block(self, now_ms: int, event: WindowRead | DeadMoved | None = None) -> None:
         """Nothing can be appended now: what happened all the same is looked at later."""
+        if isinstance(event, WindowRead) and event.ahead:
+            return  # it is read again when it is committed
         self.blocked_ms = now_ms + _BLOCKED_RETRY_MS
         if event is not None:
             self._postponed.append(event)
