@@ -40,8 +40,8 @@ def check_settle(entry: SettleEntry) -> None:
     check_range(entry.delay_ms, "delay_ms", -1, DELAY_MS_MAX)
     if not 0 < len(entry.offsets) <= RECORDS_MAX:
         raise InvalidArgument(f"offsets: {len(entry.offsets)} is outside 1..{RECORDS_MAX}", field="offsets")
-    for offset in entry.offsets:
-        check_range(offset, "offsets", 0, OFFSET_MAX)
+    check_range(min(entry.offsets), "offsets", 0, OFFSET_MAX)
+    check_range(max(entry.offsets), "offsets", 0, OFFSET_MAX)
     if len(entry.reason) > REASON_CHARS_MAX:
         raise InvalidArgument(f"reason: {len(entry.reason)} characters, limit {REASON_CHARS_MAX}", field="reason")
     if len(entry.detail) > DETAIL_CHARS_MAX:
