@@ -227,7 +227,7 @@ class MetadataWatch:
         try:
             async with asyncio.timeout(OLDER_S):
                 while not known():
-                    await self._poll(broker, POLL_MS, POLL_MS / 1000)
+                    await self._poll(broker, round(OLDER_S * 1000), OLDER_S + POLL_MARGIN_S)
         except TimeoutError:
             pass
 

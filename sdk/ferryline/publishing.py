@@ -72,12 +72,15 @@ class Publisher:
         routing = self._client.routing
         if exchange not in routing.cluster.exchanges:
             check_name(exchange, "exchange")
-            known = lambda: exchange in routing.cluster.exchanges  # noqa: E731
-            await self._client.watch.ask(timeout=self._client.timeout, known=known)
+            await self._client.watch.ask(
+                timeout=self._client.timeout, known=lambda: exchange in routing.cluster.exchanges
+            )
         topics = routing.table().route(exchange, routing_key, pairs)
         if not topics and mandatory:
-            known = lambda: bool(routing.table().route(exchange, routing_key, pairs))  # noqa: E731
-            await self._client.watch.ask(timeout=self._client.timeout, known=known)
+            await self._client.watch.ask(
+                timeout=self._client.timeout,
+                known=lambda: bool(routing.table().route(exchange, routing_key, pairs)),
+            )
             topics = routing.table().route(exchange, routing_key, pairs)
             if not topics:
                 raise Unroutable(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pytest
 
 from ferryline.protocol.frames import FLAG_MORE, Frame, Kind, decode_header
+from ferryline.protocol.metadata import TopicMeta
 from ferryline.protocol.queue_messages import ACK, Delivery, QueueAnswer, QueueAsk, Receive, ReceiveAnswer
 from ferryline_broker.core.queue_events import LeaseAsked
-from unit.broker_world import BrokerWorld, RawClient, eventually
+from unit.broker_world import BrokerWorld, RawClient, RunningBroker, eventually
 from unit.test_broker_queue import Receiver, produce
 
 
@@ -33,50 +37,56 @@ class Standing:
         return [offset for one in deliveries for offset in one.offsets], more
 
 
+class Alone(NamedTuple):
+    """One broker, one partition of topic ``t`` on it, and a client."""
+
+    broker: RunningBroker
+    topic: TopicMeta
+    client: RawClient
+
+
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[Alone]:
+    async with BrokerWorld(tmp_path) as world:
+        broker = await world.broker()
+        yield Alone(broker, await world.topic("t", [(broker.id,)]), await world.client(broker.url))
+
+
 def standing(client: RawClient, *partitions: tuple[str, int], **fields: Any) -> Standing:
     return Standing(client, *partitions, standing=True, batches=True, **fields)
 
 
-async def test_it_is_answered_for_each_record_until_a_quarter_was_given(tmp_path: Path) -> None:
-    async with BrokerWorld(tmp_path) as world:
-        broker = await world.broker()
-        topic = await world.topic("t", [(broker.id,)])
-        client = await world.client(broker.url)
-        ask = standing(client, (topic.id, 0), records_max=8)
-        for number, more in ((1, True), (2, True), (3, False)):
-            await produce(client, topic, (f"k{number}", "v"))
-            assert await ask.offsets() == ([number], more)
-        await produce(client, topic, ("k4", "v"))
-        again = standing(client, (topic.id, 0), records_max=8)
-        assert await again.offsets() == ([4], True)
-        assert not client.arrived(ask.correlation)
+async def test_it_is_answered_for_each_record_until_a_quarter_was_given(alone: Alone) -> None:
+    topic, client = alone.topic, alone.client
+    ask = standing(client, (topic.id, 0), records_max=8)
+    for number, more in ((1, True), (2, True), (3, False)):
+        await produce(client, topic, (f"k{number}", "v"))
+        assert await ask.offsets() == ([number], more)
+    await produce(client, topic, ("k4", "v"))
+    again = standing(client, (topic.id, 0), records_max=8)
+    assert await again.offsets() == ([4], True)
+    assert not client.arrived(ask.correlation)
 
 
-async def test_one_that_does_not_ask_for_it_is_answered_once(tmp_path: Path) -> None:
-    async with BrokerWorld(tmp_path) as world:
-        broker = await world.broker()
-        topic = await world.topic("t", [(broker.id,)])
-        client = await world.client(broker.url)
-        asks = [
-            Standing(client, (topic.id, 0), member="plain"),
-            standing(client, (topic.id, 0), member="strict", strict=True, ordering="key"),
-        ]
-        for ask in asks:
-            await produce(client, topic, ("a", "v"), ("b", "v"))
-            assert (await ask.offsets())[1] is False
+async def test_one_that_does_not_ask_for_it_is_answered_once(alone: Alone) -> None:
+    topic, client = alone.topic, alone.client
+    asks = [
+        Standing(client, (topic.id, 0), member="plain"),
+        standing(client, (topic.id, 0), member="strict", strict=True, ordering="key"),
+    ]
+    for ask in asks:
+        await produce(client, topic, ("a", "v"), ("b", "v"))
+        assert (await ask.offsets())[1] is False
 
 
-async def test_its_time_ends_it_with_an_empty_answer(tmp_path: Path) -> None:
-    async with BrokerWorld(tmp_path) as world:
-        broker = await world.broker()
-        topic = await world.topic("t", [(broker.id,)])
-        client = await world.client(broker.url)
-        ask = standing(client, (topic.id, 0), wait_ms=300)
-        await produce(client, topic, ("a", "v"))
-        assert await ask.offsets() == ([1], True)
-        assert await ask.offsets() == ([], False)
-        await produce(client, topic, ("b", "v"))
-        assert await Receiver(client, topic).receive() is not None, "nobody else has it"
+async def test_its_time_ends_it_with_an_empty_answer(alone: Alone) -> None:
+    topic, client = alone.topic, alone.client
+    ask = standing(client, (topic.id, 0), wait_ms=300)
+    await produce(client, topic, ("a", "v"))
+    assert await ask.offsets() == ([1], True)
+    assert await ask.offsets() == ([], False)
+    await produce(client, topic, ("b", "v"))
+    assert await Receiver(client, topic).receive() is not None, "nobody else has it"
 
 
 async def test_a_later_one_of_the_member_takes_its_place(tmp_path: Path) -> None:
@@ -116,23 +126,20 @@ async def test_records_of_two_partitions_do_not_wait_for_each_other(tmp_path: Pa
             parked._leasing -= 1
 
 
-async def test_whoever_was_given_something_stands_behind_those_who_wait(tmp_path: Path) -> None:
-    async with BrokerWorld(tmp_path) as world:
-        broker = await world.broker()
-        topic = await world.topic("t", [(broker.id,)])
-        client = await world.client(broker.url)
-        asks = {name: standing(client, (topic.id, 0), member=name) for name in "abc"}
-        got: list[str] = []
-        for number in range(9):
-            await produce(client, topic, (f"k{number}", "v"))
-            waiting = {asyncio.ensure_future(ask.next()): name for name, ask in asks.items()}
-            done, pending = await asyncio.wait(waiting, timeout=10, return_when=asyncio.FIRST_COMPLETED)
-            assert len(done) == 1
-            got.append(waiting[done.pop()])
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-        assert sorted(got[:3]) == sorted(got[3:6]) == sorted(got[6:]) == ["a", "b", "c"]
+async def test_whoever_was_given_something_stands_behind_those_who_wait(alone: Alone) -> None:
+    topic, client = alone.topic, alone.client
+    asks = {name: standing(client, (topic.id, 0), member=name) for name in "abc"}
+    got: list[str] = []
+    for number in range(9):
+        await produce(client, topic, (f"k{number}", "v"))
+        waiting = {asyncio.ensure_future(ask.next()): name for name, ask in asks.items()}
+        done, pending = await asyncio.wait(waiting, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert len(done) == 1
+        got.append(waiting[done.pop()])
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    assert sorted(got[:3]) == sorted(got[3:6]) == sorted(got[6:]) == ["a", "b", "c"]
 
 
 async def test_what_was_leased_for_one_whose_session_ended_goes_back(tmp_path: Path) -> None:
@@ -173,25 +180,22 @@ async def test_one_that_is_answered_once_waits_for_what_is_on_its_way(tmp_path: 
         assert await ask.offsets() == ([1], False)
 
 
-async def test_a_record_costs_one_question_however_many_receivers_wait(tmp_path: Path) -> None:
-    async with BrokerWorld(tmp_path) as world:
-        broker = await world.broker()
-        topic = await world.topic("t", [(broker.id,)])
-        client = await world.client(broker.url)
-        asks = [standing(client, (topic.id, 0), member=f"m{number}", ordering="key") for number in range(3)]
-        hosted = broker.broker.partitions.replicas[topic.id, 0]
-        parked = broker.broker.frames.queues._parked
-        await eventually(lambda: len(parked.get((hosted.key, "g"), ())) == 3, "all wait")
-        asked: list[LeaseAsked] = []
-        handle = hosted.core.handle
+async def test_a_record_costs_one_question_however_many_receivers_wait(alone: Alone) -> None:
+    broker, topic, client = alone.broker, alone.topic, alone.client
+    asks = [standing(client, (topic.id, 0), member=f"m{number}", ordering="key") for number in range(3)]
+    hosted = broker.broker.partitions.replicas[topic.id, 0]
+    parked = broker.broker.frames.queues._parked
+    await eventually(lambda: len(parked.get((hosted.key, "g"), ())) == 3, "all wait")
+    asked: list[LeaseAsked] = []
+    handle = hosted.core.handle
 
-        def watched(event: Any, now_ms: int) -> Any:
-            if isinstance(event, LeaseAsked):
-                asked.append(event)
-            return handle(event, now_ms)
+    def watched(event: Any, now_ms: int) -> Any:
+        if isinstance(event, LeaseAsked):
+            asked.append(event)
+        return handle(event, now_ms)
 
-        hosted.core.handle = watched  # type: ignore[method-assign]
-        for number in range(1, 10):
-            await produce(client, topic, (f"k{number}", "v"))
-            assert (await asks[(number - 1) % 3].offsets())[0] == [number], "whoever has waited longest"
-        assert len(asked) <= 10
+    hosted.core.handle = watched  # type: ignore[method-assign]
+    for number in range(1, 10):
+        await produce(client, topic, (f"k{number}", "v"))
+        assert (await asks[(number - 1) % 3].offsets())[0] == [number], "whoever has waited longest"
+    assert len(asked) <= 10

@@ -40,7 +40,7 @@ class Behind(Node):
 
 @pytest.fixture
 async def behind(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[FakeCluster, Behind]]:
-    """A cluster whose coordinator fell silent after a topic was made of which its broker does not know yet."""
+    """A cluster of one such broker, and a client that does not wait for its coordinator for long."""
     monkeypatch.setattr(connections, "ASK_COORDINATOR_S", 0.05)
     cluster = FakeCluster(0)
     broker = cluster.brokers[1] = Behind(cluster, 1)

@@ -171,11 +171,10 @@ class QueueHandler:
         for hosted in parked.hosted:
             waiting = self._parked[hosted.key, parked.ask.group]
             waiting[parked] = waiting.pop(parked)
-        if parked.pause is None:  # else it asks when that is over
-            self._loop.call_soon(self._ask_on, parked)  # after its answer is written
+        self._loop.call_soon(self._ask_on, parked)  # after its answer is written
 
     def _ask_on(self, parked: ParkedReceive) -> None:
-        if parked.pause is None:  # it may be answered again before it asks
+        if parked.pause is None:  # else it asks when that is over
             self._lease_later(parked)
 
     def ask_settle(self, asker: Asker, correlation: int, ask: Settle, check: TopicCheck | None = None) -> None:

@@ -31,7 +31,7 @@ class LookAhead:
         self._uncommitted: deque[BatchHeader] = deque()
 
     def appended(self, header: BatchHeader) -> None:
-        self._forget_committed()
+        """`look` follows, which forgets what is committed."""
         self._uncommitted.append(header)
 
     def look(self, queues: Queues | None) -> bool:

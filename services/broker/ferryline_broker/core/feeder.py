@@ -85,8 +85,9 @@ class Feeder:
             return (epoch, end)
         return None
 
-    def _serve(self, to: int, member: Member, now_ms: int) -> None:
+    def serve(self, broker_id: int, now_ms: int) -> None:
         """Answer a parked fetch if there is something to say; otherwise leave it parked."""
+        member = self.sync.members[broker_id]
         fetch, replica, config = member.parked, self.replica, self.replica.config
         if fetch is None:
             return
@@ -97,7 +98,7 @@ class Feeder:
         if not news:
             member.caught_up_ms = now_ms  # it had everything until now, however long its fetch was parked
         if news or stale or waited >= config.fetch_wait_ms:
-            self._answer(to, member, _TOGETHER)
+            self._answer(broker_id, member, _TOGETHER)
 
     def _answer(self, to: int, member: Member, diverging: list[tuple[int, int] | None]) -> None:
         fetch, replica = member.parked, self.replica
@@ -140,15 +141,10 @@ class Feeder:
                     return False
         return True
 
-    def serve(self, broker_id: int, now_ms: int) -> None:
-        """Answer its fetch, if there is something to say."""
-        self._serve(broker_id, self.sync.members[broker_id], now_ms)
-
     def serve_parked(self, now_ms: int) -> None:
         """There may be news for whoever waits."""
-        for broker_id, member in self.sync.members.items():
-            if member.parked is not None:
-                self._serve(broker_id, member, now_ms)
+        for broker_id in self.sync.members:
+            self.serve(broker_id, now_ms)
 
     def appending(self, log: int, now_ms: int) -> None:
         """Something is about to be appended: whoever waits at the log end was caught up until now."""

@@ -146,7 +146,8 @@ class Queues:
             attempts, contended = queue.table.attempts(offsets), queue.window.contended(offsets)
             answer = AnswerLease(event.token, *lease.id, lease.lease_ms, offsets, attempts, contended)
             # The next record can be leased while this lease is committed, if somebody is known to wait for it.
-            queue.hungry = queue.hungry or (event.stands and not queue.window.ready)
+            if event.stands and not queue.window.ready:
+                queue.hungry = True
             outcome = self._outcome(queue, answer, now_ms)
             outcome.record = max(offsets)
         outcome.entries[:0] = entries
